@@ -1,0 +1,368 @@
+"""The config tree of a run: load, override, validate, dump.
+
+One YAML file a run, the same shape as the dataclasses below. This module knows names and ranges; it does not know
+torch, Megatron-Core or the machine. What needs the model's size (heads that do not divide, layers a stage) is checked
+where the size is known, in `models/mcore_config.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """The user's config cannot be honoured. The message is one line and carries the numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which frozen LLaVA the adapters sit on. `base` is a folder written by `mole-mega convert hf-to-megatron`."""
+
+    base: str
+    # Fails the run when the base is not the one the user meant; empty accepts any and records what was found.
+    base_hash: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the process grid. Data parallelism is what is left of the world. TP > 1 always means sequence
+    parallelism: Megatron-Core's MoE layer does not train without it."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    context: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is trained beside the frozen base (LLaVA-MoLE, arXiv 2401.16160)."""
+
+    method: Literal["mole", "lora"] = "mole"
+    num_experts: int = 3
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.0
+    gate: Literal["none", "prob", "straight_through"] = "prob"
+    top_k: int = 1
+    balance_weight: float = 0.01
+    balance_scope: Literal["layer", "model"] = "layer"
+    z_loss_weight: float = 0.0
+    expert_parallel: Literal["tokens"] = "tokens"
+    router_bias: bool = True
+    attention: bool = True
+    # "all", or the indices (from 0) of the decoder layers that carry adapters in their MLP.
+    layers: Literal["all"] | tuple[int, ...] = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimisation. Learning rates left at None follow `lr`; `schedule_steps` left at None follows `steps`."""
+
+    steps: int
+    schedule_steps: int | None = None
+    global_batch_size: int = 16
+    micro_batch_size: int = 1
+    seed: int = 0
+    lr: float = 2e-4
+    projector_lr: float | None = None
+    router_lr: float | None = None
+    projector: bool = True
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    distributed_optimizer: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    # A step with a non-finite loss or gradient is skipped; so many in a row stop the run (exit code 4).
+    max_bad_steps: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One data source: a LLaVA conversation file (.json, .jsonl) or a Hugging Face dataset on disk. Its name is the
+    domain that losses and expert loads are reported by."""
+
+    name: str
+    path: str
+    image_folder: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The mixture. `max_length` counts places, image places included."""
+
+    sources: tuple[SourceConfig, ...]
+    validation: tuple[SourceConfig, ...] = ()
+    max_length: int = 2048
+    # A sample that cannot be used (broken image, no assistant turn, too long): leave it out and count it, or stop.
+    on_bad_sample: Literal["skip", "stop"] = "skip"
+    max_image_pixels: int = 89_478_485
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Validation loss by domain, every `every` steps (0: never) on at most `samples` of each source."""
+
+    every: int = 0
+    samples: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Save every `every` steps (0: only at the end) and keep the newest `keep`. `init_from` starts a new run from
+    another run's adapters: weights only, step 0."""
+
+    every: int = 0
+    keep: int = 2
+    init_from: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What is logged, every `every` steps."""
+
+    every: int = 1
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    run_dir: str
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply `key.path=value` overrides (values are YAML), check it.
+
+    Relative paths in the file are taken from the file's own folder, except those that an override gives, which are
+    taken from the current one. Raises ConfigError with the key and the numbers.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, found {type(tree).__name__}")
+    _resolve_paths(tree, path.parent.resolve())
+    for override in overrides:
+        _apply_override(tree, override)
+    _resolve_paths(tree, Path.cwd())
+    return from_dict(tree)
+
+
+def from_dict(tree: dict[str, Any]) -> RunConfig:
+    """Build and check the config from nested dicts; the inverse of `to_dict`."""
+    config = _build(RunConfig, tree, "")
+    validate(config)
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain dicts, lists and scalars, every default filled in."""
+    return _plain(dataclasses.asdict(config))
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML; `load` of it gives an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def validate(config: RunConfig) -> None:
+    """Checks that need no model: ranges and the fields that depend on one another. Raises ConfigError."""
+    adapter, train, data, parallel = config.adapter, config.train, config.data, config.parallel
+    for owner, name, low in [
+        (parallel, "tensor", 1), (parallel, "pipeline", 1), (parallel, "expert", 1), (parallel, "context", 1),
+        (adapter, "num_experts", 1), (adapter, "rank", 1), (adapter, "top_k", 1), (adapter, "balance_weight", 0),
+        (adapter, "z_loss_weight", 0), (train, "steps", 1), (train, "global_batch_size", 1), (train, "micro_batch_size", 1),
+        (train, "lr", 0), (train, "warmup_steps", 0), (train, "max_bad_steps", 1), (train, "seed", 0),
+        (train, "weight_decay", 0), (train, "clip_grad", 0), (data, "max_length", 2), (config.checkpoint, "every", 0),
+        (config.checkpoint, "keep", 1), (config.validation, "every", 0), (config.validation, "samples", 1),
+        (config.monitor, "every", 1),
+    ]:  # fmt: skip
+        if not getattr(owner, name) >= low:  # `not >=` so that NaN fails too
+            raise ConfigError(f"{_section(config, owner)}.{name} must be at least {low}, got {getattr(owner, name)}")
+    if adapter.alpha <= 0:
+        raise ConfigError(f"adapter.alpha must be above 0, got {adapter.alpha}")
+    if not 0 <= adapter.dropout < 1:
+        raise ConfigError(f"adapter.dropout must be in [0, 1), got {adapter.dropout}")
+    if not 0 <= train.min_lr_ratio <= 1:
+        raise ConfigError(f"train.min_lr_ratio must be in [0, 1], got {train.min_lr_ratio}")
+    if parallel.context != 1:
+        raise ConfigError(
+            f"parallel.context is {parallel.context}: context parallelism needs Transformer Engine attention, "
+            "which this version does not have; set it to 1"
+        )
+    if adapter.top_k != 1:
+        raise ConfigError(
+            f"adapter.top_k is {adapter.top_k}: expert_parallel 'tokens' routes each token to one expert; set it to 1"
+        )
+    if adapter.method == "lora" and parallel.expert != 1:
+        raise ConfigError(f"parallel.expert is {parallel.expert}, but adapter.method lora has no experts to spread")
+    if adapter.method == "mole" and adapter.num_experts % parallel.expert:
+        raise ConfigError(
+            f"adapter.num_experts {adapter.num_experts} does not divide over parallel.expert {parallel.expert} ranks"
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size {train.micro_batch_size}"
+        )
+    if train.schedule_steps is not None and train.schedule_steps < 1:
+        raise ConfigError(f"train.schedule_steps must be at least 1, got {train.schedule_steps}")
+    for kind, sources in (("sources", data.sources), ("validation", data.validation)):
+        names = [source.name for source in sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"data.{kind} has the name {name!r} {names.count(name)} times; a name is a domain")
+        if any(not source.weight >= 0 for source in sources):
+            raise ConfigError(f"data.{kind}: a weight must be at least 0, got {[s.weight for s in sources]}")
+        if sources and not sum(source.weight for source in sources) > 0:
+            raise ConfigError(f"data.{kind}: all weights are 0")
+    if not data.sources:
+        raise ConfigError("data.sources is empty: name at least one source")
+
+
+def _section(config: RunConfig, owner: Any) -> str:
+    return next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) is owner)
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    def resolve(node: Any, key: str) -> None:
+        if isinstance(node, dict) and isinstance(node.get(key), str) and node[key]:
+            node[key] = str((folder / Path(node[key]).expanduser()).resolve())
+
+    resolve(tree, "run_dir")
+    resolve(tree.get("model"), "base")
+    resolve(tree.get("checkpoint"), "init_from")
+    data = tree.get("data")
+    for kind in ("sources", "validation"):
+        sources = data.get(kind) if isinstance(data, dict) else None
+        for source in sources if isinstance(sources, list) else []:
+            resolve(source, "path")
+            resolve(source, "image_folder")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        if isinstance(node, list):
+            node = _list_item(node, part, override)
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {override!r}: {part!r} holds a value, not a section")
+    if isinstance(node, list):
+        _list_item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _list_item(items: list[Any], part: str, override: str) -> Any:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"override {override!r}: {part!r} is not an index below {len(items)}")
+    return items[int(part)]
+
+
+def _build(kind: type, tree: Any, where: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where or 'the config'} must be a mapping of keys, got {tree!r}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown config key {prefix}{key}; the nearest valid key is {prefix}{near[0]}")
+    for entry in dataclasses.fields(kind):
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and entry.name not in tree:
+            raise ConfigError(f"config key {prefix}{entry.name} is missing")
+    return kind(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in tree.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against a type hint and bring it into the frozen form (lists become tuples)."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        problems = []
+        for option in args:
+            try:
+                return _convert(option, value, where)
+            except ConfigError as error:
+                problems.append(str(error))
+        raise ConfigError(problems[0])
+    if origin is Literal:
+        # type() too: YAML's `1` and `true` compare equal in Python
+        if any(value == option and type(value) is type(option) for option in args):
+            return value
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is type(None):
+        if value is None:
+            return None
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-4 (no point) as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif hint is str and isinstance(value, str):
+        return value
+    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _plain(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_plain(value) for value in node]
+    return node

@@ -1,0 +1,1 @@
+"""From files on disk to batches of tensors on the CPU. Knows no ranks beyond (rank, size), never imports megatron."""

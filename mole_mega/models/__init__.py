@@ -1,0 +1,1 @@
+"""LLaVA composed of Megatron-Core parts."""
