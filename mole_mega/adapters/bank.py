@@ -1,0 +1,243 @@
+"""The maths of a bank of LoRA experts (LLaVA-MoLE, arXiv 2401.16160), written as if on one device.
+
+Here: y_t = base_t + w_t s B_e A_e x_t for tokens already sorted by their expert e, and its gradients. Not here: who
+chooses e (routers), where the factors live (sharding), how tokens travel and return, dropout.
+
+Shape suffixes: T tokens, H hidden, F ffn, E experts of this bank, R rank, I in, O out, P projections that share x (PR:
+their ranks side by side). A [E, R, I] reads the input, B [E, O, R] writes the output, as in PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm, pad
+
+# torch.nn.functional.grouped_mm refuses rows that do not start on a multiple of this many bytes, and other dtypes.
+_ALIGN_BYTES = 16
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def add_expert_lora(
+    base_TO: Tensor,
+    x_TI: Tensor,
+    A_ERI: Tensor,
+    B_EOR: Tensor,
+    tokens_per_expert_E: Tensor,
+    scale: float,
+    weight_T: Tensor | None = None,
+) -> Tensor:
+    """y_t = base_t + weight_t * scale * B_e A_e x_t, where e is the expert of token t; returns [T, O].
+
+    Tokens are sorted by expert: the first tokens_per_expert_E[0] rows belong to expert 0, and so on; the counts sum to
+    T and may be 0. An expert without tokens gets a gradient of exact zeros.
+
+    **base_TO is consumed**: its memory becomes the result where autograd allows; the caller must not read it again.
+    The products run in the dtype of base_TO, the factors may be of another. Double backward is not supported.
+    Raises ValueError when the counts are on the CPU (checking costs no synchronisation there) and do not sum to T.
+    """
+    return _add_lora(base_TO, x_TI, [A_ERI], [B_EOR], tokens_per_expert_E, scale, weight_T)
+
+
+def add_gated_expert_lora(
+    base_T2F: Tensor,
+    x_TH: Tensor,
+    gate_A_ERH: Tensor,
+    gate_B_EFR: Tensor,
+    up_A_ERH: Tensor,
+    up_B_EFR: Tensor,
+    tokens_per_expert_E: Tensor,
+    scale: float,
+    weight_T: Tensor | None = None,
+) -> Tensor:
+    """`add_expert_lora` for gate (first F columns) and up (last F columns) of one fused base, reading x once; [T, 2F].
+
+    y_t = base_t + weight_t * scale * concat(Bg_e Ag_e x_t, Bu_e Au_e x_t)
+    """
+    return _add_lora(
+        base_T2F, x_TH, [gate_A_ERH, up_A_ERH], [gate_B_EFR, up_B_EFR], tokens_per_expert_E, scale, weight_T
+    )
+
+
+class _PlainProducts:
+    """One expert: ordinary GEMMs."""
+
+    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
+        return x_TI @ M_EIR[0]
+
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+        return z_TR @ M_ERO[0]
+
+    def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
+        out_TO.addmm_(z_TR, M_ERO[0])
+
+    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
+        return (a_TM.t() @ b_TN)[None]
+
+
+class _GroupedProducts:
+    """Rows of each expert against that expert's matrix: the arithmetic does not grow with the number of experts."""
+
+    def __init__(self, tokens_per_expert_E: Tensor) -> None:
+        self.ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+        self.empty_E11 = (tokens_per_expert_E == 0)[:, None, None]
+
+    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
+        return grouped_mm(x_TI, M_EIR, offs=self.ends_E)
+
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+        return grouped_mm(z_TR, M_ERO, offs=self.ends_E)
+
+    def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
+        out_TO.add_(self.from_rank(z_TR, M_ERO))
+
+    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
+        grad_EMN = grouped_mm(a_TM.t(), b_TN, offs=self.ends_E)
+        # Blackwell kernels leave the slab of an empty group unwritten (pytorch issue 172439); the CPU writes zeros.
+        return grad_EMN.masked_fill_(self.empty_E11, 0) if grad_EMN.is_cuda else grad_EMN
+
+
+class _MaskedProducts:
+    """Every expert on every token in rank space, then all but the token's own set to 0: plain GEMMs of width E * R.
+
+    Only for what grouped_mm refuses (float64, rows that are not 16-byte aligned, no token at all): with 2 experts it
+    takes as long as the grouped products, and longer with each expert more.
+    """
+
+    def __init__(self, tokens_per_expert_E: Tensor, num_tokens: int) -> None:
+        experts_E = torch.arange(tokens_per_expert_E.numel(), device=tokens_per_expert_E.device)
+        expert_T = experts_E.repeat_interleave(tokens_per_expert_E, output_size=num_tokens)
+        self.own_TE1 = (expert_T[:, None] == experts_E)[:, :, None]
+
+    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
+        z_TER = torch.einsum("ti,eir->ter", x_TI, M_EIR)
+        return torch.where(self.own_TE1, z_TER, 0).sum(1)
+
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+        return torch.einsum("ter,ero->to", self._spread(z_TR), M_ERO)
+
+    def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
+        out_TO.add_(self.from_rank(z_TR, M_ERO))
+
+    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
+        if a_TM.shape[1] <= b_TN.shape[1]:  # spread the thin side: it is the one in rank space
+            return torch.einsum("tem,tn->emn", self._spread(a_TM), b_TN)
+        return torch.einsum("tm,ten->emn", a_TM, self._spread(b_TN))
+
+    def _spread(self, z_TR: Tensor) -> Tensor:
+        return torch.where(self.own_TE1, z_TR[:, None, :], 0)
+
+
+_Products = _PlainProducts | _GroupedProducts | _MaskedProducts
+
+
+def _add_lora(
+    base_TO: Tensor,
+    x_TI: Tensor,
+    A_P: Sequence[Tensor],
+    B_P: Sequence[Tensor],
+    tokens_per_expert_E: Tensor,
+    scale: float,
+    weight_T: Tensor | None,
+) -> Tensor:
+    num_tokens, num_experts = x_TI.shape[0], A_P[0].shape[0]
+    if tokens_per_expert_E.device.type == "cpu" and int(tokens_per_expert_E.sum()) != num_tokens:
+        raise ValueError(
+            f"tokens_per_expert sums to {int(tokens_per_expert_E.sum())} but there are {num_tokens} tokens: "
+            "some tokens would get no expert, or another token's"
+        )
+    dtype = base_TO.dtype
+    x_TI = x_TI.to(dtype).contiguous()
+    A_P, B_P = [A.to(dtype) for A in A_P], [B.to(dtype) for B in B_P]
+    products: _Products
+    if num_experts == 1:
+        products = _PlainProducts()
+    else:
+        tokens_per_expert_E = tokens_per_expert_E.to(x_TI.device, non_blocking=True)
+        row = _ALIGN_BYTES // dtype.itemsize
+        wide_dims = [x_TI.shape[1], *(B.shape[1] for B in B_P)]
+        if dtype in _GROUPED_DTYPES and num_tokens > 0 and all(dim % row == 0 for dim in wide_dims):
+            products = _GroupedProducts(tokens_per_expert_E)
+            missing = -A_P[0].shape[1] % row
+            if missing:  # a rank of zeros more adds 0 to every product
+                A_P, B_P = [pad(A, (0, 0, 0, missing)) for A in A_P], [pad(B, (0, missing)) for B in B_P]
+        else:
+            products = _MaskedProducts(tokens_per_expert_E, num_tokens)
+    # In place needs a tensor that autograd may overwrite: no leaf that wants a gradient, and no view (its base would be
+    # rewritten too, and its backward would copy the whole gradient once more).
+    if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad):
+        base_TO = base_TO.clone()
+    return _AddLoRA.apply(products, scale, base_TO, x_TI, weight_T, *A_P, *B_P)
+
+
+class _AddLoRA(torch.autograd.Function):
+    """out = base + concat_p(zw_p B_p^T) with z_p = x A_p^T, zw_p = scale * weight * z_p; per expert.
+
+    With g = d loss / d out and u_p = g_p B_p (rank space, so that no second [T, O] tensor is made):
+        d base = g      d weight = scale * sum_p <u_p, z_p>      dz_p = scale * weight * u_p
+        d B_p = g_p^T zw_p      d A_p = dz_p^T x      d x = sum_p dz_p A_p
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        products: _Products,
+        scale: float,
+        base_TO: Tensor,
+        x_TI: Tensor,
+        weight_T: Tensor | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        z_TPR = products.to_rank(x_TI, _stack_ranks(A_P).transpose(1, 2))
+        zw_TPR = _weigh(z_TPR, scale, weight_T)
+        for out_TO, zw_TR, B_EOR in _by_projection(base_TO, zw_TPR, B_P):
+            products.add_from_rank_(out_TO, zw_TR, B_EOR.transpose(1, 2))
+        ctx.mark_dirty(base_TO)
+        ctx.products, ctx.scale = products, scale
+        ctx.save_for_backward(x_TI, z_TPR, weight_T, *factors)
+        return base_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        products: _Products = ctx.products
+        x_TI, z_TPR, weight_T, *factors = ctx.saved_tensors
+        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
+
+        zw_TPR = _weigh(z_TPR, ctx.scale, weight_T)
+        u_P, dB_P = [], []
+        for g_TO, zw_TR, B_EOR in _by_projection(grad_TO, zw_TPR, B_P):
+            u_P.append(products.to_rank(g_TO, B_EOR))
+            dB_P.append(products.outer(g_TO, zw_TR) if any(needs_factors) else None)
+        u_TPR = torch.cat(u_P, dim=1) if len(u_P) > 1 else u_P[0]
+        dz_TPR = _weigh(u_TPR, ctx.scale, weight_T)
+        dweight_T = None
+        if needs_weight:
+            dweight_T = ctx.scale * (u_TPR.to(weight_T.dtype) * z_TPR).sum(1)
+        dx_TI = products.from_rank(dz_TPR, _stack_ranks(A_P)) if needs_x else None
+        dA_P: Sequence[Tensor | None] = [None] * len(A_P)
+        if any(needs_factors):
+            dA_P = products.outer(dz_TPR, x_TI).chunk(len(A_P), dim=1)
+        return None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
+
+
+def _stack_ranks(A_P: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(A_P), dim=1) if len(A_P) > 1 else A_P[0]
+
+
+def _weigh(z_TR: Tensor, scale: float, weight_T: Tensor | None) -> Tensor:
+    """scale * weight * z; the product is rounded to z's dtype once, whatever the weight's."""
+    return z_TR * scale if weight_T is None else (z_TR * (scale * weight_T)[:, None]).to(z_TR.dtype)
+
+
+def _by_projection(wide_TO: Tensor, z_TPR: Tensor, B_P: Sequence[Tensor]) -> zip[tuple[Tensor, Tensor, Tensor]]:
+    """(columns of the projection, its ranks, its B) for each projection."""
+    columns = wide_TO.split([B.shape[1] for B in B_P], dim=1)
+    return zip(columns, z_TPR.chunk(len(B_P), dim=1), B_P, strict=True)

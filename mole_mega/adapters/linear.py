@@ -1,0 +1,149 @@
+"""Frozen tensor-parallel linears that carry plain LoRA. A fused base (q, k, v; gate, up) carries one pair a projection,
+as Hugging Face PEFT does, so that export stays exact.
+
+y = W x + s B A dropout(x), s = alpha / rank (LoRA, arXiv 2106.09685).
+
+The communication around the base is done here once for base and LoRA together: a column linear gathers the sequence
+before both, a row linear sums both over the ranks after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+from mole_mega.adapters import sharding
+from mole_mega.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of the projections that a base linear fuses, `width` outputs of it in each block."""
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASpec:
+    """What a linear needs to know to carry LoRA. `name` is the linear's place in the whole model; it seeds the factors.
+    `num_blocks` is how often the base's whole output repeats its projections one after another: once a query group for
+    q, k, v; once a tensor-parallel rank for gate and up; 1 for a base that fuses nothing."""
+
+    adapter: AdapterConfig
+    name: str
+    seed: int
+    groups: ProcessGroupCollection
+    device: torch.device
+    projections: tuple[Projection, ...]
+    num_blocks: int = 1
+
+
+def _add_factors(module: torch.nn.Module, spec: LoRASpec, kind: str, in_features: int, dtype: torch.dtype) -> None:
+    for projection in spec.projections:
+        shapes = {
+            "A": (spec.adapter.rank, in_features),
+            "B": (projection.width * spec.num_blocks, spec.adapter.rank),
+        }
+        inits = {"A": sharding.kaiming_uniform, "B": sharding.zeros}
+        for factor in ("A", "B"):
+            parameter = sharding.make_parameter(
+                f"{spec.name}.{projection.name}.{factor}",
+                sharding.PLACEMENTS[f"{kind}.{factor}"],
+                shapes[factor],
+                inits[factor],
+                spec.groups,
+                seed=spec.seed,
+                dtype=dtype,
+                device=spec.device,
+            )
+            module.register_parameter(f"lora_{projection.name}_{factor}", parameter)
+
+
+class LoRAColumnParallelLinear(ColumnParallelLinear):
+    """A frozen column-parallel linear (outputs cut over TP) with one LoRA pair a projection.
+
+    forward: [S / TP, B, in] -> ([S, B, out / TP], None).
+    """
+
+    def __init__(self, *args: Any, lora: LoRASpec, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lora = lora
+        _add_factors(self, lora, "column", self.input_size, self.weight.dtype)
+        self._gather_input = self.sequence_parallel
+        # The input arrives gathered, and the gather's backward sums its gradient over ranks.
+        self.sequence_parallel = self.allreduce_dgrad = False
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        lora = self.lora
+        if self._gather_input:
+            input_ = gather_from_sequence_parallel_region(
+                input_, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        output, bias = super().forward(input_, *args, **kwargs)
+        # identical on every rank: the whole input is, and so must its dropout be
+        x = F.dropout(input_, lora.adapter.dropout, self.training)
+        factors_A = torch.cat([getattr(self, f"lora_{p.name}_A") for p in lora.projections])
+        z = F.linear(x, factors_A).split(lora.adapter.rank, dim=-1)
+        num_blocks = lora.num_blocks // self.tp_group.size()
+        deltas = [
+            F.linear(z_p, getattr(self, f"lora_{p.name}_B")).unflatten(-1, (num_blocks, p.width))
+            for z_p, p in zip(z, lora.projections, strict=True)
+        ]
+        delta = torch.cat(deltas, dim=-1).flatten(-2)
+        return torch.add(output, delta, alpha=lora.adapter.alpha / lora.adapter.rank), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)
+
+
+class LoRARowParallelLinear(RowParallelLinear):
+    """A frozen row-parallel linear (inputs cut over TP) with a LoRA pair.
+
+    forward: [S, B, in / TP] -> ([S / TP, B, out], None). B is applied to each rank's part of A x, and the one
+    reduce-scatter that the base needs anyway sums the LoRA outputs too.
+    """
+
+    def __init__(self, *args: Any, lora: LoRASpec, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        (self._projection,) = lora.projections
+        self.lora = lora
+        _add_factors(self, lora, "row", self.input_size, self.weight.dtype)
+        self._scatter_output = self.sequence_parallel
+        # stop the base short of its own reduction
+        self.explicit_expert_comm = True
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        lora = self.lora
+        output, bias = super().forward(input_)
+        x = input_
+        if lora.adapter.dropout and self.training:
+            # each rank holds other features, and drops them by a state of its own
+            with get_cuda_rng_tracker().fork():
+                x = F.dropout(input_, lora.adapter.dropout)
+        factor_A = getattr(self, f"lora_{self._projection.name}_A")
+        factor_B = getattr(self, f"lora_{self._projection.name}_B")
+        delta = F.linear(F.linear(x, factor_A), factor_B)
+        output = torch.add(output, delta, alpha=lora.adapter.alpha / lora.adapter.rank)
+        if self._scatter_output:
+            output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        return output, bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)
+
+
+def _with_adapters(module: Any, entries: dict, prefix: str) -> dict:
+    """Megatron-Core has entered every parameter as if it were replicated; the placed ones are entered as placed."""
+    return entries | sharding.sharded_adapters(module, prefix, module.lora.groups)

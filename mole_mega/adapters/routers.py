@@ -1,0 +1,243 @@
+"""The router of a MoLE block, and its balance and z losses.
+
+Shape suffixes: T tokens, H hidden, E experts.
+
+The losses on the router are functions of the *global batch*: how often each expert is chosen over all its tokens.
+While micro-batches pass one by one, that number is not known yet. The balance loss is linear in it, so each
+micro-batch leaves behind sums from which the router's exact gradient is put together once the batch is complete
+(`router_loss_gradients`): the result does not depend on how the batch was cut into micro-batches, on padding, on
+pipeline stages or on recompute, and it needs no communication in the forward or backward pass. In return these losses
+train the router alone: they do not reach through its input into earlier layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mole_mega.adapters import sharding
+from mole_mega.config import AdapterConfig
+
+
+def gate_weights(probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str) -> torch.Tensor:
+    """The weight w of each token's LoRA output, [T, E], zero where an expert was not chosen (DESIGN gate modes).
+
+    `none`: 1, no gradient; `prob`: p; `straight_through`: 1 with the gradient of p.
+    """
+    chosen = chosen_TE.to(probs_TE.dtype)
+    if gate == "none":
+        return chosen
+    if gate == "prob":
+        return chosen * probs_TE
+    return chosen * (1 + (probs_TE - probs_TE.detach()))
+
+
+class RouterSums:
+    """What a router remembers of the tokens of one global batch, summed over valid tokens. All tensors fp32.
+
+    tokens [], counts_E (how often chosen), probs_E, z [] (sum of squared log-partition), `pairs_EEX`: the sum of
+    p_j p_k x over tokens, x extended by a 1 for the bias, and `z_grads_EX`: the sum of 2 lse p_k x.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, device: torch.device, *, balance: bool, z: bool) -> None:
+        self.balance, self.z = balance and num_experts > 1, z
+        rows, columns = torch.triu_indices(num_experts, num_experts, device=device)
+        self.rows, self.columns = rows, columns
+        self.tokens = torch.zeros((), device=device)
+        self.counts_E = torch.zeros(num_experts, device=device)
+        self.probs_E = torch.zeros(num_experts, device=device)
+        self.z_sum = torch.zeros((), device=device)
+        # p_j p_k is symmetric: only the upper triangle is summed
+        self.packed_PX = torch.zeros(len(rows) if self.balance else 0, hidden_size + 1, device=device)
+        self.z_grads_EX = torch.zeros(num_experts if z else 0, hidden_size + 1, device=device)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.tokens, self.counts_E, self.probs_E, self.z_sum, self.packed_PX, self.z_grads_EX]
+
+    def clear(self) -> None:
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    @torch.no_grad()
+    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TE: torch.Tensor,
+            valid_T: torch.Tensor) -> None:  # fmt: skip
+        """Add the tokens that `valid_T` marks."""
+        valid = valid_T.to(torch.float32)
+        probs = probs_TE * valid[:, None]
+        lse = torch.logsumexp(logits_TE, dim=-1) * valid
+        self.tokens += valid.sum()
+        self.counts_E += chosen_TE.to(torch.float32).T @ valid
+        self.probs_E += probs.sum(0)
+        self.z_sum += lse.square().sum()
+        if not self.balance and not self.z:
+            return
+        x = x_TH.to(torch.float32)
+        if self.balance:
+            pairs_TP = probs_TE[:, self.rows] * probs[:, self.columns]
+            self.packed_PX[:, :-1].addmm_(pairs_TP.T, x)
+            self.packed_PX[:, -1] += pairs_TP.sum(0)
+        if self.z:
+            slope_TE = 2 * lse[:, None] * probs
+            self.z_grads_EX[:, :-1].addmm_(slope_TE.T, x)
+            self.z_grads_EX[:, -1] += slope_TE.sum(0)
+
+    def balance_gradient(self, share_E: torch.Tensor) -> torch.Tensor:
+        """d/d(router) of sum_j share_j sum_tokens p_j, [E, H+1] (the last column is the bias).
+
+        dp_j/dlogit_k = p_j (delta_jk - p_k), and sum_k p_j p_k = p_j gives the first term from the same sums.
+        """
+        num_experts = len(self.counts_E)
+        pairs_EEX = self.packed_PX.new_empty(num_experts, num_experts, self.packed_PX.shape[1])
+        pairs_EEX[self.rows, self.columns] = self.packed_PX
+        pairs_EEX[self.columns, self.rows] = self.packed_PX
+        return share_E[:, None] * pairs_EEX.sum(0) - torch.einsum("j,jkx->kx", share_E, pairs_EEX)
+
+
+class MoLERouter(MegatronModule):
+    """Routes each token to one expert: p = softmax(R x + b), k = argmax p. Weights and maths in fp32.
+
+    Stands where Megatron-Core's `MoESubmodules.router` wants a router: `forward` returns the dispatcher's
+    (weights [T, E], routing map [T, E] bool).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool = False,
+        *,
+        adapter: AdapterConfig,
+        name: str,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config)
+        self.adapter = adapter
+        self.layer_number: int | None = None
+        self._groups = pg_collection
+        shape = (adapter.num_experts, config.hidden_size)
+        common = {"groups": pg_collection, "seed": seed, "dtype": torch.float32, "device": device}
+        self.weight = sharding.make_parameter(
+            f"{name}.weight", sharding.PLACEMENTS["router.weight"], shape, sharding.kaiming_uniform, **common
+        )
+        self.bias = None
+        if adapter.router_bias:
+            self.bias = sharding.make_parameter(
+                f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, **common
+            )
+        self.sums = RouterSums(
+            *shape, device, balance=adapter.balance_weight > 0, z=adapter.z_loss_weight > 0
+        )  # fmt: skip
+
+    def set_layer_number(self, layer_number: int) -> None:
+        self.layer_number = layer_number
+
+    def forward(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [S, B, H]; padding_mask [S, B], True where padded. Returns (weights [T, E], map [T, E] bool)."""
+        x_TH = hidden.reshape(-1, hidden.shape[-1])
+        logits_TE = router_gating_linear(x_TH, self.weight, self.bias, torch.float32)
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+        choice_T = probs_TE.argmax(dim=-1)
+        chosen_TE = F.one_hot(choice_T, self.adapter.num_experts).bool()
+        # Under recompute the first pass runs without gradients and the second with: each token is counted once.
+        if self.training and torch.is_grad_enabled():
+            valid_T = torch.ones_like(choice_T, dtype=torch.bool) if padding_mask is None else ~padding_mask.reshape(-1)
+            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), chosen_TE, valid_T)
+        return gate_weights(probs_TE, chosen_TE, self.adapter.gate), chosen_TE
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return sharding.sharded_adapters(self, prefix, self._groups)
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """What the routers did with one global batch. `balance_L` and `z_L` are unweighted, `load_LE` sums to 1 by layer.
+
+    Rows are the layers of the whole model that have a router; `layers` numbers them from 0. Every rank holds the same.
+    """
+
+    layers: tuple[int, ...]
+    tokens: float
+    load_LE: torch.Tensor
+    balance_L: torch.Tensor
+    z_L: torch.Tensor
+    balance_loss: float
+    z_loss: float
+
+
+def router_loss_gradients(
+    routers: Sequence[MoLERouter], groups: ProcessGroupCollection, adapter: AdapterConfig, grad_scale: torch.Tensor
+) -> RoutingSummary:
+    """Add the gradient of the balance and z losses to this rank's routers, and clear their sums.
+
+    With C the shares of choices and P the mean probabilities over the valid tokens of the global batch, C held fixed:
+
+        layer:  w mean_l sum_j C_lj P_lj        model:  w sum_j C_j P_j,  C and P pooled over layers (as published)
+
+    (LLaVA-MoLE, arXiv 2401.16160, without a factor E: uniform gives 1/E, collapse 1). z: w_z mean (logsumexp)^2.
+
+    Call once a step after the last backward pass and before the gradient sync, which sums what each rank adds here.
+    `grad_scale` multiplies the gradient: the number of loss tokens, by which Megatron-Core divides afterwards.
+    """
+    num_experts = adapter.num_experts
+    # one row a router: tokens, z sum, counts, probs; summed over the ranks that saw other tokens of the same layers
+    local = torch.zeros(len(routers), 2 + 2 * num_experts, device=grad_scale.device)
+    for row, router in zip(local, routers, strict=True):
+        sums = router.sums
+        row.copy_(torch.cat([sums.tokens[None], sums.z_sum[None], sums.counts_E, sums.probs_E]))
+    dist.all_reduce(local, group=groups.tp_dp_cp)
+    numbers = [[float((router.layer_number or 0) - 1)] for router in routers]
+    local = torch.cat([torch.tensor(numbers, device=local.device).reshape(-1, 1), local], dim=1)
+    rows, first = _gather_stages(local, groups.pp)
+    layers, table = rows[:, 0], rows[:, 1:]
+    num_layers = len(table)
+    tokens_L = table[:, 0].clamp(min=1)
+    share_LE, mean_LE = (table[:, 2:] / tokens_L[:, None]).split(num_experts, dim=1)
+    pooled = adapter.balance_scope == "model"
+    pull_LE = share_LE.mean(0, keepdim=True).expand_as(share_LE) if pooled else share_LE
+    for index, router in enumerate(routers, start=first):
+        scale = grad_scale / (num_layers * tokens_L[index])
+        if router.sums.balance:
+            _accumulate(router, router.sums.balance_gradient(pull_LE[index]), adapter.balance_weight * scale)
+        if router.sums.z:
+            _accumulate(router, router.sums.z_grads_EX, adapter.z_loss_weight * scale)
+        router.sums.clear()
+    balance_L, z_L = (share_LE * mean_LE).sum(-1), table[:, 1] / tokens_L
+    balance = (share_LE.mean(0) * mean_LE.mean(0)).sum() if pooled else balance_L.mean()
+    return RoutingSummary(
+        layers=tuple(int(layer) for layer in layers),
+        tokens=float(tokens_L[0]),
+        load_LE=share_LE.cpu(),
+        balance_L=balance_L.cpu(),
+        z_L=z_L.cpu(),
+        balance_loss=float(balance),
+        z_loss=float(z_L.mean()),
+    )
+
+
+def _accumulate(router: MoLERouter, gradient_EX: torch.Tensor, scale: torch.Tensor) -> None:
+    router.weight.main_grad.add_(gradient_EX[:, :-1] * scale)
+    if router.bias is not None:
+        router.bias.main_grad.add_(gradient_EX[:, -1] * scale)
+
+
+def _gather_stages(local: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, int]:
+    """Rows of all pipeline stages in stage order (stages may hold different numbers of them), and where ours begin."""
+    if group.size() == 1:
+        return local, 0
+    counts = [torch.zeros(1, dtype=torch.long, device=local.device) for _ in range(group.size())]
+    dist.all_gather(counts, torch.tensor([len(local)], device=local.device), group=group)
+    padded = local.new_zeros(int(max(counts)), local.shape[1])
+    padded[: len(local)] = local
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded, group=group)
+    rows = torch.cat([rows[: int(count)] for rows, count in zip(gathered, counts, strict=True)])
+    return rows, int(sum(counts[: group.rank()]))

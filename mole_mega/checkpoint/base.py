@@ -1,0 +1,84 @@
+"""The frozen base as a checkpoint of its own: layout-free weights, the model's size, tokenizer and processor files.
+
+A base folder holds Megatron-Core's distributed format (any TP, PP, EP loads it), `model.json` (models/sizes.py) and
+whatever Hugging Face files came with the weights. A run names it by path and hash and never copies it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+
+from mole_mega.checkpoint import files
+from mole_mega.models.llava import LLaVA
+from mole_mega.models.sizes import LlavaSize
+
+MODEL_JSON = "model.json"
+
+
+def model_entries(model: LLaVA, *, trainable: bool | None = None) -> ShardedStateDict:
+    """The model's checkpoint entries by local name: all tensors (None), the adapters (True) or the base's (False).
+
+    Layers carry their number in the whole decoder, so that any split over pipeline stages reads the same names.
+    """
+    metadata = {"non_homogeneous_layers": True, "dp_cp_group": model.parallel.groups.dp_cp}
+    placed = {name for name, parameter in model.named_parameters() if hasattr(parameter, "placement")}
+    return {
+        name: entry
+        for name, entry in model.sharded_state_dict(metadata=metadata).items()
+        if not isinstance(entry, ShardedObject) and (trainable is None or (name in placed) == trainable)
+    }
+
+
+def save_base(model: LLaVA, out: Path, extra_files: Iterable[Path] = ()) -> str:
+    """Write a base checkpoint from a model without adapters; returns its hash. `out` must not exist."""
+    if out.exists():
+        raise files.CheckpointError(f"{out} exists; choose another folder or remove it")
+    folder = files.incomplete_name(out)
+    if model.parallel.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    model.parallel.barrier()
+    with files.on_main_rank_errors(f"writing {out}"):
+        dist_checkpointing.save(model_entries(model, trainable=False), str(folder), async_sharded_save=False)
+        if model.parallel.is_main:
+            (folder / MODEL_JSON).write_text(model.size.to_json())
+            for path in extra_files:
+                shutil.copyfile(path, folder / path.name)
+            files.publish(folder, out)
+    model.parallel.barrier()
+    return files.folder_hash(out)
+
+
+def read_size(base: Path) -> LlavaSize:
+    """The size of the base in a folder. Raises ConfigError when it is not a base checkpoint."""
+    files.read_manifest(base)
+    return LlavaSize.from_json(base / MODEL_JSON)
+
+
+def load_base(model: LLaVA, base: Path) -> None:
+    """Load the frozen weights (and the projector) into this rank's part of a model, in the model's dtype.
+
+    Every file is checked first. Raises CheckpointError naming the tensor when one is missing or of another shape.
+    """
+    files.verify(base)
+    files.refuse_unsafe(base)
+    entries = model_entries(model, trainable=False)
+    with torch.no_grad():
+        # rows that only pad the vocabulary are in no checkpoint
+        for name, parameter in model.named_parameters():
+            if name in entries and getattr(entries[name], "allow_shape_mismatch", False):
+                parameter.zero_()
+    try:
+        state = dist_checkpointing.load(entries, str(base), strict="raise_all")
+    except (CheckpointingException, KeyError, ValueError) as error:
+        raise files.CheckpointError(f"{base} does not fit the model: {' '.join(str(error).split())[:500]}") from error
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [name for name in missing if name in entries] + list(unexpected)
+    assert not wrong, wrong

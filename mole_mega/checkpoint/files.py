@@ -1,0 +1,216 @@
+"""Checkpoint folders as files: complete or not there at all, unaltered, and never unpickled blindly.
+
+A folder is written beside its final name and renamed when it is whole. Its `manifest.json` names every file with size
+and SHA-256; the hash of the manifest is the folder's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from megatron.core import safe_globals
+
+from mole_mega.config import ConfigError
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that is missing, cut short, altered, unsafe, or of another shape; the message names the file."""
+
+
+def incomplete_name(final: Path) -> Path:
+    """Where `final` is written until it is whole."""
+    return final.parent / f".{final.name}.incomplete"
+
+
+def publish(folder: Path, final: Path) -> str:
+    """Give a wholly written `folder` its manifest and its final name, durably; returns its hash. One process calls it.
+
+    An existing `final` is replaced. A kill at any moment leaves either the old folder, the new one or none, never a
+    part of one.
+    """
+    entries = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    manifest = json.dumps(entries, indent=1, sort_keys=True)
+    with open(folder / MANIFEST, "w") as file:
+        file.write(manifest)
+        file.flush()
+        os.fsync(file.fileno())
+    _fsync_folder(folder)
+    if final.exists():
+        old = final.parent / f".{final.name}.replaced"
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        folder.rename(final)
+        shutil.rmtree(old)
+    else:
+        folder.rename(final)
+    _fsync_folder(final.parent)
+    return hashlib.sha256(manifest.encode()).hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """The hash that names a folder: SHA-256 of its manifest. Raises CheckpointError when there is none."""
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from error
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a folder against its manifest; all ranks call it and share the reading.
+
+    Raises CheckpointError, on all ranks, naming the first file that is missing, cut short, altered or too many.
+    """
+    entries = read_manifest(folder)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    problem = ""
+    extra = {path.name for path in folder.iterdir()} - entries.keys() - {MANIFEST}
+    if extra:
+        problem = f"{folder / min(extra)} is not in the manifest"
+    for name, expected in sorted(entries.items())[rank::world]:
+        problem = problem or _compare(folder / name, expected)
+    problems = [problem]
+    if world > 1:
+        problems = [""] * world
+        dist.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem:
+            raise CheckpointError(problem)
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """{file name: {"size", "sha256"}}. Raises CheckpointError when the folder has none or it cannot be read."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_bytes())
+        assert all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in entries.values())
+        return entries
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read as a manifest") from error
+
+
+def refuse_unsafe(folder: Path) -> None:
+    """Read the pickled parts of a distributed checkpoint with an unpickler that knows only harmless types.
+
+    torch.distributed.checkpoint unpickles its `.metadata` and its byte objects; after this they are known to hold
+    nothing but what a checkpoint holds. Raises CheckpointError naming the file.
+    """
+    path = folder / ".metadata"
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a distributed checkpoint: it has no .metadata") from error
+    except Exception as error:  # a hostile pickle can raise anything
+        raise CheckpointError(f"{path} does not hold checkpoint metadata: {error}") from error
+    safe_globals.register_safe_globals()
+    for index, info in metadata.storage_data.items():
+        if type(metadata.state_dict_metadata.get(index.fqn)).__name__ != "BytesStorageMetadata":
+            continue
+        part = folder / Path(info.relative_path).name
+        with open(part, "rb") as file:
+            file.seek(info.offset)
+            data = file.read(info.length)
+        try:
+            torch.load(io.BytesIO(data), weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{part} holds an object that is not plain data ({index.fqn})") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes of torch.distributed.checkpoint's metadata and plain containers, nothing else."""
+
+    _MODULES = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch.distributed.checkpoint.planner",
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    )
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),
+            ("builtins", "set"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        value = None
+        if "." not in name and (module, name) in self._NAMES:
+            value = super().find_class(module, name)
+        elif "." not in name and module in self._MODULES:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                value = found
+        elif module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.memory_format):
+            value = getattr(torch, name)
+        if value is None:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return value
+
+
+@contextlib.contextmanager
+def on_main_rank_errors(action: str):  # noqa: ANN201 - a generator context
+    """Run a block whose OSError on any rank becomes a CheckpointError on all of them."""
+    problem = ""
+    try:
+        yield
+    except OSError as error:
+        problem = f"{action} failed: {error.strerror or error}"
+    problems = [problem]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        problems = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem:
+            raise CheckpointError(problem)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = _digest(file)
+        os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": digest}
+
+
+def _digest(file: BinaryIO) -> str:
+    make: Callable[[], Any] = hashlib.sha256
+    return hashlib.file_digest(file, make).hexdigest()
+
+
+def _compare(path: Path, expected: dict[str, Any]) -> str:
+    """What is wrong with one file, or nothing."""
+    try:
+        size = path.stat().st_size
+        if size != expected["size"]:
+            return f"{path} has {size} bytes, its manifest says {expected['size']}"
+        with open(path, "rb") as file:
+            if _digest(file) != expected["sha256"]:
+                return f"{path} was altered: its SHA-256 is not the manifest's"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return ""
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""What a run's checkpoints are: written whole or not at all, found again, and loaded under any layout.
+
+    checkpoints/step_<n>/   distributed checkpoint of adapters, projector and optimizer; state.json; rng_<rank>.safetensors;
+                            config.yaml; manifest.json
+    checkpoints/latest      the name of the newest complete one
+
+Adapters and Adam's moments are entered by their names and shapes in the whole model, so any TP, PP, EP and DP reads
+them. RNG states belong to a layout: another layout starts its dropout anew from (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from mole_mega import config as run_config
+from mole_mega.checkpoint import files
+from mole_mega.checkpoint.base import model_entries
+from mole_mega.config import RunConfig
+from mole_mega.platform.parallel import Parallel
+
+# Megatron-Core's name for the one distributed-optimizer format that other layouts can read.
+_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run remembers beside tensors. The data position is the step: the mixture is a function of it."""
+
+    step: int
+    base_hash: str
+    # steps in which the weights moved: Adam's own count
+    applied_steps: int
+    bad_steps_in_row: int = 0
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, run: RunConfig, parallel: Parallel) -> None:
+        self.run, self.parallel = run, parallel
+        self.folder = Path(run.run_dir) / "checkpoints"
+
+    def save(self, model: DistributedDataParallel, optimizer: MegatronOptimizer, state: RunState) -> Path:
+        """Write the checkpoint of `state.step`, point `latest` at it and drop the oldest beyond `checkpoint.keep`.
+
+        Raises CheckpointError on every rank when the disk fails; earlier checkpoints stay as they were.
+        """
+        final = self.folder / f"step_{state.step}"
+        folder = files.incomplete_name(final)
+        with files.on_main_rank_errors(f"saving {final}"):
+            if self.parallel.is_main:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self.folder.glob(".*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                folder.mkdir()
+        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False)
+        with files.on_main_rank_errors(f"saving {final}"):
+            try:
+                dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
+            except CheckpointingException as error:
+                raise OSError(" ".join(str(error).split())) from error
+            safetensors.torch.save_file(_rng_state(), folder / f"rng_{self.parallel.rank}.safetensors")
+        with files.on_main_rank_errors(f"saving {final}"):
+            if self.parallel.is_main:
+                (folder / "config.yaml").write_text(run_config.dump(self.run))
+                (folder / "state.json").write_text(json.dumps(vars(state) | {"layout": self._layout()}) + "\n")
+                files.publish(folder, final)
+                _write_atomically(self.folder / "latest", final.name)
+                for old in self.complete()[: -self.run.checkpoint.keep]:
+                    shutil.rmtree(old)
+        return final
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return complete_checkpoints(self.folder)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint of this run, if there is one."""
+        found = self.complete()
+        return found[-1] if found else None
+
+    def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> RunState:
+        """Load weights, optimizer and RNG; returns the run's state. All files are checked first."""
+        files.verify(path)
+        files.refuse_unsafe(path)
+        tree = json.loads((path / "state.json").read_text())
+        layout = tree.pop("layout")
+        self._check_compatible(path)
+        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=True)
+        loaded = _load(entries, path)
+        if optimizer.config.use_distributed_optimizer:
+            optimizer.load_state_dict(loaded.pop("optimizer"))
+        else:
+            for _, _, moments in _adam_states(model, optimizer):
+                moments["step"] = torch.tensor(float(tree["applied_steps"]))
+        _copy_into(entries, loaded)
+        if layout == self._layout():
+            _set_rng_state(safetensors.torch.load_file(path / f"rng_{self.parallel.rank}.safetensors"))
+        else:
+            tensor_parallel.model_parallel_cuda_manual_seed(self.run.train.seed + tree["step"], force_reset_rng=True)
+        return RunState(**tree)
+
+    def _layout(self) -> dict[str, int]:
+        p = self.parallel
+        return {"tensor": p.tp_size, "pipeline": p.pp_size, "expert": p.ep_size, "world": p.world_size}
+
+    def _check_compatible(self, path: Path) -> None:
+        """A run goes on only with the adapters, precision and optimizer that it began with."""
+        old = run_config.load(path / "config.yaml")
+        for where, ours, theirs in (
+            *((f"adapter.{k}", getattr(self.run.adapter, k), getattr(old.adapter, k))
+              for k in ("method", "num_experts", "rank", "router_bias", "attention", "layers")),
+            *((f"train.{k}", getattr(self.run.train, k), getattr(old.train, k))
+              for k in ("precision", "distributed_optimizer", "projector")),
+        ):  # fmt: skip
+            if ours != theirs:
+                raise files.CheckpointError(f"{path} was written with {where} = {theirs}, this run has {ours}")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints below a `checkpoints` folder, oldest first."""
+    found = [p for p in folder.glob("step_*") if _STEP.fullmatch(p.name) and (p / files.MANIFEST).exists()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def load_weights(model: DistributedDataParallel | Any, path: Path) -> None:
+    """Load only adapters and projector from a checkpoint (evaluation, warm start)."""
+    files.verify(path)
+    files.refuse_unsafe(path)
+    entries = trainable_entries(model)
+    _copy_into(entries, _load(entries, path))
+
+
+def trainable_entries(model: DistributedDataParallel | Any) -> ShardedStateDict:
+    """Checkpoint entries of everything trainable on this rank, by local name."""
+    llava = getattr(model, "module", model)
+    trainable = {name for name, parameter in llava.named_parameters() if parameter.requires_grad}
+    return {name: entry for name, entry in model_entries(llava).items() if name in trainable}
+
+
+def _optimizer_entries(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool
+) -> ShardedStateDict:
+    """Adam's moments and the fp32 master weights, named and cut as their parameters are."""
+    weights = trainable_entries(model)
+    if optimizer.config.use_distributed_optimizer:
+        return {"optimizer": optimizer.sharded_state_dict(weights, is_loading, metadata=_OPTIMIZER_METADATA)}
+    if is_loading:
+        for part in optimizer.chained_optimizers:
+            part.init_state_fn(part.optimizer, part.config)
+    entries: ShardedStateDict = {}
+    for name, parameter, state in _adam_states(model, optimizer):
+        tensors = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        if getattr(parameter, "main_param", parameter) is not parameter:
+            tensors["fp32_param"] = parameter.main_param
+        for kind, tensor in tensors.items():
+            entry: ShardedTensor = weights[name].without_data()
+            entry.data, entry.dtype = tensor.detach(), tensor.dtype
+            entry.key = f"optimizer.{kind}.{weights[name].key}"
+            entries[f"optimizer.{kind}.{name}"] = entry
+    return entries
+
+
+def _adam_states(
+    model: DistributedDataParallel, optimizer: MegatronOptimizer
+) -> Iterator[tuple[str, torch.nn.Parameter, dict[str, Any]]]:
+    states: dict[Any, dict[str, Any]] = {}
+    for part in optimizer.chained_optimizers:
+        states.update(part.optimizer.state)
+    for name, parameter in model.module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter, states[getattr(parameter, "main_param", parameter)]
+
+
+def _load(entries: ShardedStateDict, path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(entries, str(path), strict="raise_unexpected")
+    except (CheckpointingException, KeyError, ValueError) as error:
+        raise files.CheckpointError(f"{path} does not fit this run: {' '.join(str(error).split())[:500]}") from error
+
+
+def _copy_into(entries: ShardedStateDict, loaded: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            if name in entries and tensor is not entries[name].data:
+                entries[name].data.copy_(tensor)
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    """This rank's generators as tensors: the default ones and Megatron-Core's tracker."""
+    state = {f"tracker.{name}": value for name, value in tensor_parallel.get_cuda_rng_tracker().get_states().items()}
+    state["default"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {name: value.clone() for name, value in state.items()}
+
+
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["default"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tracked = {name.removeprefix("tracker."): value for name, value in state.items() if name.startswith("tracker.")}
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    with open(beside, "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

@@ -1,0 +1,113 @@
+"""The `mole-mega` command: one sub-command a task, each handed to the room that does it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mole_mega.config import ConfigError
+
+INPUT_ERROR, CHECK_FAILED = 2, 3
+
+
+@dataclass
+class Outcome:
+    """The exit code of a command, as far as it got."""
+
+    code: int = 0
+
+
+@contextlib.contextmanager
+def report_errors(*, debug: bool) -> Iterator[Outcome]:
+    """The process edge: an error becomes one line on standard error and an exit code; a traceback only with --debug.
+
+    2: the user's input; 3: a check that failed; 1: our own fault. Under torchrun rank 0 speaks first; the launcher
+    ends the others, so that one error is one line.
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+    except KeyboardInterrupt:
+        outcome.code = 130
+    except Exception as error:
+        from mole_mega.training.trainer import MissingGradientError
+
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(5)
+        if debug:
+            traceback.print_exc()
+        else:
+            where = "" if rank == "0" else f" (rank {rank})"
+            known = isinstance(error, ValueError | OSError | MissingGradientError)
+            kind = "" if known else f"{type(error).__name__}: "
+            print(f"error{where}: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        is_input = isinstance(error, ConfigError | ValueError | OSError)
+        outcome.code = INPUT_ERROR if is_input else CHECK_FAILED if isinstance(error, MissingGradientError) else 1
+
+
+def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
+    """Run `python -m module` as `nproc` processes under torchrun on this host; returns the first failure's exit code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    import logging
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    args = ["--standalone", f"--nproc-per-node={nproc}", "-m", module, *arguments]
+    try:
+        run(get_args_parser().parse_args(args))
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    from mole_mega import config, train
+
+    parser = argparse.ArgumentParser(prog="mole-mega train", description="Train a run.")
+    parser.add_argument("run", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--nproc", type=int, default=1, help="processes on this host (starts torchrun)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+    arguments = [args.run, *args.overrides, *(["--debug"] if args.debug else [])]
+    if args.nproc == 1:
+        return train.main(arguments)
+    with report_errors(debug=args.debug) as outcome:
+        config.load(args.run, args.overrides)  # a wrong config is told once, before processes start
+        outcome.code = launch("mole_mega.train", arguments, args.nproc)
+    return outcome.code
+
+
+def _convert(argv: list[str]) -> int:
+    from mole_mega.convert import command
+
+    return command.main(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a run, or go on with one"),
+    "convert": (_convert, "checkpoints from Hugging Face"),
+}
+
+
+def main() -> int:
+    """Entry point of `mole-mega`."""
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"usage: mole-mega COMMAND ...\n\n{listing}\n\nmole-mega COMMAND --help says more.")
+        return 0 if len(sys.argv) > 1 else INPUT_ERROR
+    name = sys.argv[1]
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return INPUT_ERROR
+    return COMMANDS[name][0](sys.argv[2:])

@@ -1,0 +1,163 @@
+"""LLaVA composed of Megatron-Core's own parts, under the attribute names of its `LLaVAModel`, so that base checkpoints
+stay interchangeable with it. (`LLaVAModel` itself refuses sequence parallelism without Transformer Engine.)
+
+Shape suffixes: B batch, S sequence, N images, P places an image, H hidden, V vocabulary of one tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+
+from mole_mega.adapters.routers import MoLERouter
+from mole_mega.config import RunConfig
+from mole_mega.models import specs
+from mole_mega.models.mcore_config import McoreConfigs, build_configs
+from mole_mega.models.sizes import LlavaSize
+from mole_mega.models.splice import splice
+from mole_mega.platform.parallel import Parallel
+
+
+class LLaVA(MegatronModule):
+    """One pipeline stage of a LLaVA: tower and projector on the first, the output layer on the last.
+
+    `adapters=False` builds the base alone (conversion). Weights of the base are not initialised: load them.
+    """
+
+    def __init__(self, run: RunConfig, size: LlavaSize, parallel: Parallel, *, adapters: bool = True) -> None:
+        configs: McoreConfigs = build_configs(run, size)
+        super().__init__(configs.language)
+        self.model_type = ModelType.encoder_or_decoder
+        self.size = size
+        self.parallel = parallel
+        self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
+        self.share_embeddings_and_output_weights = size.language.tied_embeddings
+        backend = LocalSpecProvider()
+        if self.pre_process:
+            self.vision_model = CLIPViTModel(
+                configs.vision,
+                specs.vision_layer(backend),
+                ln_pre_impl=specs.TorchNorm,
+                patch_dim=size.vision.patch_size,
+                img_h=size.vision.image_size,
+                img_w=size.vision.image_size,
+                pg_collection=parallel.groups,
+            )
+            self.vision_model.conv1.to(configs.vision.params_dtype)
+            self.vision_projection = MultimodalProjector(
+                configs.projector,
+                specs.projector_mlp(backend),
+                "mlp",
+                size.vision.hidden_size,
+                tp_group=parallel.groups.tp,
+            )
+        tp, vocab_size = parallel.tp_size, size.language.vocab_size
+        padded_vocab_size = -(-vocab_size // tp) * tp
+        per_stage = size.language.num_layers // parallel.pp_size
+        layers = range(parallel.pp_rank * per_stage, (parallel.pp_rank + 1) * per_stage)
+        plan = specs.AdapterPlan(run.adapter if adapters else None, run.train.seed, parallel, backend)
+        self.language_model = GPTModel(
+            configs.language,
+            specs.decoder_block(configs.language, layers, plan),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=size.language.max_length,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            share_embeddings_and_output_weights=size.language.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=size.language.rope_theta,
+            # images are spliced in first
+            scatter_embedding_sequence_parallel=False,
+            pg_collection=parallel.groups,
+        )
+        # vocabulary rows that only pad it to a multiple of TP; they lie on the last rank
+        part = padded_vocab_size // tp
+        self._num_real_logits = min(part, vocab_size - parallel.tp_rank * part)
+        self.to(parallel.device)
+        self._freeze(train_projector=adapters and run.train.projector)
+
+    def _freeze(self, *, train_projector: bool) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad = hasattr(parameter, "placement")
+        if train_projector and self.pre_process:
+            self.vision_projection.requires_grad_(True)
+
+    def routers(self) -> list[MoLERouter]:
+        """This stage's routers, in layer order."""
+        return [module for module in self.modules() if isinstance(module, MoLERouter)]
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Megatron-Core's schedules hand over what the previous stage sent."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels [N, 3, h, w] -> features [N, P, H] in the decoder's width. The tower is frozen and runs without grad."""
+        with torch.no_grad():
+            features = self.vision_model(pixels.to(self.config.params_dtype))[:, 1:]
+        return self.vision_projection(features)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        position_ids: torch.Tensor,
+        padding_mask: torch.Tensor,
+        image_mask: torch.Tensor,
+        pixels: torch.Tensor,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """tokens, position_ids, labels [B, S]; padding_mask and image_mask [B, S] bool (True: a real token; an image
+        place); pixels [N, 3, h, w], N may be 0.
+
+        Returns, by stage: hidden states for the next one; on the last, logits [B, S, V] (padded vocabulary rows at
+        -inf), or the loss of every place [B, S] when `labels` (each place's next token) are given.
+        """
+        decoder_input = self._embed(tokens, position_ids, image_mask, pixels) if self.pre_process else None
+        routed_padding = ~padding_mask
+        if self.config.sequence_parallel:
+            # MoELayer sees this rank's part of the sequence
+            routed_padding = routed_padding.chunk(self.parallel.tp_size, dim=1)[self.parallel.tp_rank]
+        return self.language_model(
+            input_ids=tokens,
+            position_ids=position_ids,
+            attention_mask=None,
+            decoder_input=decoder_input,
+            labels=labels,
+            padding_mask=routed_padding,
+            output_processor=self._output,
+        )
+
+    def _embed(
+        self, tokens: torch.Tensor, position_ids: torch.Tensor, image_mask: torch.Tensor, pixels: torch.Tensor
+    ) -> torch.Tensor:
+        # image places hold an id that need not be in the vocabulary
+        embeddings = self.language_model.embedding(
+            input_ids=tokens.masked_fill(image_mask, 0), position_ids=position_ids
+        ).transpose(0, 1)
+        if pixels.shape[0]:
+            embeddings = splice(embeddings, self.encode_images(pixels), image_mask)
+        elif image_mask.any():
+            raise ValueError(f"{int(image_mask.sum())} image places in the text, but no images")
+        hidden = embeddings.transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.parallel.groups.tp)
+        if self.training and self.config.recompute_granularity == "full" and not hidden.requires_grad:
+            # A recomputed layer whose input needs no gradient is not run backward at all: its adapters would stand still.
+            hidden.requires_grad_()
+        return hidden
+
+    def _output(self, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, labels: Any,
+                compute_language_model_loss: Any, **_: Any) -> torch.Tensor:  # fmt: skip
+        logits, _ = output_layer(hidden_states, weight=output_weight)
+        if self._num_real_logits < logits.shape[-1]:
+            logits[..., max(self._num_real_logits, 0) :] = float("-inf")
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return compute_language_model_loss(labels.clamp(min=0), logits)

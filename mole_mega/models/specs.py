@@ -1,0 +1,133 @@
+"""Which modules each layer is built of: the only place where LoRA and MoLE enter the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRASpec, Projection
+from mole_mega.adapters.mole import MoLEExperts
+from mole_mega.adapters.routers import MoLERouter
+from mole_mega.config import AdapterConfig
+from mole_mega.platform.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What the adapters of one model are built from. `adapter` None builds the frozen base alone."""
+
+    adapter: AdapterConfig | None
+    seed: int
+    parallel: Parallel
+    backend: BackendSpecProvider
+
+    def lora(self, name: str, projections: tuple[Projection, ...], num_blocks: int = 1) -> LoRASpec:
+        assert self.adapter is not None
+        return LoRASpec(
+            adapter=self.adapter, name=name, seed=self.seed, groups=self.parallel.groups, device=self.parallel.device,
+            projections=projections, num_blocks=num_blocks,
+        )  # fmt: skip
+
+
+class TorchNorm:
+    """A torch norm with Megatron-Core's mark for sequence parallelism, which its own wrapper refuses. A class, because
+    Megatron-Core takes a bare function for the finished module."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+def vision_layer(backend: BackendSpecProvider) -> ModuleSpec:
+    """A CLIP layer: pre-LN, full attention, no adapters."""
+    return _layer(
+        SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+        ),
+        AttnMaskType.no_mask,
+        partial(MLP.as_mlp_submodule, submodules=_mlp(backend)),
+    )
+
+
+def projector_mlp(backend: BackendSpecProvider) -> MLPSubmodules:
+    return _mlp(backend)
+
+
+def decoder_block(config: TransformerConfig, layer_indices: range, plan: AdapterPlan) -> TransformerBlockSubmodules:
+    """The decoder layers of one pipeline stage; `layer_indices` are theirs in the whole decoder, from 0."""
+    specs = [
+        _layer(_attention(config, index, plan), AttnMaskType.causal, _decoder_mlp(config, index, plan))
+        for index in layer_indices
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TorchNorm)
+
+
+def _layer(attention: SelfAttentionSubmodules, mask: AttnMaskType, mlp: Any) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _mlp(backend: BackendSpecProvider) -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+
+
+def _attention(config: TransformerConfig, index: int, plan: AdapterPlan) -> SelfAttentionSubmodules:
+    backend, adapter = plan.backend, plan.adapter
+    if adapter is None or not adapter.attention:
+        linear_qkv, linear_proj = backend.column_parallel_linear(), backend.row_parallel_linear()
+    else:
+        name, heads, groups, width = (
+            f"layers.{index}.attention", config.num_attention_heads, config.num_query_groups, config.kv_channels,
+        )  # fmt: skip
+        qkv = (Projection("q", heads // groups * width), Projection("k", width), Projection("v", width))
+        linear_qkv = partial(LoRAColumnParallelLinear, lora=plan.lora(name, qkv, num_blocks=groups))
+        linear_proj = partial(LoRARowParallelLinear, lora=plan.lora(name, (Projection("o", config.hidden_size),)))
+    return SelfAttentionSubmodules(
+        linear_qkv=linear_qkv, core_attention=backend.core_attention(), linear_proj=linear_proj
+    )
+
+
+def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> Any:
+    adapter, parallel = plan.adapter, plan.parallel
+    if adapter is None or (adapter.layers != "all" and index not in adapter.layers):
+        return partial(MLP.as_mlp_submodule, submodules=_mlp(plan.backend), ffn_hidden_size=config.ffn_hidden_size)
+    name = f"layers.{index}.mlp"
+    common = {"adapter": adapter, "seed": plan.seed, "device": parallel.device}
+    if adapter.method == "mole":
+        experts = partial(MoLEExperts, submodules=_mlp(plan.backend), prefix=name, **common)
+        router = partial(MoLERouter, name=f"{name}.router", **common)
+        return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+    width = config.ffn_hidden_size // parallel.tp_size
+    fused = plan.lora(name, (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)
+    submodules = MLPSubmodules(
+        linear_fc1=partial(LoRAColumnParallelLinear, lora=fused),
+        linear_fc2=partial(LoRARowParallelLinear, lora=plan.lora(name, (Projection("down", config.hidden_size),))),
+    )
+    return partial(MLP.as_mlp_submodule, submodules=submodules, ffn_hidden_size=config.ffn_hidden_size)

@@ -1,0 +1,97 @@
+"""One row of scalars a logged step, and the file that holds them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mole_mega.adapters.routers import RoutingSummary
+
+# What depends on the machine and the moment; everything else in a row is the same for the same run.
+TIMING_KEYS = ("tokens_per_second", "seconds_per_step")
+
+Row = dict[str, int | float]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; every rank holds the same. `loss` is the mean over labelled places of the global batch,
+    `domain_loss` and `domain_tokens` [D]; `places` counts all valid places. `applied` is False when a loss or gradient
+    was not finite and the weights stayed as they were."""
+
+    loss: float
+    domain_loss: torch.Tensor
+    domain_tokens: torch.Tensor
+    places: int
+    grad_norm: float
+    applied: bool
+    routing: RoutingSummary | None
+
+
+def step_row(step: int, result: StepResult, lrs: Mapping[str, float], domains: Sequence[str]) -> Row:
+    """The scalars of one step (DESIGN section 5). `tokens` counts valid places, image places included;
+    `loss_tokens` those that are learned from. A domain without labels in this step has no loss."""
+    row: Row = {
+        "step": step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lrs["adapters"],
+        "lr/projector": lrs["projector"],
+        "lr/router": lrs["router"],
+        "tokens": result.places,
+        "loss_tokens": int(result.domain_tokens.sum()),
+        "skipped": int(not result.applied),
+    }
+    for domain, loss, tokens in zip(domains, result.domain_loss, result.domain_tokens, strict=True):
+        if tokens:
+            row[f"loss/{domain}"] = float(loss)
+    routing = result.routing
+    if routing is not None:
+        row["balance_loss"], row["z_loss"] = routing.balance_loss, routing.z_loss
+        for name, layer_values in (("balance_loss", routing.balance_L), ("z_loss", routing.z_L)):
+            row |= {f"{name}/layer_{layer}": float(v) for layer, v in zip(routing.layers, layer_values, strict=True)}
+        for layer, loads in zip(routing.layers, routing.load_LE, strict=True):
+            row |= {f"load/layer_{layer}/expert_{expert}": float(load) for expert, load in enumerate(loads)}
+    return row
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed as it comes."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Opens the file for a run that goes on after `resume_step`: later rows, and a half-written last one, are
+        dropped, since they are about to be computed again."""
+        kept = [row for row in read_rows(path) if row["step"] <= resume_step] if path.exists() else []
+        beside = path.with_name(f".{path.name}.new")
+        beside.write_text("".join(_line(row) for row in kept))
+        beside.replace(path)
+        self._file = open(path, "a")  # noqa: SIM115 - open for the run's length
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a metrics file, in order."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break  # a kill can leave half a line at the end
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    # JSON has no NaN: strict readers refuse the file
+    return json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}) + "\n"

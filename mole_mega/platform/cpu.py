@@ -1,0 +1,267 @@
+"""Everything that Megatron-Core 0.19 needs to run without a CUDA device; nothing else in the project asks for the device.
+
+Megatron-Core writes "cuda" in three ways: as the device of buffers, as streams and RNG state, and through collectives
+that only NCCL has. `install()` gives the modules named in `PATCHES` a view of `torch` in which those names mean the
+CPU. The view is a module's own: `torch` itself is left alone but for the `Tensor` methods in `TENSOR_METHODS`, which
+no view can reach. `missing_symbols()` says by name what an upgrade of Megatron-Core has moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import queue
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TESTED_VERSION = "0.19"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One Megatron-Core module that gets the CPU view of torch; `symbols` are the texts in its source that need it."""
+
+    module: str
+    symbols: tuple[str, ...]
+    reason: str
+
+
+_DEVICE = "torch.cuda.current_device()"
+_FACTORY = "cuda"
+
+PATCHES: tuple[Patch, ...] = (
+    Patch("tensor_parallel.mappings", (_DEVICE, "torch.distributed.all_gather(", "torch.distributed.reduce_scatter(",
+          "torch.distributed.all_to_all_single("), "receive buffers; gloo collectives of unequal sizes"),
+    Patch("tensor_parallel.layers", (_DEVICE,), "weights and gather buffers"),
+    Patch("tensor_parallel.utils", (_DEVICE,), "gather buffers"),
+    Patch("tensor_parallel.random", ("torch.cuda.get_rng_state", "torch.cuda.manual_seed", "def _get_cuda_rng_state",
+          "def _set_cuda_rng_state", "def fork("), "the RNG tracker keeps CUDA generator states"),
+    Patch("pipeline_parallel.p2p_communication", (_DEVICE,), "receive buffers and shapes between stages"),
+    Patch("pipeline_parallel.schedules", (_FACTORY,), "the token counter of the per-token loss"),
+    Patch("optimizer.optimizer", (_FACTORY, "torch.cuda.FloatTensor"), "loss scale, found-inf, parameter type names"),
+    Patch("optimizer.distrib_optimizer", (_DEVICE, "torch.cuda.FloatTensor"), "shard buffers, parameter type names"),
+    Patch("optimizer.clip_grads", (_FACTORY, "torch.cuda.FloatTensor"), "norms and parameter type names"),
+    Patch("optimizer.grad_scaler", (_FACTORY,), "scale tensors"),
+    Patch("distributed.param_and_grad_buffer", (_DEVICE,), "gradient buffers"),
+    Patch("distributed.distributed_data_parallel", ("torch.cuda.",), "streams of the gradient all-reduce"),
+    Patch("transformer.dot_product_attention", (_DEVICE,), "sink and window buffers"),
+    Patch("transformer.attention", (_DEVICE,), "key-value caches"),
+    Patch("transformer.utils", (_FACTORY,), "the causal mask"),
+    Patch("transformer.module", (_DEVICE,), "buffers of wrapped modules"),
+    Patch("transformer.moe.token_dispatcher", ("torch.cuda.Stream()", "torch.cuda.current_stream()"),
+          "device-to-host copies of the split sizes run on a stream of their own"),
+    Patch("models.common.embeddings.rotary_pos_embedding", (_DEVICE,), "inverse frequencies"),
+    Patch("models.common.language_module.language_module", (".cuda()",), "embedding tying at pipeline ends"),
+    Patch("models.vision.clip_vit_model", (".cuda()",), "position ids"),
+    Patch("dist_checkpointing.exchange_utils", (_FACTORY,), "tensors exchanged between ranks on load"),
+    Patch("dist_checkpointing.strategies.state_dict_saver", (_FACTORY,), "flags agreed between ranks on save"),
+    Patch("dist_checkpointing.strategies.async_utils", (_DEVICE,), "flags agreed between ranks on save"),
+    Patch("dist_checkpointing.strategies.filesystem_async", ("def get_write_results_queue", "torch.cuda.synchronize()"),
+          "a synchronous save waits for a device, and starts a second process for its result queue"),
+    Patch("parallel_state", (_DEVICE,), "device ids of barriers"),
+    Patch("utils", ("torch.cuda",), "stream and synchronize helpers"),
+)  # fmt: skip
+
+# Called on tensors, so that a module's view of torch cannot catch them.
+TENSOR_METHODS = {
+    "cuda": "the ViT's position ids and the optimizer's state call Tensor.cuda()",
+    "type": "clipping and the distributed optimizer compare Tensor.type() with 'torch.cuda.FloatTensor'",
+}
+
+
+def install() -> None:
+    """Teach Megatron-Core to run on this machine's CPUs. Call once, before a model is built; a second call is a no-op."""
+    missing = missing_symbols()
+    if missing:
+        raise RuntimeError(f"megatron-core is not {TESTED_VERSION} as tested: {'; '.join(missing)}")
+    view = _cpu_view()
+    for patch in PATCHES:
+        vars(_module(patch))["torch"] = view
+    rng = importlib.import_module("megatron.core.tensor_parallel.random")
+    rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    rng.CudaRNGStatesTracker.fork = _fork
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    writer.get_write_results_queue = lambda *args: queue.Queue()
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings.dist_all_gather_func = dist.all_gather_into_tensor
+    mappings.dist_reduce_scatter_func = dist.reduce_scatter_tensor
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    if torch.Tensor.type is not _type_named_as_cuda:
+        torch.Tensor.type = _type_named_as_cuda  # type: ignore[method-assign,assignment]
+
+
+def missing_symbols() -> list[str]:
+    """Names of patched symbols that this Megatron-Core does not have, one text each; empty when all are in place."""
+    missing = []
+    for patch in PATCHES:
+        try:
+            source = inspect.getsource(_module(patch))
+        except ImportError:
+            missing.append(f"megatron.core.{patch.module} is gone ({patch.reason})")
+            continue
+        missing += [
+            f"megatron.core.{patch.module} no longer has `{symbol}` ({patch.reason})"
+            for symbol in patch.symbols
+            if symbol not in source
+        ]
+    return missing
+
+
+def _module(patch: Patch) -> types.ModuleType:
+    return importlib.import_module(f"megatron.core.{patch.module}")
+
+
+class _View(types.ModuleType):
+    """A module that reads through to another one, but for the names set on it."""
+
+    def __init__(self, target: types.ModuleType, **names: Any) -> None:
+        super().__init__(target.__name__)
+        self.__dict__.update(names)
+        self.__dict__["_target"] = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_target"], name)
+
+
+def _cpu_view() -> _View:
+    cuda = _View(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        current_stream=lambda *args: Stream(),
+        default_stream=lambda *args: Stream(),
+        Stream=Stream,
+        Event=Event,
+        stream=lambda stream: contextlib.nullcontext(),
+        synchronize=lambda *args: None,
+        empty_cache=lambda: None,
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+    )
+    distributed = _View(
+        dist,
+        all_to_all_single=_all_to_all_single,
+        all_gather=_all_gather,
+        reduce_scatter=_reduce_scatter,
+        barrier=_barrier,
+    )
+    factories = {
+        name: _on_cpu(getattr(torch, name))
+        for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "randn", "empty_like", "zeros_like", "ones_like")
+    }
+    return _View(torch, cuda=cuda, distributed=distributed, **factories)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+class Stream:
+    """Stands for `torch.cuda.Stream`: the CPU runs in order, so there is nothing to wait for. A class, because
+    annotations name it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def wait_stream(self, stream: Stream) -> None: ...
+
+    def wait_event(self, event: Event) -> None: ...
+
+    def record_event(self, event: Event | None = None) -> Event:
+        return Event()
+
+    def synchronize(self) -> None: ...
+
+
+class Event:
+    """Stands for `torch.cuda.Event`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Stream | None = None) -> None: ...
+
+    def wait(self, stream: Stream | None = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """`CudaRNGStatesTracker.fork` on the CPU generator. The original also checks that the CPU generator stood still,
+    which here is the one that is meant to move."""
+    if name not in self.states_:
+        raise KeyError(f"rng state {name} is not added")
+    outer = torch.get_rng_state()
+    torch.set_rng_state(self.states_[name])
+    try:
+        yield
+    finally:
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(outer)
+
+
+def _barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
+    return dist.barrier(*args, **kwargs)
+
+
+def _all_to_all_single(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """The dispatcher hands its split sizes over as CPU tensors; the collective takes lists."""
+
+    def as_list(sizes: Any) -> list[int] | None:
+        return None if sizes is None else [int(size) for size in sizes]
+
+    return dist.all_to_all_single(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
+
+
+def _all_gather(outputs: Sequence[torch.Tensor], input: torch.Tensor, group: Any = None, **kwargs: Any) -> None:
+    """`dist.all_gather` for pieces of unequal length, which gloo lacks: pad to the longest, gather, cut."""
+    longest = max(piece.shape[0] for piece in outputs)
+    if all(piece.shape[0] == longest for piece in outputs):
+        dist.all_gather(list(outputs), input.contiguous(), group=group, **kwargs)
+        return
+    padded = input.new_zeros((longest, *input.shape[1:]))
+    padded[: input.shape[0]] = input
+    gathered = [torch.empty_like(padded) for _ in outputs]
+    dist.all_gather(gathered, padded, group=group, **kwargs)
+    for piece, whole in zip(outputs, gathered, strict=True):
+        piece.copy_(whole[: piece.shape[0]])
+
+
+def _reduce_scatter(output: torch.Tensor, inputs: Sequence[torch.Tensor], group: Any = None, **kwargs: Any) -> None:
+    """`dist.reduce_scatter` for pieces of unequal length, which gloo lacks: sum everything, keep one's own piece."""
+    total = torch.cat([piece.contiguous() for piece in inputs])
+    dist.all_reduce(total, group=group, **kwargs)
+    start = sum(piece.shape[0] for piece in inputs[: dist.get_rank(group)])
+    output.copy_(total[start : start + output.shape[0]])
+
+
+_plain_type = torch.Tensor.type
+
+
+def _type_named_as_cuda(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+    if dtype is not None:
+        return _plain_type(self, dtype, **kwargs)
+    return _plain_type(self).replace("torch.", "torch.cuda.", 1)

@@ -1,0 +1,142 @@
+"""Process groups: start them, and one small view of them for the rest of the project.
+
+Everything outside this file and Megatron-Core itself asks a `Parallel` where it stands; nobody reads Megatron-Core's
+global state.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mole_mega.config import ConfigError, ParallelConfig
+from mole_mega.platform import cpu
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Where this process stands. Sizes and ranks of each axis of the process grid, its groups, and its device."""
+
+    groups: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes logs and prints."""
+        return self.rank == 0
+
+    @property
+    def tp_size(self) -> int:
+        return self.groups.tp.size()
+
+    @property
+    def tp_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.groups.pp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def ep_size(self) -> int:
+        return self.groups.ep.size()
+
+    @property
+    def ep_rank(self) -> int:
+        return self.groups.ep.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def initialize(config: ParallelConfig, seed: int, timeout_minutes: float = 10) -> Parallel:
+    """Start torch.distributed (from torchrun's environment, or alone) and Megatron-Core's groups, and seed the RNGs.
+
+    Without a CUDA device Megatron-Core is first taught to do without (`platform/cpu.py`) and gloo carries the
+    collectives. Raises ConfigError when the world does not divide.
+    """
+    on_cuda = torch.cuda.is_available()
+    if not on_cuda:
+        cpu.install()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world(config, world_size)
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            context_parallel_size=config.context,
+            expert_model_parallel_size=config.expert,
+            expert_tensor_parallel_size=config.tensor,
+            create_gloo_process_groups=True,
+        )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    return Parallel(ProcessGroupCollection.use_mpu_process_groups(), device)
+
+
+def shutdown() -> None:
+    """Leave the process groups; safe to call when there are none."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_world(config: ParallelConfig, world_size: int) -> None:
+    """Raise ConfigError unless `world_size` processes can hold the layout."""
+    model = config.tensor * config.pipeline * config.context
+    if world_size % model:
+        raise ConfigError(
+            f"{world_size} processes do not divide into tensor {config.tensor} x pipeline {config.pipeline} "
+            f"x context {config.context} = {model}"
+        )
+    data = world_size // model
+    # Megatron-Core's expert groups: expert x expert-tensor inside each pipeline stage
+    if data * config.context % config.expert:
+        raise ConfigError(
+            f"parallel.expert {config.expert} does not divide the {data * config.context} data-parallel ranks "
+            f"that {world_size} processes leave at tensor {config.tensor} x pipeline {config.pipeline}"
+        )

@@ -1,0 +1,311 @@
+"""The loop: build a run, go on where it stopped, step, log, validate, save, and stop for a reason that is said."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+from mole_mega import config as run_config
+from mole_mega.checkpoint import files
+from mole_mega.checkpoint.base import load_base, read_size
+from mole_mega.checkpoint.store import CheckpointStore, RunState, complete_checkpoints, load_weights, trainable_entries
+from mole_mega.config import ConfigError, RunConfig
+from mole_mega.data.loader import Loader, build_loader
+from mole_mega.models.llava import LLaVA
+from mole_mega.models.sizes import LlavaSize
+from mole_mega.monitor.metrics import MetricsFile, Row, StepResult, step_row
+from mole_mega.monitor.tensorboard import Board
+from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
+from mole_mega.platform.parallel import Parallel
+from mole_mega.training.optimizer import build_optimizer, set_lr
+from mole_mega.training.step import Stepper
+
+# Exit codes of a run (DESIGN section 5).
+DONE, STOPPED_ITSELF, STOPPED_ON_SIGNAL = 0, 4, 75
+
+# A sequence is padded to a multiple of this and of the tensor-parallel size.
+_PAD_TO = 8
+
+
+class MissingGradientError(RuntimeError):
+    """Something trainable got no gradient at the first step: the run would train less than was asked for."""
+
+
+def build_model(run: RunConfig, size: LlavaSize, parallel: Parallel) -> DistributedDataParallel:
+    """This rank's part of the model with the base loaded, wrapped for data parallelism."""
+    model = LLaVA(run, size, parallel)
+    load_base(model, Path(run.model.base))
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=run.train.distributed_optimizer,
+    )
+    return DistributedDataParallel(model.config, ddp_config, model)
+
+
+def build_run_loader(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Loader:
+    """The data of a run, padded so that sequence parallelism divides it."""
+    check_batch(run, parallel)
+    return build_loader(
+        run.data,
+        run.model.base,
+        run.train.seed,
+        size.vision.num_places,
+        size.image_token_id,
+        size.pad_token_id,
+        math.lcm(_PAD_TO, parallel.tp_size),
+    )
+
+
+def check_batch(run: RunConfig, parallel: Parallel) -> None:
+    """Raise ConfigError unless the global batch divides over the data-parallel ranks."""
+    train, dp = run.train, parallel.dp_size
+    if train.global_batch_size % (train.micro_batch_size * dp):
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {dp} data-parallel ranks"
+        )
+
+
+class Trainer:
+    """One process of a run."""
+
+    def __init__(self, run: RunConfig, parallel: Parallel, out: TextIO = sys.stdout) -> None:
+        self.run, self.parallel, self._out = run, parallel, out
+        base = Path(run.model.base)
+        self.size = read_size(base)
+        self.base_hash = files.folder_hash(base)
+        if run.model.base_hash and run.model.base_hash != self.base_hash:
+            raise ConfigError(f"{base} has hash {self.base_hash}, model.base_hash asks for {run.model.base_hash}")
+        self.store = CheckpointStore(run, parallel)
+        self.loader = build_run_loader(run, self.size, parallel)
+        self.model = build_model(run, self.size, parallel)
+        self.optimizer = build_optimizer(self.model, run.train)
+        self.stepper = Stepper(run, self.model, self.optimizer, parallel, len(self.loader.domains))
+        self.state = self._start()
+        self._signal_received = False
+
+    def train(self) -> int:
+        """Run to the last step; returns the exit code."""
+        run = self.run
+        signal.signal(signal.SIGTERM, self._on_signal)
+        self._announce()
+        metrics, board = self._open_logs()
+        throughput = Throughput()
+        saved = self.state.step
+        code = DONE
+        while self.state.step < run.train.steps:
+            step = self.state.step + 1
+            row, result = self._step(step)
+            row |= throughput.step(result.places)
+            if step % run.monitor.every == 0 or not result.applied:
+                self._log(row, metrics, board)
+            if self._due(run.validation.every, step):
+                self._log_validation(step, metrics, board)
+                throughput.restart()
+            if self.state.bad_steps_in_row >= run.train.max_bad_steps:
+                self._say(
+                    f"stopped: {self.state.bad_steps_in_row} steps in a row had a loss or gradient that is not finite. "
+                    f"Last good checkpoint: {self.store.latest() or 'none was written'}"
+                )
+                code = STOPPED_ITSELF
+                break
+            stop = self._stop_agreed()
+            if stop or self._due(run.checkpoint.every, step) or step == run.train.steps:
+                if not self.state.bad_steps_in_row:
+                    saved = step
+                    self._save()
+                throughput.restart()
+            if stop and step < run.train.steps:
+                self._say(f"stopped on a signal after step {step}, saved: run the same command again to go on")
+                code = STOPPED_ON_SIGNAL
+                break
+        if code == DONE:
+            self._say(f"done: {self.state.step} steps, last checkpoint at step {saved} in {self.store.folder}")
+        self._say_skipped_samples()
+        self._say(f"peak memory of rank 0: {peak_memory_bytes() / 2**20:.0f} MiB")
+        for log in (metrics, board):
+            if log is not None:
+                log.close()
+        return code
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss over labelled places of each validation source's first samples."""
+        run = self.run
+        batches = list(
+            self.loader.validation_batches(
+                run.validation.samples, run.train.micro_batch_size, self.parallel.dp_rank, self.parallel.dp_size
+            )
+        )
+        if not batches:
+            return {}
+        loss, tokens = self.stepper.evaluate(batches)
+        return {
+            name: float(loss_sum / count)
+            for name, loss_sum, count in zip(self.loader.domains, loss, tokens, strict=True)
+            if count
+        }
+
+    def _step(self, step: int) -> tuple[Row, StepResult]:
+        train = self.run.train
+        batches = self.loader.micro_batches(
+            step - 1, train.global_batch_size, train.micro_batch_size, self.parallel.dp_rank, self.parallel.dp_size
+        )
+        lrs = set_lr(self.optimizer, step, train)
+        if self.state.applied_steps:
+            result = self.stepper.train_step(batches)
+        else:
+            with _watch_gradients(self.model) as seen:
+                result = self.stepper.train_step(batches)
+            self._check_gradients(seen, had_images=any(len(batch.pixels) for batch in batches))
+        self.state = replace(
+            self.state,
+            step=step,
+            applied_steps=self.state.applied_steps + int(result.applied),
+            bad_steps_in_row=0 if result.applied else self.state.bad_steps_in_row + 1,
+        )
+        return step_row(step, result, lrs, self.loader.domains), result
+
+    def _start(self) -> RunState:
+        """Where this run begins: its own newest checkpoint, another run's weights, or the base alone."""
+        latest = self.store.latest()
+        if latest is not None:
+            state = self.store.load(latest, self.model, self.optimizer)
+            if state.base_hash != self.base_hash:
+                raise ConfigError(
+                    f"{latest} was trained on a base with hash {state.base_hash}; {self.run.model.base} has {self.base_hash}"
+                )
+            self._say(f"going on after step {state.step} from {latest}")
+            return state
+        if self.run.checkpoint.init_from:
+            source = Path(self.run.checkpoint.init_from)
+            found = complete_checkpoints(source / "checkpoints") or [source]
+            load_weights(self.model, found[-1])
+            self.optimizer.reload_model_params()
+            self._say(f"starting from the adapters of {found[-1]}")
+        return RunState(step=0, base_hash=self.base_hash, applied_steps=0)
+
+    def _save(self) -> None:
+        try:
+            path = self.store.save(self.model, self.optimizer, self.state)
+        except files.CheckpointError as error:
+            raise files.CheckpointError(f"{error}. Last good checkpoint: {self.store.latest() or 'none'}") from error
+        self._say(f"saved {path}")
+
+    def _open_logs(self) -> tuple[MetricsFile | None, Board | None]:
+        if not self.parallel.is_main:
+            return None, None
+        folder = Path(self.run.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(run_config.dump(self.run))
+        board = Board(folder / "tensorboard", self.state.step) if self.run.monitor.tensorboard else None
+        return MetricsFile(folder / "metrics.jsonl", self.state.step), board
+
+    def _log(self, row: Row, metrics: MetricsFile | None, board: Board | None) -> None:
+        if metrics is not None:
+            metrics.write(row)
+            if "loss" in row:
+                self._say(progress_line(row, self.run.train.steps))
+        if board is not None:
+            board.write(row)
+
+    def _log_validation(self, step: int, metrics: MetricsFile | None, board: Board | None) -> None:
+        losses = self.validate()
+        self._log({"step": step} | {f"validation/{name}": loss for name, loss in losses.items()}, metrics, board)
+        self._say(f"validation after step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()))
+
+    def _announce(self) -> None:
+        for line in describe_trainable(self.model, self.parallel):
+            self._say(line)
+        p = self.parallel
+        self._say(
+            f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
+            f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
+        )
+
+    def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:
+        adapter = self.run.adapter
+        # a router without gate gradient still has its own losses, which need more than one expert
+        router_losses = adapter.num_experts > 1 and (adapter.balance_weight > 0 or adapter.z_loss_weight > 0)
+        missing = []
+        for name, parameter in self.model.module.named_parameters():
+            if not parameter.requires_grad or name in seen:
+                continue
+            group = parameter.lr_group
+            if (group == "projector" and not had_images) or (group == "router" and (router_losses or adapter.gate == "none")):
+                continue
+            missing.append(name)
+        if missing:
+            raise MissingGradientError(f"no gradient at the first step for {len(missing)} tensors, first {missing[0]}")
+
+    def _say(self, text: str) -> None:
+        if self.parallel.is_main:
+            print(text, file=self._out, flush=True)
+
+    def _say_skipped_samples(self) -> None:
+        gathered: list[dict[str, dict[str, int]]] = [{} for _ in range(self.parallel.world_size)]
+        dist.all_gather_object(gathered, self.loader.skipped)
+        # tensor- and pipeline-parallel ranks read the same samples: ask one rank of each data-parallel group
+        ranks = dist.get_process_group_ranks(self.parallel.groups.dp)
+        totals: dict[tuple[str, str], int] = {}
+        for rank in ranks:
+            for domain, kinds in gathered[rank].items():
+                for kind, count in kinds.items():
+                    totals[domain, kind] = totals.get((domain, kind), 0) + count
+        for (domain, kind), count in sorted(totals.items()):
+            self._say(f"left out {count} samples of {domain}: {kind}")
+        for message in self.loader.skipped_messages[:3]:
+            self._say(f"  for example: {message}")
+
+    def _on_signal(self, *_: object) -> None:
+        self._signal_received = True
+
+    def _stop_agreed(self) -> bool:
+        """Whether any rank was told to stop; all agree on the step."""
+        flag = torch.tensor(int(self._signal_received), device=self.parallel.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+
+def describe_trainable(model: DistributedDataParallel, parallel: Parallel) -> list[str]:
+    """The trainable set over the whole model, a line a group: what it is called, how many tensors and numbers."""
+    groups = {name: parameter.lr_group for name, parameter in model.module.named_parameters() if parameter.requires_grad}
+    mine = {entry.key: (groups[name], entry.global_shape) for name, entry in trainable_entries(model).items()}
+    everyone: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in range(parallel.world_size)]
+    dist.all_gather_object(everyone, mine)
+    whole = {key: value for part in everyone for key, value in part.items()}
+    lines = []
+    for group in sorted({group for group, _ in whole.values()}):
+        shapes = [shape for g, shape in whole.values() if g == group]
+        lines.append(f"trainable {group}: {sum(math.prod(s) for s in shapes):,} numbers in {len(shapes)} tensors")
+    return lines
+
+
+@contextlib.contextmanager
+def _watch_gradients(model: DistributedDataParallel) -> Iterator[set[str]]:
+    """The names of the parameters that a gradient reaches inside the block."""
+    seen: set[str] = set()
+    hooks = [
+        parameter.register_hook(lambda _, name=name: seen.add(name))
+        for name, parameter in model.module.named_parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

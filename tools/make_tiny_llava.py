@@ -1,0 +1,317 @@
+"""Build the demo's base model: a real transformers LLaVA of about two million parameters that reads images well.
+
+The model is pretrained here, in plain torch and in full, on train crops of the demo's pictures with neutral answers. It
+never sees a held-out crop, nor a domain's answering code; the code words themselves it knows from text to repeat.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import make_demo_data as demo
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from mole_mega.data.conversation import IGNORE_INDEX, VICUNA_CHAT_TEMPLATE, Encoder, Example
+from mole_mega.data.image import ImageSpec, preprocess
+from mole_mega.data.sources import ImageRef, Sample
+
+IMAGE_SIZE, PATCH_SIZE = demo.CANVAS, 8
+NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+VOCABULARY = 512
+IMAGE_TOKEN = "<image>"
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_PLACES = 256
+NO_FILE = ImageRef(b"", max_pixels=0, source="demo", sample_id="0")  # the encoder counts images but never opens one
+SEED = 11
+
+
+def demo_words() -> list[str]:
+    """Every word the demo's conversations use, the chat template's included, with the space before it if it has one."""
+    texts = [*demo.QUESTIONS.values(), "Repeat:", *VICUNA_CHAT_TEMPLATE.split("'"), "assistant. user's USER:"]
+    values = [*demo.CORNERS, *demo.MATS, *demo.CODE_WORDS, "at on"]
+    values += [subject for subjects in demo.SUBJECTS.values() for subject in subjects]
+    words = {word for text in texts for word in text.split()}
+    # A question begins after a line break, and `USER:` after a stop token: no space before either.
+    return sorted(words) + sorted(f" {word}" for word in {*words, *" ".join(values).split()})
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer in Llama's manner: a word carries the space before it, written as U+2581."""
+    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[A-Za-z]+|▁?[0-9]|▁?[^▁A-Za-z0-9]|▁"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    printable = ["\n", *map(chr, range(33, 127)), "▁"]
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=printable, show_progress=False
+    )
+    tokenizer.train_from_iterator(demo_words() * 2, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        model_max_length=512,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        chat_template=VICUNA_CHAT_TEMPLATE,
+    )
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """CLIP's image preparation at the tiny size, with LLaVA's 36 image places a picture."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+        chat_template=VICUNA_CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """A LLaVA with random weights: CLIP ViT, two-layer GELU projector, Llama with grouped-query attention."""
+    vision = CLIPVisionConfig(
+        hidden_size=160,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        hidden_act="quick_gelu",
+        projection_dim=128,
+    )
+    text = LlamaConfig(
+        vocab_size=math.ceil(len(tokenizer) / 8) * 8,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=NUM_PATCHES,
+        multimodal_projector_bias=True,
+        tie_word_embeddings=False,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    """[3, size, size], as the project's own loader prepares it."""
+    return preprocess(image, ImageSpec(IMAGE_SIZE, CLIP_MEAN, CLIP_STD))
+
+
+class SceneStream:
+    """Endless neutral scenes of all domains, from the train crops only (or the held-out ones, to measure)."""
+
+    def __init__(self, held_out: bool, seed: int):
+        self.subjects = demo.Subjects(held_out)
+        self.rng = random.Random(seed)
+
+    def draw(self, count: int) -> list[demo.Scene]:
+        return [demo.draw_scene(self.rng.choice(demo.DOMAINS), self.subjects, self.rng) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Token ids and the labels of the next token, [batch, places], padded on the right."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+class Writer:
+    """Turns questions and answers into token ids and labels, by the project's own encoder."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self._pad = tokenizer.pad_token_id
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._encoder = Encoder(
+            tokenizer, image_token_id=image_token_id, places_per_image=NUM_PATCHES, max_length=MAX_PLACES
+        )
+
+    def encode(self, turns: list[tuple[str, str]]) -> Example:
+        """One conversation about one image."""
+        messages = []
+        for index, (question, answer) in enumerate(turns):
+            image = f"{IMAGE_TOKEN}\n" if index == 0 else ""
+            messages += [("user", image + question), ("assistant", answer)]
+        return self._encoder.encode(Sample(tuple(messages), (NO_FILE,), "demo", "0"))
+
+    def batch(self, conversations: list[list[tuple[str, str]]]) -> TextBatch:
+        """Conversations of one image each, padded to the longest."""
+        examples = [self.encode(turns) for turns in conversations]
+        return TextBatch(
+            pad_sequence([example.tokens for example in examples], batch_first=True, padding_value=self._pad),
+            pad_sequence([example.labels for example in examples], batch_first=True, padding_value=IGNORE_INDEX),
+            pad_sequence([torch.ones_like(example.tokens) for example in examples], batch_first=True),
+        )
+
+
+def pretraining_turns(scene: demo.Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """All four questions in a random order, and code words to repeat, so that their embeddings learn something."""
+    turns = [(question, demo.plain_answer(scene, asked)) for asked, question in demo.QUESTIONS.items()]
+    words = " ".join(rng.choices(demo.CODE_WORDS, k=rng.randint(2, 6)))
+    turns.append((f"Repeat: {words}", words))
+    rng.shuffle(turns)
+    return turns
+
+
+def learning_rates(peak: float, steps: int) -> Iterator[float]:
+    """Linear warm-up over the first twentieth, then a cosine down to a fiftieth of the peak."""
+    warmup = max(1, steps // 20)
+    for step in range(steps):
+        cosine = 0.51 + 0.49 * math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))
+        yield peak * min(1.0, (step + 1) / warmup) * cosine
+
+
+def make_optimizer(parameters) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.02)
+
+
+def take_step(loss: torch.Tensor, optimizer: torch.optim.AdamW, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+
+
+def pretrain_vision(model: LlavaForConditionalGeneration, steps: int, batch_size: int, peak_lr: float) -> None:
+    """Give the tower a head start as a classifier of subject, corner and mat; the heads are thrown away.
+
+    Learning to see through the language loss alone takes several times as long.
+    """
+    tower = model.model.vision_tower
+    vocabularies = {
+        attribute: sorted({value for domain in demo.DOMAINS for value in demo.attribute_values(domain, attribute)})
+        for attribute in demo.ATTRIBUTES
+    }
+    width = tower.config.hidden_size
+    heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in vocabularies.items()})
+    optimizer = make_optimizer([*tower.parameters(), *heads.parameters()])
+    stream = SceneStream(held_out=False, seed=SEED)
+    for step, lr in enumerate(learning_rates(peak_lr, steps)):
+        scenes = stream.draw(batch_size)
+        images = torch.stack([pixels(scene.image) for scene in scenes])
+        features = tower(images, output_hidden_states=True).hidden_states[-2][:, 1:].mean(dim=1)
+        features = F.layer_norm(features, (width,))
+        losses = {}
+        for name, words in vocabularies.items():
+            targets = torch.tensor([words.index(scene.values[name]) for scene in scenes])
+            losses[name] = F.cross_entropy(heads[name](features), targets)
+        take_step(sum(losses.values()), optimizer, lr)
+        if step % 50 == 0 or step == steps - 1:
+            print(f"vision {step:5d}", {name: round(loss.item(), 3) for name, loss in losses.items()}, flush=True)
+
+
+def pretrain_language(
+    model: LlavaForConditionalGeneration, writer: Writer, steps: int, batch_size: int, peak_lr: float
+) -> None:
+    """Train the whole model on neutral conversations."""
+    optimizer = make_optimizer(model.parameters())
+    stream = SceneStream(held_out=False, seed=SEED + 1)
+    started = time.monotonic()
+    for step, lr in enumerate(learning_rates(peak_lr, steps)):
+        scenes = stream.draw(batch_size)
+        batch = writer.batch([pretraining_turns(scene, stream.rng) for scene in scenes])
+        images = torch.stack([pixels(scene.image) for scene in scenes])
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=images).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
+        take_step(loss, optimizer, lr)
+        if step % 50 == 0 or step == steps - 1:
+            print(f"language {step:5d} loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def held_out_accuracy(model: LlavaForConditionalGeneration, writer: Writer, count: int = 200) -> dict[str, float]:
+    """Exact match of neutral single-question answers on held-out crops, teacher-forced (equal to greedy decoding)."""
+    model.eval()
+    accuracy = {}
+    for domain in demo.DOMAINS:
+        asked = list(demo.draw_questions(domain, count, held_out=True, seed="neutral"))
+        batch = writer.batch([[(demo.QUESTIONS[name], demo.plain_answer(scene, name))] for scene, name in asked])
+        images = torch.stack([pixels(scene.image) for scene, _ in asked])
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=images).logits
+        right = (logits.argmax(-1) == batch.labels) | (batch.labels == IGNORE_INDEX)
+        accuracy[domain] = right.all(dim=1).float().mean().item()
+    return accuracy
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Build and pretrain the demo's tiny LLaVA.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and its processor")
+    parser.add_argument("--vision-steps", type=int, default=600)
+    parser.add_argument("--language-steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Build, pretrain, measure, save."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(SEED)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    writer = Writer(tokenizer)
+    pretrain_vision(model, arguments.vision_steps, arguments.batch_size, peak_lr=1e-3)
+    pretrain_language(model, writer, arguments.language_steps, arguments.batch_size, peak_lr=2e-3)
+    model.to(torch.bfloat16).save_pretrained(arguments.out)
+    build_processor(tokenizer).save_pretrained(arguments.out)
+    stored = LlavaForConditionalGeneration.from_pretrained(arguments.out, dtype=torch.float32)
+    for domain, accuracy in held_out_accuracy(stored, writer).items():
+        print(f"held-out exact match, neutral wording, {domain}: {accuracy:.3f}")
+
+
+if __name__ == "__main__":
+    main()
