@@ -77,7 +77,7 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--nproc", type=int, default=1, help="processes on this host (starts torchrun)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     arguments = [args.run, *args.overrides, *(["--debug"] if args.debug else [])]
     if args.nproc == 1:
         return train.main(arguments)
@@ -93,8 +93,15 @@ def _convert(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def _verify_parallel(argv: list[str]) -> int:
+    from mole_mega.training import parity
+
+    return parity.command(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a run, or go on with one"),
+    "verify-parallel": (_verify_parallel, "prove that layouts compute what one process computes"),
     "convert": (_convert, "checkpoints from Hugging Face"),
 }
 

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     with report_errors(debug=args.debug) as outcome:
         run = run_config.load(args.run, args.overrides)
         if not args.debug:

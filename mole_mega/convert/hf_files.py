@@ -79,7 +79,7 @@ class HfTensors:
 
 @contextlib.contextmanager
 def open_tensors(folder: Path) -> Iterator[HfTensors]:
-    """Open the shards of a folder. Raises ConfigError naming the file that is missing, cut short or not listed right."""
+    """Open the shards of a folder. Raises ConfigError naming the file that is missing or cut short."""
     listed = _listed_shards(folder)
     with contextlib.ExitStack() as stack:
         shards = {path: stack.enter_context(_open_shard(path)) for path in sorted(listed)}

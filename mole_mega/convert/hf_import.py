@@ -94,8 +94,7 @@ def fill(model: LLaVA, tensors: HfTensors, precision: torch.dtype | None) -> Non
         for name, part in zip(row.hf, expected, strict=True):
             if tensors.shape(name) != tuple(part.shape):
                 raise ConfigError(
-                    f"{tensors.where(name)} has shape {list(tensors.shape(name))}, "
-                    f"{CONFIG} makes it {list(part.shape)}"
+                    f"{tensors.where(name)} has shape {list(tensors.shape(name))}, {CONFIG} makes it {list(part.shape)}"
                 )
     for row in rows:
         tensor = rules[row.rule].to_ours(*(tensors.read(name) for name in row.hf))
@@ -132,9 +131,7 @@ def _empty_model(size: LlavaSize, parallel: Parallel) -> LLaVA:
     return LLaVA(run, size, parallel, adapters=False)
 
 
-def _write_unused(
-    folder: Path, tensors: HfTensors, size: LlavaSize, precision: torch.dtype | None
-) -> list[Path]:
+def _write_unused(folder: Path, tensors: HfTensors, size: LlavaSize, precision: torch.dtype | None) -> list[Path]:
     kept = {name: _owned(tensors.read(name), precision) for name in llava_hf.unused_names(size) if name in tensors}
     if not kept:
         return []

@@ -61,7 +61,7 @@ def build_configs(run: RunConfig, size: LlavaSize) -> McoreConfigs:
             num_layers=1,
             hidden_size=language.hidden_size,
             ffn_hidden_size=language.hidden_size,
-            num_attention_heads=1,
+            num_attention_heads=language.num_heads,  # unused, but checked against TP
             activation_func=F.gelu,
         ),
         language=_transformer_config(

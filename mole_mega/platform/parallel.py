@@ -117,10 +117,15 @@ def initialize(config: ParallelConfig, seed: int, timeout_minutes: float = 10) -
     return Parallel(ProcessGroupCollection.use_mpu_process_groups(), device)
 
 
-def shutdown() -> None:
-    """Leave the process groups; safe to call when there are none."""
+def leave_groups() -> None:
+    """Give up the layout, but not the world: `initialize` can then make another."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Leave all process groups; safe to call when there are none."""
+    leave_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -38,12 +38,16 @@ class Stepper:
         self.backward(micro_batches)
         return self.apply()
 
-    def backward(self, micro_batches: Sequence[Batch]) -> None:
-        """Accumulate and reduce the gradient of the mean loss over the global batch."""
+    def backward(self, micro_batches: Sequence[Batch], *, whole_gradients: bool = False) -> None:
+        """Accumulate and reduce the gradient of the mean loss over the global batch.
+
+        `whole_gradients` leaves each rank with all of its gradients, also under the distributed optimizer, which
+        otherwise reduces only the part that a rank steps.
+        """
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._forward_backward(micro_batches, forward_only=False)
+        sums = self._forward_backward(micro_batches, forward_only=False, force_all_reduce=whole_gradients)
         self._totals = self._reduce(sums, micro_batches)
 
     def apply(self) -> StepResult:
@@ -71,7 +75,9 @@ class Stepper:
         domain_loss, domain_tokens, _ = self._reduce(sums, micro_batches)
         return domain_loss, domain_tokens
 
-    def _forward_backward(self, micro_batches: Sequence[Batch], *, forward_only: bool) -> list[LossSums]:
+    def _forward_backward(
+        self, micro_batches: Sequence[Batch], *, forward_only: bool, force_all_reduce: bool = False
+    ) -> list[LossSums]:
         return get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=iter(micro_batches),
@@ -81,6 +87,7 @@ class Stepper:
             seq_length=self.run.data.max_length,
             micro_batch_size=self.run.train.micro_batch_size,
             forward_only=forward_only,
+            force_all_reduce=force_all_reduce,
         )
 
     def _forward(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:

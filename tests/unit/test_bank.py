@@ -20,6 +20,15 @@ COUNTS = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from a second thread and lose seconds to it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def lora_delta_reference(x, A, B, tokens_per_expert, scale, weight=None):
     """weight_t * scale * B_e A_e x_t, one expert after the other."""
     deltas, start = [], 0

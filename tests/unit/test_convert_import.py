@@ -16,7 +16,7 @@ from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig
 from mole_mega.convert import hf_config, llava_hf
 from mole_mega.convert.hf_import import UNUSED_FILE, import_hf, read_size
 from mole_mega.models.llava import LLaVA
-from mole_mega.models.sizes import LlavaSize
+from mole_mega.models.sizes import SIZES, LlavaSize
 from mole_mega.platform import parallel as platform
 
 IMAGE_TOKEN, PLACES = 5, 4
@@ -208,7 +208,9 @@ HUB = (
 NESTED = (("model.vision_tower.", "model.vision_tower.vision_model."),)
 
 
-@pytest.mark.parametrize("prefixes", [(), HUB, NESTED], ids=["built model's names", "hub's older names", "nested tower"])
+@pytest.mark.parametrize(
+    "prefixes", [(), HUB, NESTED], ids=["built model's names", "hub's older names", "nested tower"]
+)
 def test_every_layout_of_names_gives_the_same_base(prefixes, source, parallel, tmp_path):
     renamed = rename(copy(source, tmp_path / "hf"), prefixes)
     assert load_file(renamed / "model.safetensors").keys() != load_file(source / "model.safetensors").keys()
@@ -267,7 +269,13 @@ def test_a_base_takes_the_precision_of_its_source(source, parallel, tmp_path):
 
 def test_tokenizer_processor_and_generation_files_come_along(source, parallel, tmp_path):
     changed = copy(source, tmp_path / "hf")
-    names = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "processor_config.json", "chat_template.jinja"]
+    names = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "processor_config.json",
+        "chat_template.jinja",
+    ]
     for name in [*names, "README.md"]:
         (changed / name).write_text(name)
     import_hf(changed, tmp_path / "base")
@@ -303,30 +311,12 @@ def stored_bytes(folder: Path) -> int:
 # ---- names and sizes
 
 
-def test_the_table_names_every_tensor_of_transformers_model():
-    model = build_hf(*SHAPES["multi-head"])
-    names = {llava_hf.canonical_name(name) for name in model.state_dict()}
-    size = hf_size_of(model)
+def test_the_table_names_every_tensor_of_transformers_model(source):
+    names = {llava_hf.canonical_name(name) for name in build_hf(*SHAPES["grouped-query"]).state_dict()}
+    size = read_size(source)
     table = [name for row in llava_hf.rows(size) for name in row.hf]
     assert len(table) == len(set(table))
     assert {*table, *llava_hf.unused_names(size)} == names
-
-
-def hf_size_of(model: LlavaForConditionalGeneration) -> LlavaSize:
-    text, vision = model.config.text_config, model.config.vision_config
-    from mole_mega.models.sizes import LanguageSize, VisionSize
-
-    return LlavaSize(
-        vision=VisionSize(
-            num_layers=vision.num_hidden_layers, hidden_size=vision.hidden_size, ffn_hidden_size=40, num_heads=3,
-            image_size=16, patch_size=8,
-        ),
-        language=LanguageSize(
-            num_layers=text.num_hidden_layers, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=4,
-            vocab_size=64, max_length=128,
-        ),
-        image_token_id=IMAGE_TOKEN,
-    )  # fmt: skip
 
 
 def test_defaults_are_those_of_transformers():
@@ -335,3 +325,196 @@ def test_defaults_are_those_of_transformers():
         for key, value in defaults.items():
             assert getattr(configs[section], key) == value, (section, key)
     assert configs["text_config"].rope_parameters["rope_theta"] == hf_config.DEFAULT_ROPE_THETA
+
+
+HUB_CONFIG = {  # as the hub has LLaVA-1.5 7B, written by an older transformers: most of the decoder's keys left out
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "model_type": "llama",
+        "rms_norm_eps": 1e-05, "torch_dtype": "float16", "vocab_size": 32064,
+    },
+    "vision_config": {
+        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}  # fmt: skip
+
+
+def test_the_hub_config_of_llava15_7b_is_the_size_known_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HUB_CONFIG))
+    assert hf_config.size_from_config(tmp_path / "config.json", vocab_size=32064) == SIZES["llava15_7b"]
+
+
+def test_size_is_read_from_older_and_newer_keys(source, tmp_path):
+    older = copy(source, tmp_path / "older")
+
+    def to_older(config: dict) -> None:
+        config["text_config"]["rope_theta"] = config["text_config"].pop("rope_parameters")["rope_theta"]
+        config["text_config"]["rope_scaling"] = None
+        config["image_token_id"] = config.pop("image_token_index")
+        del config["text_config"]["head_dim"]
+
+    edit_config(older, to_older)
+    assert read_size(older) == read_size(source)
+    size = read_size(source)
+    assert (size.image_token_id, size.pad_token_id, size.language.vocab_size) == (IMAGE_TOKEN, 1, TEXT["vocab_size"])
+
+
+def test_vocabulary_is_the_embeddings_own(source, tmp_path):
+    changed = copy(source, tmp_path / "hf")
+    edit_config(changed, lambda c: c["text_config"].update(vocab_size=60))
+    assert read_size(changed).language.vocab_size == TEXT["vocab_size"]
+
+
+# ---- refusals: each is one line that names file and key, and leaves nothing behind
+
+
+def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def top(**keys):
+    return lambda folder: edit_config(folder, lambda config: config.update(keys))
+
+
+def text(**keys):
+    return lambda folder: edit_config(folder, lambda config: config["text_config"].update(keys))
+
+
+def vision(**keys):
+    return lambda folder: edit_config(folder, lambda config: config["vision_config"].update(keys))
+
+
+def tensors(change):
+    return lambda folder: edit_tensors(folder, change)
+
+
+def shards(change):
+    """A folder of three shards, then `change(folder)`."""
+
+    def make(folder: Path) -> None:
+        everything = sorted(load_file(folder / "model.safetensors").items())
+        (folder / "model.safetensors").unlink()
+        weight_map = {}
+        for index in range(3):
+            part = dict(everything[index::3])
+            save_file(part, folder / f"part-{index}.safetensors")
+            weight_map |= dict.fromkeys(part, f"part-{index}.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        change(folder)
+
+    return make
+
+
+def edit_index(change):
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return edit
+
+
+def cut(name: str, keep: int):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+GATE, EMBED = "language_model.model.layers.1.mlp.gate_proj.weight", "language_model.model.embed_tokens.weight"
+UNTIED = "language_model.lm_head.weight"
+BAD = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "cannot read .*config.json"),
+    "config cut short": (cut("config.json", 40), "config.json is not JSON"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json must hold a mapping"),
+    "another model": (top(model_type="llava_next"), "config.json describes 'llava_next'"),
+    "the first LLaVA code's": (top(architectures=["LlavaLlamaForCausalLM"]), "LlavaLlamaForCausalLM"),
+    "quantized": (top(quantization_config={"bits": 4}), "quantization_config"),
+    "no decoder": (top(text_config=None), "text_config must be a mapping"),
+    "class token kept": (top(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'full'"),
+    "two feature layers": (top(vision_feature_layer=[-2, -1]), r"vision_feature_layer is \[-2, -1\]"),
+    "no such feature layer": (top(vision_feature_layer=-9), "vision_feature_layer is -9; the tower has 3"),
+    "feature layer is the embedding": (top(vision_feature_layer=0), "vision_feature_layer is 0"),
+    "projector's activation": (top(projector_hidden_act="relu"), "projector_hidden_act is 'relu'; only 'gelu'"),
+    "projector without biases": (top(multimodal_projector_bias=False), "multimodal_projector_bias"),
+    "image token": (top(image_token_index="<image>"), "image_token_index must be a token id"),
+    "tying said in words": (top(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
+    "another decoder": (text(model_type="mistral"), "text_config.model_type is 'mistral'; only 'llama'"),
+    "decoder's activation": (text(hidden_act="gelu"), "text_config.hidden_act is 'gelu'; only 'silu'"),
+    "attention biases": (text(attention_bias=True), "text_config.attention_bias"),
+    "mlp biases": (text(mlp_bias=True), "text_config.mlp_bias"),
+    "rope scaling": (
+        text(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
+        "text_config.rope_parameters is of type 'llama3'",
+    ),
+    "older rope scaling": (text(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is of type 'linear'"),
+    "rope of many kinds": (text(rope_parameters={"full": {"rope_theta": 1e4}}), "rope_parameters must be one flat"),
+    "partial rope": (text(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "rope base": (text(rope_parameters={"rope_theta": "big"}), "rope_theta must be a number above 0, got 'big'"),
+    "no heads": (text(num_attention_heads=0), "num_attention_heads must be a positive integer, got 0"),
+    "heads that do not divide": (text(num_attention_heads=5, head_dim=None), "num_attention_heads 5 does not divide"),
+    "groups that do not divide": (text(num_key_value_heads=3), "num_key_value_heads 3 does not divide"),
+    "half a width": (text(hidden_size=3.5), "hidden_size must be a positive int"),
+    "another tower": (vision(model_type="siglip_vision_model"), "vision_config.model_type is 'siglip_vision_model'"),
+    "tower's activation": (vision(hidden_act="gelu"), "vision_config.hidden_act is 'gelu'; only 'quick_gelu'"),
+    "patches that do not divide": (vision(patch_size=7), "patch_size 7 does not divide image_size 16"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "weights cut short": (cut("model.safetensors", 9000), "model.safetensors is not a whole safetensors file"),
+    "weights cut in the header": (cut("model.safetensors", 100), "model.safetensors is not a whole safetensors file"),
+    "empty weights": (cut("model.safetensors", 0), "model.safetensors is not a whole safetensors file"),
+    "missing shard": (shards(lambda f: (f / "part-1.safetensors").unlink()), "part-1.safetensors is missing"),
+    "shard cut short": (shards(cut("part-2.safetensors", 5000)), "part-2.safetensors is not a whole"),
+    "shard without its tensor": (
+        shards(edit_index(lambda m: m.update({EMBED: "part-0.safetensors", GATE: "part-0.safetensors"}))),
+        "part-0.safetensors does not hold language_model.model.*, which model.safetensors.index.json says",
+    ),
+    "shard elsewhere": (shards(edit_index(lambda m: m.update({EMBED: "../x"}))), "embed_tokens.weight is in '../x'"),
+    "index without a map": (
+        shards(lambda f: (f / "model.safetensors.index.json").write_text("{}")),
+        "index.json has no weight_map",
+    ),
+    "unknown tensor": (tensors(lambda t: t.update({"lora.A": torch.ones(2)})), "model.safetensors: lora.A is not a"),
+    "one layer too many": (text(num_hidden_layers=1), r"layers\.1\..* is not a tensor of this model"),
+    "one layer too few": (text(num_hidden_layers=3), r"no tensor model.language_model.layers.2..*made of it"),
+    "missing tensor": (tensors(lambda t: t.pop(GATE)), r"no tensor .*layers.1.mlp.gate_proj.weight; .*linear_fc1"),
+    "missing embedding": (tensors(lambda t: t.pop(EMBED)), "no tensor model.language_model.embed_tokens.weight"),
+    "missing output": (tensors(lambda t: t.pop(UNTIED)), "no tensor lm_head.weight"),
+    "tensor of another shape": (
+        tensors(lambda t: t.update({GATE: t[GATE][:-1].clone()})),
+        r"gate_proj.weight has shape \[47, 32\], config.json makes it \[48, 32\]",
+    ),
+    "width other than the config's": (text(intermediate_size=96), r"gate_proj.weight has shape \[48, 32\]"),
+    "embedding of no matrix": (tensors(lambda t: t.update({EMBED: torch.ones(3)})), r"embed_tokens.weight has shape"),
+    "integers": (tensors(lambda t: t.update({GATE: t[GATE].to(torch.int8)})), "gate_proj.weight is stored as I8"),
+    "two names for one tensor": (
+        tensors(lambda t: t.update({"lm_head.weight": torch.ones(64, 32)})),
+        "is the same tensor as",
+    ),
+    "untied weights said to be tied": (top(tie_word_embeddings=True), "lm_head.weight differs from the embedding"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_refused_in_one_line(kind, source, parallel, tmp_path):
+    spoil, message = BAD[kind]
+    folder = copy(source, tmp_path / "hf")
+    spoil(folder)
+    with pytest.raises(ConfigError, match=message) as caught:
+        import_hf(folder, tmp_path / "base")
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_an_existing_folder_is_not_overwritten(source, parallel, tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ConfigError, match="base exists"):
+        import_hf(source, tmp_path / "base")
+    assert not list((tmp_path / "base").iterdir())

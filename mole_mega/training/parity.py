@@ -1,0 +1,356 @@
+"""Proof that a layout computes what one process computes: the same loss, the gradient of every trainable tensor, and
+the same weights after optimizer steps.
+
+A case is a run's config on a model that is scaled down but built, fed and stepped by the real code. Each case is run
+under torchrun in a process of its own world size and leaves a record; records are compared tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from mole_mega import config as run_config
+from mole_mega.checkpoint.base import save_base
+from mole_mega.checkpoint.store import trainable_entries
+from mole_mega.cli import launch
+from mole_mega.config import ConfigError, ParallelConfig, RunConfig
+from mole_mega.data.collate import Batch
+from mole_mega.data.conversation import IGNORE_INDEX
+from mole_mega.models.llava import LLaVA
+from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
+from mole_mega.platform import parallel as platform
+from mole_mega.platform.parallel import Parallel
+from mole_mega.training.optimizer import build_optimizer, set_lr
+from mole_mega.training.step import Stepper
+
+# DESIGN section 6: fp32, relative to each tensor's norm; Adam magnifies rounding.
+GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One config to record. `run.parallel` is its layout, `world_size` its processes."""
+
+    name: str
+    run: RunConfig
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a case is from its one-process reference, each relative to the reference's norm."""
+
+    case: Case
+    loss: float
+    gradient: float
+    gradient_tensor: str
+    weight: float
+    weight_tensor: str
+    num_tensors: int
+
+    @property
+    def equal(self) -> bool:
+        return self.loss <= GRADIENT_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE and self.weight <= WEIGHT_TOLERANCE
+
+
+def standard_layouts(max_world_size: int) -> list[tuple[ParallelConfig, int]]:
+    """(layout, world size) of every kind of parallelism and their pairs, as far as `max_world_size` processes go."""
+    table = [
+        (dict(tensor=2), 2), (dict(pipeline=2), 2), (dict(expert=2), 2), (dict(), 2),
+        (dict(tensor=2, expert=2), 4), (dict(pipeline=2, expert=2), 4), (dict(tensor=2, pipeline=2), 4),
+        (dict(tensor=2, pipeline=2, expert=2), 8),
+    ]  # fmt: skip
+    return [(ParallelConfig(**sizes), world) for sizes, world in table if world <= max_world_size]
+
+
+def layout_name(layout: ParallelConfig, world_size: int) -> str:
+    """For people: TP 2 + SP x EP 2."""
+    data = world_size // (layout.tensor * layout.pipeline)
+    parts = [f"TP {layout.tensor} + SP"] * (layout.tensor > 1) + [f"PP {layout.pipeline}"] * (layout.pipeline > 1)
+    parts += [f"EP {layout.expert}"] * (layout.expert > 1) + [f"DP {data}"] * (data > layout.expert)
+    return " x ".join(parts) or "one process"
+
+
+def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig, LlavaSize]:
+    """The run in fp32 and without dropout on a model of the same kind, small enough for a laptop.
+
+    The ratio of query to key-value heads, the gate, the losses and the number of experts stay the user's.
+    """
+    heads_per_group = base_size.language.num_heads // base_size.language.num_kv_heads if base_size else 2
+    kv_heads, width = 4, 8
+    heads = kv_heads * heads_per_group
+    size = LlavaSize(
+        vision=VisionSize(
+            num_layers=3, hidden_size=32, ffn_hidden_size=64, num_heads=4, image_size=16, patch_size=8
+        ),
+        language=LanguageSize(
+            num_layers=4, hidden_size=heads * width, ffn_hidden_size=96, num_heads=heads, num_kv_heads=kv_heads,
+            vocab_size=131, max_length=256,
+        ),
+        image_token_id=4,
+    )  # fmt: skip
+    adapter, train = run.adapter, run.train
+    layers = "all" if adapter.layers == "all" else (1, 2)
+    return (
+        replace(
+            run,
+            adapter=replace(adapter, rank=min(adapter.rank, 8), dropout=0.0, layers=layers),
+            train=replace(
+                train, steps=STEPS, schedule_steps=None, precision="fp32", global_batch_size=8, micro_batch_size=2,
+                warmup_steps=0,
+            ),
+            data=replace(run.data, max_length=size.language.max_length),
+        ),
+        size,
+    )  # fmt: skip
+
+
+def batches(size: LlavaSize, step: int, rank: int, world: int) -> list[Batch]:
+    """This data-parallel rank's two-sample micro-batches of a made global batch of 8: samples of different lengths with
+    0 to 3 images, one micro-batch of text alone, in every layout the same."""
+    chunks = [_batch(size, step, chunk) for chunk in range(4)]
+    return chunks[rank::world]
+
+
+def _batch(size: LlavaSize, step: int, chunk: int) -> Batch:
+    generator = torch.Generator().manual_seed(1000 * step + chunk)
+    places, image_size = size.vision.num_places, size.vision.image_size
+    images_B = [(0, 0), (1, 3), (2, 0), (1, 1)][chunk]
+    lengths_B = [int(torch.randint(18, 30, (), generator=generator)) + n * places for n in images_B]
+    length = -(-max(lengths_B) // 8) * 8
+    tokens = torch.randint(5, size.language.vocab_size, (2, length), generator=generator)
+    image_mask = torch.zeros(2, length, dtype=torch.bool)
+    padding_mask = torch.arange(length) < torch.tensor(lengths_B)[:, None]
+    for row, count in enumerate(images_B):
+        for image in range(count):
+            start = 2 + image * (places + 1)
+            image_mask[row, start : start + places] = True
+    labels = tokens.roll(-1, dims=1)
+    labels[~padding_mask | (torch.rand(2, length, generator=generator) < 0.5)] = IGNORE_INDEX
+    return Batch(
+        tokens=tokens.masked_fill(image_mask, size.image_token_id),
+        labels=labels,
+        padding_mask=padding_mask,
+        position_ids=torch.arange(length).expand(2, length),
+        pixels=torch.randn(sum(images_B), 3, image_size, image_size, generator=generator),
+        image_mask=image_mask,
+        domains=torch.tensor([chunk % 2, 0]),
+        sample_ids=tuple(f"{step}.{chunk}.{row}" for row in range(2)),
+    )
+
+
+def make_base(run: RunConfig, size: LlavaSize, parallel: Parallel, out: Path) -> None:
+    """A base with random weights, of a scale at which every part of the model matters."""
+    model = LLaVA(run, size, parallel, adapters=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name or "ln_pre" in name
+            noise = torch.randn(parameter.shape, generator=_generator(name)) / math.sqrt(parameter.shape[-1])
+            parameter.copy_(1 + 0.1 * noise if is_norm and name.endswith("weight") else noise)
+    save_base(model, out)
+
+
+def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, torch.Tensor] | None:
+    """Run one case; rank 0 gets {"loss", "gradient/<tensor>", "weight/<tensor>"} in whole tensors, the others None."""
+    # not at the top: trainer imports the command line, which offers this module
+    from mole_mega.training.trainer import build_model
+
+    model = build_model(run, size, parallel)
+    entries = trainable_entries(model)
+    with torch.no_grad():
+        for entry in entries.values():
+            # B = 0 would hide most gradients
+            whole = 0.2 * torch.randn(entry.global_shape, generator=_generator(entry.key))
+            if not entry.key.startswith("vision_projection"):
+                entry.data.copy_(whole[_window(entry)])
+    optimizer = build_optimizer(model, run.train)
+    stepper = Stepper(run, model, optimizer, parallel, num_domains=2)
+    parameters = dict(model.module.named_parameters())
+    result: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        set_lr(optimizer, step + 1, run.train)
+        stepper.backward(batches(size, step, parallel.dp_rank, parallel.dp_size), whole_gradients=True)
+        if step == 0:
+            gradients = {name: parameters[name].main_grad for name in entries}
+            result |= {f"gradient/{key}": tensor for key, tensor in _whole(entries, gradients, parallel).items()}
+        outcome = stepper.apply()
+        assert outcome.applied
+        result[f"loss/{step}"] = torch.tensor(outcome.loss, dtype=torch.float64)
+        if outcome.routing is not None:
+            result[f"loss/balance_{step}"] = torch.tensor(outcome.routing.balance_loss, dtype=torch.float64)
+    weights = _whole(entries, {name: parameters[name].detach() for name in entries}, parallel)
+    result |= {f"weight/{key}": tensor for key, tensor in weights.items()}
+    return result if parallel.is_main else None
+
+
+def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> Comparison:
+    """Worst relative differences of a record from its reference. Raises ValueError if they hold different tensors."""
+    if reference.keys() != measured.keys():
+        raise ValueError(f"{case.name}: other tensors than one process, first {min(reference.keys() ^ measured.keys())}")
+    worst = {"loss": (0.0, ""), "gradient": (0.0, ""), "weight": (0.0, "")}
+    for key, expected in reference.items():
+        kind, _, name = key.partition("/")
+        scale = float(expected.double().norm())
+        difference = float((measured[key].double() - expected.double()).norm())
+        ratio = difference / scale if scale else (math.inf if difference else 0.0)
+        if not ratio <= worst[kind][0]:  # `not <=`: NaN is the worst of all
+            worst[kind] = (ratio, name)
+    return Comparison(
+        case, worst["loss"][0], *worst["gradient"], *worst["weight"],
+        num_tensors=sum(key.startswith("gradient/") for key in reference),
+    )  # fmt: skip
+
+
+def verify(cases: Sequence[Case], size: LlavaSize) -> list[Comparison]:
+    """Record every case and its reference, one launch a world size, and compare. Raises RuntimeError if a launch fails."""
+    references = {_reference(case).name: _reference(case) for case in cases}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "size.json").write_text(size.to_json())
+        by_world: dict[int, list[Case]] = {1: list(references.values())}
+        for case in cases:
+            by_world.setdefault(case.world_size, []).append(case)
+        for world_size, group in sorted(by_world.items()):
+            listing = folder / f"cases_{world_size}.json"
+            tree = [{"name": c.name, "run": run_config.to_dict(_with_base(c.run, folder / "base"))} for c in group]
+            listing.write_text(json.dumps(tree))
+            code = launch("mole_mega.training.parity", [str(listing)], world_size)
+            if code:
+                raise RuntimeError(f"recording on {world_size} processes ended with exit code {code}")
+        return [
+            compare(case, load_file(folder / f"{_reference(case).name}.st"), load_file(folder / f"{case.name}.st"))
+            for case in cases
+        ]
+
+
+def table(comparisons: Iterable[Comparison]) -> str:
+    """The comparisons for people."""
+    rows = [("case", "processes", "loss", "worst gradient", "worst weight", "tensors", "")]
+    rows += [
+        (c.case.name, str(c.case.world_size), f"{c.loss:.1e}", f"{c.gradient:.1e}", f"{c.weight:.1e}",
+         str(c.num_tensors), "equal" if c.equal else f"DIFFERS: {c.gradient_tensor or c.weight_tensor}")
+        for c in comparisons
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The worker: record the cases of a listing, all of this world size."""
+    warnings.filterwarnings("ignore")
+    listing = Path((argv or sys.argv[1:])[0])
+    size = LlavaSize.from_json(listing.parent / "size.json")
+    for tree in json.loads(listing.read_text()):
+        run = run_config.from_dict(tree["run"])
+        parallel = platform.initialize(run.parallel, run.train.seed)
+        base = Path(run.model.base)
+        if not base.exists():
+            make_base(run, size, parallel, base)
+        measured = record(run, size, parallel)
+        if measured is not None:
+            save_file(measured, listing.parent / f"{tree['name']}.st")
+        platform.leave_groups()
+    platform.shutdown()
+    return 0
+
+
+def command(argv: list[str]) -> int:
+    """`mole-mega verify-parallel RUN.yaml`: the standard layouts and the run's own, on its adapter settings."""
+    from mole_mega.checkpoint.base import read_size
+    from mole_mega.cli import CHECK_FAILED, report_errors
+
+    parser = argparse.ArgumentParser(prog="mole-mega verify-parallel", description=command.__doc__)
+    parser.add_argument("run", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--max-processes", type=int, default=4, help="largest world size to try (default 4)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_intermixed_args(argv)
+    with report_errors(debug=args.debug) as outcome:
+        user_run = run_config.load(args.run, args.overrides)
+        run, size = scaled_down(user_run, read_size(Path(user_run.model.base)))
+        layouts = standard_layouts(args.max_processes)
+        own = user_run.parallel
+        own_world = own.tensor * own.pipeline * own.expert
+        if own_world <= args.max_processes and own_world > 1 and own not in [layout for layout, _ in layouts]:
+            layouts.append((own, own_world))
+        cases, skipped = [], []
+        for layout, world in layouts:
+            try:
+                candidate = replace(run, parallel=layout)
+                run_config.validate(candidate)
+                cases.append(Case(layout_name(layout, world), candidate, world))
+            except ConfigError as error:
+                skipped.append(f"left out {layout_name(layout, world)}: {error}")
+        comparisons = verify(cases, size)
+        print(table(comparisons))
+        for line in skipped:
+            print(line)
+        if args.json:
+            rows = [{"case": c.case.name, "processes": c.case.world_size, "loss": c.loss, "gradient": c.gradient,
+                     "weight": c.weight, "equal": c.equal} for c in comparisons]  # fmt: skip
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if not all(c.equal for c in comparisons):
+            outcome.code = CHECK_FAILED
+    return outcome.code
+
+
+def _reference(case: Case) -> Case:
+    run = replace(case.run, parallel=ParallelConfig(), train=replace(case.run.train, distributed_optimizer=False, recompute="none"))
+    digest = hashlib.sha256(run_config.dump(run).encode()).hexdigest()[:12]
+    return Case(f"reference_{digest}", run, 1)
+
+
+def _with_base(run: RunConfig, base: Path) -> RunConfig:
+    return replace(run, model=replace(run.model, base=str(base), base_hash=""))
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
+
+
+def _window(entry: Any) -> tuple[slice, ...]:
+    """Where a rank's part lies in the whole tensor."""
+    return tuple(
+        slice(offset, offset + length) for offset, length in zip(entry.global_offset, entry.local_shape, strict=True)
+    )
+
+
+def _whole(
+    entries: dict[str, Any], tensors: dict[str, torch.Tensor], parallel: Parallel
+) -> dict[str, torch.Tensor]:
+    """Put the ranks' parts together on every rank. Raises ValueError where ranks that hold the same part disagree."""
+    mine = [(e.key, tuple(e.global_shape), _window(e), tensors[name].detach().cpu().clone()) for name, e in entries.items()]
+    everyone: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(everyone, mine)
+    whole: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
+    for key, shape, window, part in (item for rank in everyone for item in rank):
+        target = whole.setdefault(key, torch.zeros(shape, dtype=part.dtype))
+        filled = seen.setdefault(key, torch.zeros(shape, dtype=torch.bool))
+        if filled[window].all() and filled[window].numel() and not torch.equal(target[window], part):
+            raise ValueError(f"replicas of {key} differ between ranks")
+        target[window], filled[window] = part, True
+    for key, filled in seen.items():
+        if not filled.all():
+            raise ValueError(f"no rank holds a part of {key}")
+    return whole
+
+
+if __name__ == "__main__":
+    sys.exit(main())
