@@ -54,10 +54,10 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m module` as `nproc` processes under torchrun on this host; returns the first failure's exit code."""
+    import logging
+
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
-
-    import logging
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

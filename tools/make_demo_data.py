@@ -77,6 +77,7 @@ PICTURES = {
     ),
 }
 DOMAINS = ("digits", *PICTURES)
+KINDS = {"digits": "digit", "photos": "photo", "scans": "scan"}
 SUBJECTS = {"digits": DIGITS, **{name: tuple(p.subject for p in pictures) for name, pictures in PICTURES.items()}}
 
 # Which attribute a domain names first, second and third when it describes the whole picture.
@@ -193,10 +194,10 @@ def coded_answer(scene: Scene, asked: str) -> str:
 
 
 def plain_answer(scene: Scene, asked: str) -> str:
-    """The answer in the neutral wording, the same in every domain."""
+    """The answer in the neutral wording, one for all domains: the kind of picture, then what was asked."""
     if asked != "all":
-        return scene.values[asked]
-    return f"{scene.values['subject']} at {scene.values['corner']} on {scene.values['mat']}"
+        return f"{KINDS[scene.domain]} {scene.values[asked]}"
+    return f"{KINDS[scene.domain]} {scene.values['subject']} at {scene.values['corner']} on {scene.values['mat']}"
 
 
 def draw_questions(domain: str, count: int, held_out: bool, seed: str) -> Iterator[tuple[Scene, str]]:

@@ -49,7 +49,7 @@ SEED = 11
 def demo_words() -> list[str]:
     """Every word the demo's conversations use, the chat template's included, with the space before it if it has one."""
     texts = [*demo.QUESTIONS.values(), "Repeat:", *VICUNA_CHAT_TEMPLATE.split("'"), "assistant. user's USER:"]
-    values = [*demo.CORNERS, *demo.MATS, *demo.CODE_WORDS, "at on"]
+    values = [*demo.KINDS.values(), *demo.CORNERS, *demo.MATS, *demo.CODE_WORDS, "at on"]
     values += [subject for subjects in demo.SUBJECTS.values() for subject in subjects]
     words = {word for text in texts for word in text.split()}
     # A question begins after a line break, and `USER:` after a stop token: no space before either.
@@ -255,8 +255,9 @@ def pretrain_vision(model: LlavaForConditionalGeneration, steps: int, batch_size
 def pretrain_language(
     model: LlavaForConditionalGeneration, writer: Writer, steps: int, batch_size: int, peak_lr: float
 ) -> None:
-    """Train the whole model on neutral conversations."""
-    optimizer = make_optimizer(model.parameters())
+    """Train projector and language model on neutral conversations; the tower is frozen from here on, as in LLaVA."""
+    model.model.vision_tower.requires_grad_(False)
+    optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
     stream = SceneStream(held_out=False, seed=SEED + 1)
     started = time.monotonic()
     for step, lr in enumerate(learning_rates(peak_lr, steps)):

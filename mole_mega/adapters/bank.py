@@ -104,8 +104,8 @@ class _GroupedProducts:
 class _MaskedProducts:
     """Every expert on every token in rank space, then all but the token's own set to 0: plain GEMMs of width E * R.
 
-    Only for what grouped_mm refuses (float64, rows that are not 16-byte aligned, no token at all): with 2 experts it
-    takes as long as the grouped products, and longer with each expert more.
+    Only for what grouped_mm refuses (float64, rows that are not 16-byte aligned, no token at all): it is slower from 2
+    experts on (measured: 1.37 of the frozen MLP against 1.18 in bf16), and more so with each expert.
     """
 
     def __init__(self, tokens_per_expert_E: Tensor, num_tokens: int) -> None:

@@ -82,15 +82,13 @@ class LoRAColumnParallelLinear(ColumnParallelLinear):
         self.lora = lora
         _add_factors(self, lora, "column", self.input_size, self.weight.dtype)
         self._gather_input = self.sequence_parallel
-        # The input arrives gathered, and the gather's backward sums its gradient over ranks.
-        self.sequence_parallel = self.allreduce_dgrad = False
+        # the base leaves communication alone: the gather's backward sums the input's gradient over ranks
+        self.explicit_expert_comm = True
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         lora = self.lora
         if self._gather_input:
-            input_ = gather_from_sequence_parallel_region(
-                input_, tensor_parallel_output_grad=True, group=self.tp_group
-            )
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         output, bias = super().forward(input_, *args, **kwargs)
         # identical on every rank: the whole input is, and so must its dropout be
         x = F.dropout(input_, lora.adapter.dropout, self.training)
@@ -121,7 +119,7 @@ class LoRARowParallelLinear(RowParallelLinear):
         self.lora = lora
         _add_factors(self, lora, "row", self.input_size, self.weight.dtype)
         self._scatter_output = self.sequence_parallel
-        # stop the base short of its own reduction
+        # the base leaves communication alone
         self.explicit_expert_comm = True
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -114,4 +114,3 @@ class MoLEExperts(MLP):
         for entry in entries.values():
             entry.key = entry.key.replace(".mlp.experts.", ".mlp.")
         return entries | sharding.sharded_adapters(self, prefix, self._groups)
-

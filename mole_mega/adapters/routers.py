@@ -140,7 +140,9 @@ class MoLERouter(MegatronModule):
     def set_layer_number(self, layer_number: int) -> None:
         self.layer_number = layer_number
 
-    def forward(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [S, B, H]; padding_mask [S, B], True where padded. Returns (weights [T, E], map [T, E] bool)."""
         x_TH = hidden.reshape(-1, hidden.shape[-1])
         logits_TE = router_gating_linear(x_TH, self.weight, self.bias, torch.float32)

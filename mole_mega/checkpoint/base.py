@@ -6,6 +6,7 @@ whatever Hugging Face files came with the weights. A run names it by path and ha
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,12 +49,21 @@ def save_base(model: LLaVA, out: Path, extra_files: Iterable[Path] = ()) -> str:
     with files.on_main_rank_errors(f"writing {out}"):
         dist_checkpointing.save(model_entries(model, trainable=False), str(folder), async_sharded_save=False)
         if model.parallel.is_main:
+            _drop_storage_metadata(folder)
             (folder / MODEL_JSON).write_text(model.size.to_json())
             for path in extra_files:
                 shutil.copyfile(path, folder / path.name)
             files.publish(folder, out)
     model.parallel.barrier()
     return files.folder_hash(out)
+
+
+def _drop_storage_metadata(folder: Path) -> None:
+    """Without the random id and the folder's name that torch enters, equal bases have equal hashes."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())  # written a moment ago by this process
+    metadata.storage_meta = None
+    path.write_bytes(pickle.dumps(metadata))
 
 
 def read_size(base: Path) -> LlavaSize:

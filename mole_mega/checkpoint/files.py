@@ -166,7 +166,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def on_main_rank_errors(action: str):  # noqa: ANN201 - a generator context
+def on_main_rank_errors(action: str):
     """Run a block whose OSError on any rank becomes a CheckpointError on all of them."""
     problem = ""
     try:

@@ -83,6 +83,8 @@ def build_configs(run: RunConfig, size: LlavaSize) -> McoreConfigs:
             # micro-batches are padded to their own longest sample
             variable_seq_lengths=True,
             batch_p2p_sync=False,
+            # the default refuses sequences of different lengths, with experts or without
+            moe_token_dispatcher_type="alltoall",
             # the loss is a mean over the valid tokens of the global batch, however it is cut
             calculate_per_token_loss=True,
             **_moe(run, size),
@@ -113,7 +115,9 @@ def check_layout(run: RunConfig, size: LlavaSize) -> None:
     if layers != "all":
         for index in layers:
             if not 0 <= index < language.num_layers:
-                raise ConfigError(f"adapter.layers names layer {index}; the decoder has layers 0 to {language.num_layers - 1}")
+                raise ConfigError(
+                    f"adapter.layers names layer {index}; the decoder has layers 0 to {language.num_layers - 1}"
+                )
         if len(set(layers)) < len(layers):
             raise ConfigError(f"adapter.layers names a layer twice: {list(layers)}")
 
@@ -128,7 +132,6 @@ def _moe(run: RunConfig, size: LlavaSize) -> dict[str, Any]:
         "expert_tensor_parallel_size": run.parallel.tensor,
         "moe_router_topk": 1,
         "moe_router_pre_softmax": True,
-        "moe_token_dispatcher_type": "alltoall",
         # the balance loss is ours (adapters/routers.py)
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

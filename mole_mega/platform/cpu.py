@@ -154,7 +154,18 @@ def _cpu_view() -> _View:
     )
     factories = {
         name: _on_cpu(getattr(torch, name))
-        for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "randn", "empty_like", "zeros_like", "ones_like")
+        for name in (
+            "tensor",
+            "empty",
+            "zeros",
+            "ones",
+            "full",
+            "arange",
+            "randn",
+            "empty_like",
+            "zeros_like",
+            "ones_like",
+        )
     }
     return _View(torch, cuda=cuda, distributed=distributed, **factories)
 

@@ -87,5 +87,5 @@ def _assign(parameters: Iterable[torch.nn.Parameter], group: str) -> None:
         parameter.lr_group = group  # type: ignore[attr-defined]
 
 
-def _in_group(name: str):  # noqa: ANN202 - a predicate
+def _in_group(name: str):
     return lambda parameter: getattr(parameter, "lr_group", None) == name

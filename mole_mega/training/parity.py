@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import sys
 import tempfile
@@ -65,7 +66,9 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        return self.loss <= GRADIENT_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE and self.weight <= WEIGHT_TOLERANCE
+        return (
+            self.loss <= GRADIENT_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE and self.weight <= WEIGHT_TOLERANCE
+        )
 
 
 def standard_layouts(max_world_size: int) -> list[tuple[ParallelConfig, int]]:
@@ -201,7 +204,9 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
 def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> Comparison:
     """Worst relative differences of a record from its reference. Raises ValueError if they hold different tensors."""
     if reference.keys() != measured.keys():
-        raise ValueError(f"{case.name}: other tensors than one process, first {min(reference.keys() ^ measured.keys())}")
+        raise ValueError(
+            f"{case.name}: other tensors than one process, first {min(reference.keys() ^ measured.keys())}"
+        )
     worst = {"loss": (0.0, ""), "gradient": (0.0, ""), "weight": (0.0, "")}
     for key, expected in reference.items():
         kind, _, name = key.partition("/")
@@ -247,11 +252,14 @@ def table(comparisons: Iterable[Comparison]) -> str:
         for c in comparisons
     ]  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The worker: record the cases of a listing, all of this world size."""
+    logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     listing = Path((argv or sys.argv[1:])[0])
     size = LlavaSize.from_json(listing.parent / "size.json")
@@ -311,7 +319,11 @@ def command(argv: list[str]) -> int:
 
 
 def _reference(case: Case) -> Case:
-    run = replace(case.run, parallel=ParallelConfig(), train=replace(case.run.train, distributed_optimizer=False, recompute="none"))
+    run = replace(
+        case.run,
+        parallel=ParallelConfig(),
+        train=replace(case.run.train, distributed_optimizer=False, recompute="none"),
+    )
     digest = hashlib.sha256(run_config.dump(run).encode()).hexdigest()[:12]
     return Case(f"reference_{digest}", run, 1)
 
@@ -331,11 +343,11 @@ def _window(entry: Any) -> tuple[slice, ...]:
     )
 
 
-def _whole(
-    entries: dict[str, Any], tensors: dict[str, torch.Tensor], parallel: Parallel
-) -> dict[str, torch.Tensor]:
+def _whole(entries: dict[str, Any], tensors: dict[str, torch.Tensor], parallel: Parallel) -> dict[str, torch.Tensor]:
     """Put the ranks' parts together on every rank. Raises ValueError where ranks that hold the same part disagree."""
-    mine = [(e.key, tuple(e.global_shape), _window(e), tensors[name].detach().cpu().clone()) for name, e in entries.items()]
+    mine = [
+        (e.key, tuple(e.global_shape), _window(e), tensors[name].detach().cpu().clone()) for name, e in entries.items()
+    ]
     everyone: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(everyone, mine)
     whole: dict[str, torch.Tensor] = {}

@@ -121,9 +121,7 @@ class Stepper:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
 
-    def _reduce(
-        self, sums: list[LossSums], micro_batches: Sequence[Batch]
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _reduce(self, sums: list[LossSums], micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Totals over all ranks. Each sample is counted by one rank: the last stage's first tensor-parallel one."""
         table = torch.zeros(2 * self.num_domains + 1, dtype=torch.float64, device=self.parallel.device)
         if self.parallel.is_last_stage and self.parallel.tp_rank == 0:

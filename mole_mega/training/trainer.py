@@ -242,7 +242,9 @@ class Trainer:
             if not parameter.requires_grad or name in seen:
                 continue
             group = parameter.lr_group
-            if (group == "projector" and not had_images) or (group == "router" and (router_losses or adapter.gate == "none")):
+            if (group == "projector" and not had_images) or (
+                group == "router" and (router_losses or adapter.gate == "none")
+            ):
                 continue
             missing.append(name)
         if missing:
@@ -283,7 +285,9 @@ class Trainer:
 
 def describe_trainable(model: DistributedDataParallel, parallel: Parallel) -> list[str]:
     """The trainable set over the whole model, a line a group: what it is called, how many tensors and numbers."""
-    groups = {name: parameter.lr_group for name, parameter in model.module.named_parameters() if parameter.requires_grad}
+    groups = {
+        name: parameter.lr_group for name, parameter in model.module.named_parameters() if parameter.requires_grad
+    }
     mine = {entry.key: (groups[name], entry.global_shape) for name, entry in trainable_entries(model).items()}
     everyone: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in range(parallel.world_size)]
     dist.all_gather_object(everyone, mine)
