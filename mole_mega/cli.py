@@ -53,7 +53,7 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
-    """Run `python -m module` as `nproc` processes under torchrun on this host; returns the first failure's exit code."""
+    """Run `python -m module` as `nproc` processes under torchrun on this host; returns the first failure's code."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

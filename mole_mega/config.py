@@ -201,9 +201,11 @@ def validate(config: RunConfig) -> None:
     for owner, name, low in [
         (parallel, "tensor", 1), (parallel, "pipeline", 1), (parallel, "expert", 1), (parallel, "context", 1),
         (adapter, "num_experts", 1), (adapter, "rank", 1), (adapter, "top_k", 1), (adapter, "balance_weight", 0),
-        (adapter, "z_loss_weight", 0), (train, "steps", 1), (train, "global_batch_size", 1), (train, "micro_batch_size", 1),
+        (adapter, "z_loss_weight", 0), (train, "steps", 1), (train, "global_batch_size", 1),
+        (train, "micro_batch_size", 1),
         (train, "lr", 0), (train, "warmup_steps", 0), (train, "max_bad_steps", 1), (train, "seed", 0),
-        (train, "weight_decay", 0), (train, "clip_grad", 0), (data, "max_length", 2), (config.checkpoint, "every", 0),
+        (train, "weight_decay", 0), (train, "clip_grad", 0), (data, "max_length", 2),
+        (config.checkpoint, "every", 0),
         (config.checkpoint, "keep", 1), (config.validation, "every", 0), (config.validation, "samples", 1),
         (config.monitor, "every", 1),
     ]:  # fmt: skip

@@ -73,7 +73,7 @@ class MoLEExperts(MLP):
                 )
                 self.register_parameter(f"lora_{projection}_{factor}", parameter)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, dispatched_TH: torch.Tensor, tokens_per_expert_E: torch.Tensor, weight_T: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """dispatched [T, H] sorted by local expert; counts [E]; weight [T], the gate's w. Returns ([T, H], None)."""

@@ -226,9 +226,9 @@ def router_loss_gradients(
 
 
 def _accumulate(router: MoLERouter, gradient_EX: torch.Tensor, scale: torch.Tensor) -> None:
-    router.weight.main_grad.add_(gradient_EX[:, :-1] * scale)
+    router.weight.main_grad.add_(gradient_EX[:, :-1] * scale)  # type: ignore[attr-defined]
     if router.bias is not None:
-        router.bias.main_grad.add_(gradient_EX[:, -1] * scale)
+        router.bias.main_grad.add_(gradient_EX[:, -1] * scale)  # type: ignore[attr-defined]
 
 
 def _gather_stages(local: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, int]:

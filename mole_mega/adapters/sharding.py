@@ -108,7 +108,7 @@ def sharded_adapters(module: torch.nn.Module, prefix: str, groups: ProcessGroupC
 
 
 def kaiming_uniform(tensor: torch.Tensor, generator: torch.Generator) -> None:
-    """A's initialisation, U(-1/sqrt(in), 1/sqrt(in)): Kaiming uniform with a = sqrt(5), as in the released LLaVA-MoLE."""
+    """A's initialisation, U(-1/sqrt(in), 1/sqrt(in)): Kaiming uniform with a = sqrt(5), as released with LLaVA-MoLE."""
     bound = 1 / math.sqrt(tensor.shape[-1])
     tensor.uniform_(-bound, bound, generator=generator)
 

@@ -13,9 +13,9 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -166,7 +166,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def on_main_rank_errors(action: str):
+def shared_disk_errors(action: str) -> Iterator[None]:
     """Run a block whose OSError on any rank becomes a CheckpointError on all of them."""
     problem = ""
     try:
@@ -189,9 +189,8 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest}
 
 
-def _digest(file: BinaryIO) -> str:
-    make: Callable[[], Any] = hashlib.sha256
-    return hashlib.file_digest(file, make).hexdigest()
+def _digest(file: io.BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _compare(path: Path, expected: dict[str, Any]) -> str:

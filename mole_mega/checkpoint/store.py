@@ -1,7 +1,7 @@
 """What a run's checkpoints are: written whole or not at all, found again, and loaded under any layout.
 
-    checkpoints/step_<n>/   distributed checkpoint of adapters, projector and optimizer; state.json; rng_<rank>.safetensors;
-                            config.yaml; manifest.json
+    checkpoints/step_<n>/   distributed checkpoint of adapters, projector and optimizer; state.json;
+                            rng_<rank>.safetensors; config.yaml; manifest.json
     checkpoints/latest      the name of the newest complete one
 
 Adapters and Adam's moments are entered by their names and shapes in the whole model, so any TP, PP, EP and DP reads
@@ -64,20 +64,20 @@ class CheckpointStore:
         """
         final = self.folder / f"step_{state.step}"
         folder = files.incomplete_name(final)
-        with files.on_main_rank_errors(f"saving {final}"):
+        with files.shared_disk_errors(f"saving {final}"):
             if self.parallel.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self.folder.glob(".*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir()
         entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False)
-        with files.on_main_rank_errors(f"saving {final}"):
+        with files.shared_disk_errors(f"saving {final}"):
             try:
                 dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
             except CheckpointingException as error:
                 raise OSError(" ".join(str(error).split())) from error
             safetensors.torch.save_file(_rng_state(), folder / f"rng_{self.parallel.rank}.safetensors")
-        with files.on_main_rank_errors(f"saving {final}"):
+        with files.shared_disk_errors(f"saving {final}"):
             if self.parallel.is_main:
                 (folder / "config.yaml").write_text(run_config.dump(self.run))
                 (folder / "state.json").write_text(json.dumps(vars(state) | {"layout": self._layout()}) + "\n")
@@ -169,7 +169,7 @@ def _optimizer_entries(
     for name, parameter, state in _adam_states(model, optimizer):
         tensors = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         if getattr(parameter, "main_param", parameter) is not parameter:
-            tensors["fp32_param"] = parameter.main_param
+            tensors["fp32_param"] = parameter.main_param  # type: ignore[attr-defined]
         for kind, tensor in tensors.items():
             entry: ShardedTensor = weights[name].without_data()
             entry.data, entry.dtype = tensor.detach(), tensor.dtype

@@ -99,7 +99,7 @@ class LLaVA(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels [N, 3, h, w] -> features [N, P, H] in the decoder's width. The tower is frozen and runs without grad."""
+        """pixels [N, 3, h, w] -> features [N, P, H], as wide as the decoder. The frozen tower runs without grad."""
         with torch.no_grad():
             features = self.vision_model(pixels.to(self.config.params_dtype))[:, 1:]
         return self.vision_projection(features)
@@ -149,7 +149,7 @@ class LLaVA(MegatronModule):
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.parallel.groups.tp)
         if self.training and self.config.recompute_granularity == "full" and not hidden.requires_grad:
-            # A recomputed layer whose input needs no gradient is not run backward at all: its adapters would stand still.
+            # A recomputed layer whose input needs no gradient is never run backward: its adapters would stand still.
             hidden.requires_grad_()
         return hidden
 

@@ -91,7 +91,8 @@ SIZES: dict[str, LlavaSize] = {
             num_layers=3, hidden_size=32, ffn_hidden_size=64, num_heads=4, image_size=16, patch_size=8
         ),
         language=LanguageSize(
-            num_layers=4, hidden_size=64, ffn_hidden_size=96, num_heads=4, num_kv_heads=2, vocab_size=128, max_length=128
+            num_layers=4, hidden_size=64, ffn_hidden_size=96, num_heads=4, num_kv_heads=2, vocab_size=128,
+            max_length=128,
         ),
         image_token_id=4,
     ),

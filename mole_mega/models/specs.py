@@ -119,7 +119,7 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
     if adapter is None or (adapter.layers != "all" and index not in adapter.layers):
         return partial(MLP.as_mlp_submodule, submodules=_mlp(plan.backend), ffn_hidden_size=config.ffn_hidden_size)
     name = f"layers.{index}.mlp"
-    common = {"adapter": adapter, "seed": plan.seed, "device": parallel.device}
+    common: dict[str, Any] = {"adapter": adapter, "seed": plan.seed, "device": parallel.device}
     if adapter.method == "mole":
         experts = partial(MoLEExperts, submodules=_mlp(plan.backend), prefix=name, **common)
         router = partial(MoLERouter, name=f"{name}.router", **common)

@@ -1,4 +1,4 @@
-"""Everything that Megatron-Core 0.19 needs to run without a CUDA device; nothing else in the project asks for the device.
+"""What Megatron-Core 0.19 needs to run without a CUDA device; nothing else in the project asks for the device.
 
 Megatron-Core writes "cuda" in three ways: as the device of buffers, as streams and RNG state, and through collectives
 that only NCCL has. `install()` gives the modules named in `PATCHES` a view of `torch` in which those names mean the
@@ -76,23 +76,23 @@ TENSOR_METHODS = {
 
 
 def install() -> None:
-    """Teach Megatron-Core to run on this machine's CPUs. Call once, before a model is built; a second call is a no-op."""
+    """Teach Megatron-Core to run on this machine's CPUs, before a model is built; a second call is a no-op."""
     missing = missing_symbols()
     if missing:
         raise RuntimeError(f"megatron-core is not {TESTED_VERSION} as tested: {'; '.join(missing)}")
     view = _cpu_view()
     for patch in PATCHES:
         vars(_module(patch))["torch"] = view
-    rng = importlib.import_module("megatron.core.tensor_parallel.random")
+    rng: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     rng.CudaRNGStatesTracker.fork = _fork
-    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     writer.get_write_results_queue = lambda *args: queue.Queue()
-    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     mappings.dist_all_gather_func = dist.all_gather_into_tensor
     mappings.dist_reduce_scatter_func = dist.reduce_scatter_tensor
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     if torch.Tensor.type is not _type_named_as_cuda:
         torch.Tensor.type = _type_named_as_cuda  # type: ignore[method-assign,assignment]
 

@@ -1,35 +1,68 @@
-"""The language loss: what is summed, over which places, and how it is told apart by domain."""
+"""What is summed over places: the language loss and the scores of an evaluation, told apart by domain.
+
+Sums, not means: normalisation waits for the end of the global batch, since dividing here would make the figures depend
+on how the batch was cut. Tables are [rows, D] float64, a column a domain, so that tables of micro-batches and ranks
+simply add.
+
+Shape suffixes: B batch, S sequence, D domains, V vocabulary of one tensor-parallel rank.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
 
-
-@dataclass(frozen=True)
-class LossSums:
-    """Sums over one or more micro-batches on the last pipeline stage. loss and tokens [D], one entry a domain."""
-
-    loss: torch.Tensor
-    tokens: torch.Tensor
+LOSS_ROWS = ("loss", "tokens", "places")
+SCORE_ROWS = ("loss", "tokens", "correct", "samples", "exact")
 
 
-def sum_loss(loss_BS: torch.Tensor, batch: Batch, num_domains: int) -> tuple[torch.Tensor, torch.Tensor, LossSums]:
-    """(sum of the loss over labelled places, their number as int, both by domain).
+def sum_loss(loss_BS: torch.Tensor, batch: Batch, num_domains: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of the loss over labelled places, their number as int, table of LOSS_ROWS by domain).
 
-    loss_BS [B, S] is each place's cross entropy. Normalisation is left to the end of the global batch: dividing here
-    would make the loss depend on how the batch was cut.
+    loss_BS is each place's cross entropy. `tokens` counts labelled places, `places` all but padding.
     """
-    mask_BS = (batch.labels != IGNORE_INDEX).to(torch.float32)
-    loss_B = (loss_BS.to(torch.float32) * mask_BS).sum(1)
-    tokens_B = mask_BS.sum(1)
-    zeros = torch.zeros(num_domains, dtype=torch.float64, device=loss_B.device)
-    sums = LossSums(
-        loss=zeros.index_add(0, batch.domains, loss_B.detach().double()),
-        tokens=zeros.index_add(0, batch.domains, tokens_B.double()),
-    )
-    return loss_B.sum(), tokens_B.sum().to(torch.int), sums
+    labelled_BS = (batch.labels != IGNORE_INDEX).to(torch.float32)
+    loss_B, tokens_B = (loss_BS.to(torch.float32) * labelled_BS).sum(1), labelled_BS.sum(1)
+    table = _by_domain([loss_B.detach(), tokens_B, batch.padding_mask.sum(1)], batch, num_domains)
+    return loss_B.sum(), tokens_B.sum().to(torch.int), table
+
+
+def sum_scores(
+    logits_BSV: torch.Tensor, batch: Batch, num_domains: int, tp_group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`sum_loss` for an evaluation: the table has SCORE_ROWS.
+
+    A labelled place is correct when its largest logit is its label's. A sample is exact when all its labelled places
+    are: with the true answer before each place, that is so if and only if greedy decoding writes the true answer.
+    """
+    labelled_BS = batch.labels != IGNORE_INDEX
+    correct_BS = (_argmax(logits_BSV, tp_group) == batch.labels) & labelled_BS
+    labels_SB = batch.labels.clamp(min=0).T.contiguous()
+    loss_BS = vocab_parallel_cross_entropy(logits_BSV.transpose(0, 1).contiguous(), labels_SB, tp_group=tp_group).T
+    loss_B = (loss_BS.to(torch.float32) * labelled_BS).sum(1)
+    tokens_B, correct_B = labelled_BS.sum(1), correct_BS.sum(1)
+    has_answer_B = tokens_B > 0
+    rows = [loss_B, tokens_B, correct_B, has_answer_B, (correct_B == tokens_B) & has_answer_B]
+    return loss_B.sum(), tokens_B.sum().to(torch.int), _by_domain(rows, batch, num_domains)
+
+
+def _argmax(logits_BSV: torch.Tensor, tp_group: dist.ProcessGroup) -> torch.Tensor:
+    """Index of the largest logit over the whole vocabulary, [B, S]."""
+    value_BS, index_BS = logits_BSV.max(dim=-1)
+    if tp_group.size() == 1:
+        return index_BS
+    mine = torch.stack([value_BS.double(), (index_BS + tp_group.rank() * logits_BSV.shape[-1]).double()])
+    parts = [torch.empty_like(mine) for _ in range(tp_group.size())]
+    dist.all_gather(parts, mine, group=tp_group)
+    values, indices = torch.stack(parts).unbind(1)
+    return indices.gather(0, values.argmax(dim=0, keepdim=True))[0].long()
+
+
+def _by_domain(rows_B: list[torch.Tensor], batch: Batch, num_domains: int) -> torch.Tensor:
+    rows = torch.stack([row.double() for row in rows_B])
+    table = torch.zeros(len(rows_B), num_domains, dtype=torch.float64, device=rows.device)
+    return table.index_add(1, batch.domains, rows)

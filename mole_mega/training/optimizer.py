@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -46,7 +46,7 @@ def build_optimizer(model: DistributedDataParallel, train: TrainConfig) -> Megat
     """Adam (decoupled weight decay) over the trainable parameters, bf16 ones through fp32 master weights."""
     llava: LLaVA = model.module
     for parameter in llava.parameters():
-        parameter.lr_group = "adapters"  # type: ignore[attr-defined]
+        parameter.lr_group = "adapters"
     for router in llava.routers():
         _assign(router.parameters(), "router")
     if llava.pre_process:
@@ -87,5 +87,5 @@ def _assign(parameters: Iterable[torch.nn.Parameter], group: str) -> None:
         parameter.lr_group = group  # type: ignore[attr-defined]
 
 
-def _in_group(name: str):
+def _in_group(name: str) -> Callable[[torch.nn.Parameter], bool]:
     return lambda parameter: getattr(parameter, "lr_group", None) == name

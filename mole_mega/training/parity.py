@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -74,11 +74,16 @@ class Comparison:
 def standard_layouts(max_world_size: int) -> list[tuple[ParallelConfig, int]]:
     """(layout, world size) of every kind of parallelism and their pairs, as far as `max_world_size` processes go."""
     table = [
-        (dict(tensor=2), 2), (dict(pipeline=2), 2), (dict(expert=2), 2), (dict(), 2),
-        (dict(tensor=2, expert=2), 4), (dict(pipeline=2, expert=2), 4), (dict(tensor=2, pipeline=2), 4),
-        (dict(tensor=2, pipeline=2, expert=2), 8),
-    ]  # fmt: skip
-    return [(ParallelConfig(**sizes), world) for sizes, world in table if world <= max_world_size]
+        (ParallelConfig(tensor=2), 2),
+        (ParallelConfig(pipeline=2), 2),
+        (ParallelConfig(expert=2), 2),
+        (ParallelConfig(), 2),
+        (ParallelConfig(tensor=2, expert=2), 4),
+        (ParallelConfig(pipeline=2, expert=2), 4),
+        (ParallelConfig(tensor=2, pipeline=2), 4),
+        (ParallelConfig(tensor=2, pipeline=2, expert=2), 8),
+    ]
+    return [(layout, world) for layout, world in table if world <= max_world_size]
 
 
 def layout_name(layout: ParallelConfig, world_size: int) -> str:
@@ -108,7 +113,7 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
         image_token_id=4,
     )  # fmt: skip
     adapter, train = run.adapter, run.train
-    layers = "all" if adapter.layers == "all" else (1, 2)
+    layers: Literal["all"] | tuple[int, ...] = "all" if adapter.layers == "all" else (1, 2)
     return (
         replace(
             run,
@@ -222,7 +227,7 @@ def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, 
 
 
 def verify(cases: Sequence[Case], size: LlavaSize) -> list[Comparison]:
-    """Record every case and its reference, one launch a world size, and compare. Raises RuntimeError if a launch fails."""
+    """Record every case and its reference, one launch a world size, and compare. RuntimeError if a launch fails."""
     references = {_reference(case).name: _reference(case) for case in cases}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

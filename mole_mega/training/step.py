@@ -18,7 +18,7 @@ from mole_mega.config import RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.monitor.metrics import StepResult
 from mole_mega.platform.parallel import Parallel
-from mole_mega.training.loss import LossSums, sum_loss
+from mole_mega.training.loss import LOSS_ROWS, SCORE_ROWS, sum_loss, sum_scores
 
 
 class Stepper:
@@ -47,12 +47,11 @@ class Stepper:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._forward_backward(micro_batches, forward_only=False, force_all_reduce=whole_gradients)
-        self._totals = self._reduce(sums, micro_batches)
+        self._table = self._forward_backward(micro_batches, len(LOSS_ROWS), force_all_reduce=whole_gradients)
 
     def apply(self) -> StepResult:
         """Step the optimizer with the reduced gradient, unless it or the loss is not finite."""
-        domain_loss, domain_tokens, places = self._totals
+        domain_loss, domain_tokens, places = self._table
         loss = float(domain_loss.sum() / domain_tokens.sum().clamp(min=1))
         applied, grad_norm = self._gradients_are_finite() and loss == loss and abs(loss) != float("inf"), float("nan")
         if applied:
@@ -61,46 +60,58 @@ class Stepper:
             loss=loss,
             domain_loss=domain_loss / domain_tokens.clamp(min=1),
             domain_tokens=domain_tokens,
-            places=places,
+            places=int(places.sum()),
             grad_norm=float(grad_norm),
             applied=applied,
             routing=self._routing,
         )
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss sums and label counts by domain, [D] each, over all ranks' micro-batches."""
+    def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
+        """Scores over all ranks' micro-batches: a table [SCORE_ROWS, D] of sums (training/loss.py)."""
         self.model.eval()
-        sums = self._forward_backward(micro_batches, forward_only=True)
-        domain_loss, domain_tokens, _ = self._reduce(sums, micro_batches)
-        return domain_loss, domain_tokens
+        return self._forward_backward(micro_batches, len(SCORE_ROWS), forward_only=True)
 
-    def _forward_backward(
-        self, micro_batches: Sequence[Batch], *, forward_only: bool, force_all_reduce: bool = False
-    ) -> list[LossSums]:
-        return get_forward_backward_func()(
-            forward_step_func=self._forward,
+    def _forward_backward(self, micro_batches: Sequence[Batch], num_rows: int, **kwargs: Any) -> torch.Tensor:
+        """Run Megatron-Core's schedule; returns the micro-batches' table, summed over all ranks."""
+        tables = get_forward_backward_func()(
+            forward_step_func=self._score if kwargs.get("forward_only") else self._forward,
             data_iterator=iter(micro_batches),
             model=self.model,
             num_microbatches=len(micro_batches),
             # shapes travel with the tensors (variable_seq_lengths); these only have to be numbers
             seq_length=self.run.data.max_length,
             micro_batch_size=self.run.train.micro_batch_size,
-            forward_only=forward_only,
-            force_all_reduce=force_all_reduce,
+            **{"forward_only": False, **kwargs},
         )
+        total = torch.zeros(num_rows, self.num_domains, dtype=torch.float64, device=self.parallel.device)
+        # each sample is counted by one rank: its last stage's first tensor-parallel one
+        if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
+            total += sum(tables)
+        dist.all_reduce(total)
+        return total.cpu()
 
     def _forward(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch: Batch = next(batches).to(self.parallel.device)
-        output = model(
+        loss = self._run(model, batch, batch.labels)
+        return loss, partial(sum_loss, batch=batch, num_domains=self.num_domains)
+
+    def _score(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        batch: Batch = next(batches).to(self.parallel.device)
+        logits = self._run(model, batch, None)
+        group = self.parallel.groups.tp
+        return logits, partial(sum_scores, batch=batch, num_domains=self.num_domains, tp_group=group)
+
+    @staticmethod
+    def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
+        return model(
             tokens=batch.tokens,
             position_ids=batch.position_ids,
             padding_mask=batch.padding_mask,
             image_mask=batch.image_mask,
             pixels=batch.pixels,
-            labels=batch.labels,
+            labels=labels,
         )
-        return output, partial(sum_loss, batch=batch, num_domains=self.num_domains)
 
     def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
         """Megatron-Core's gradient sync, with the routers' own losses added to their gradients first."""
@@ -120,14 +131,3 @@ class Stepper:
         flag = finite.to(self.parallel.device, torch.int)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
-
-    def _reduce(self, sums: list[LossSums], micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Totals over all ranks. Each sample is counted by one rank: the last stage's first tensor-parallel one."""
-        table = torch.zeros(2 * self.num_domains + 1, dtype=torch.float64, device=self.parallel.device)
-        if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
-            table[: self.num_domains] = sum(s.loss for s in sums)
-            table[self.num_domains : -1] = sum(s.tokens for s in sums)
-            table[-1] = sum(int(batch.padding_mask.sum()) for batch in micro_batches)
-        dist.all_reduce(table)
-        table = table.cpu()
-        return table[: self.num_domains], table[self.num_domains : -1], int(table[-1])

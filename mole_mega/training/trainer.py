@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -20,6 +20,7 @@ from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import load_base, read_size
 from mole_mega.checkpoint.store import CheckpointStore, RunState, complete_checkpoints, load_weights, trainable_entries
 from mole_mega.config import ConfigError, RunConfig
+from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
@@ -75,6 +76,20 @@ def check_batch(run: RunConfig, parallel: Parallel) -> None:
             f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{train.micro_batch_size} x {dp} data-parallel ranks"
         )
+
+
+def evaluation_row(stepper: Stepper, batches: Sequence[Batch], domains: Sequence[str]) -> Row:
+    """{"loss/<domain>", "token_accuracy/<domain>", "accuracy/<domain>"} over all ranks' batches; accuracy is the share
+    of samples whose whole answer greedy decoding gets right."""
+    if not batches:
+        return {}
+    row: Row = {}
+    for domain, (loss, tokens, correct, samples, exact) in zip(domains, stepper.evaluate(batches).T, strict=True):
+        if tokens:
+            row[f"loss/{domain}"] = float(loss / tokens)
+            row[f"token_accuracy/{domain}"] = float(correct / tokens)
+            row[f"accuracy/{domain}"] = float(exact / samples)
+    return row
 
 
 class Trainer:
@@ -139,22 +154,13 @@ class Trainer:
                 log.close()
         return code
 
-    def validate(self) -> dict[str, float]:
-        """Mean loss over labelled places of each validation source's first samples."""
-        run = self.run
-        batches = list(
-            self.loader.validation_batches(
-                run.validation.samples, run.train.micro_batch_size, self.parallel.dp_rank, self.parallel.dp_size
-            )
+    def validate(self) -> Row:
+        """Mean loss over labelled places, and exact-match accuracy, of each validation source's first samples."""
+        run, parallel = self.run, self.parallel
+        batches = self.loader.validation_batches(
+            run.validation.samples, run.train.micro_batch_size, parallel.dp_rank, parallel.dp_size
         )
-        if not batches:
-            return {}
-        loss, tokens = self.stepper.evaluate(batches)
-        return {
-            name: float(loss_sum / count)
-            for name, loss_sum, count in zip(self.loader.domains, loss, tokens, strict=True)
-            if count
-        }
+        return evaluation_row(self.stepper, list(batches), self.loader.domains)
 
     def _step(self, step: int) -> tuple[Row, StepResult]:
         train = self.run.train
@@ -183,7 +189,8 @@ class Trainer:
             state = self.store.load(latest, self.model, self.optimizer)
             if state.base_hash != self.base_hash:
                 raise ConfigError(
-                    f"{latest} was trained on a base with hash {state.base_hash}; {self.run.model.base} has {self.base_hash}"
+                    f"{latest} was trained on a base with hash {state.base_hash}; {self.run.model.base} has "
+                    f"{self.base_hash}"
                 )
             self._say(f"going on after step {state.step} from {latest}")
             return state
@@ -220,9 +227,9 @@ class Trainer:
             board.write(row)
 
     def _log_validation(self, step: int, metrics: MetricsFile | None, board: Board | None) -> None:
-        losses = self.validate()
-        self._log({"step": step} | {f"validation/{name}": loss for name, loss in losses.items()}, metrics, board)
-        self._say(f"validation after step {step}: " + "  ".join(f"{n} {v:.4f}" for n, v in losses.items()))
+        scores = self.validate()
+        self._log({"step": step} | {f"validation_{key}": value for key, value in scores.items()}, metrics, board)
+        self._say(f"validation after step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 
     def _announce(self) -> None:
         for line in describe_trainable(self.model, self.parallel):
