@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import logging
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mole_mega import config
 from mole_mega.config import ConfigError
 
 INPUT_ERROR, CHECK_FAILED = 2, 3
@@ -54,8 +58,6 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     """Run `python -m module` as `nproc` processes under torchrun on this host; returns the first failure's code."""
-    import logging
-
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
@@ -69,21 +71,34 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     return 0
 
 
-def _train(argv: list[str]) -> int:
-    from mole_mega import config, train
+def quiet_libraries() -> None:
+    """Megatron-Core and torch warn about optional packages and coming changes at every start."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
 
-    parser = argparse.ArgumentParser(prog="mole-mega train", description="Train a run.")
-    parser.add_argument("run", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+def _train(argv: list[str]) -> int:
+    return _run_file_command("train", "Train a run, or go on with one.", "mole_mega.train", argv)
+
+
+def _eval(argv: list[str]) -> int:
+    return _run_file_command("eval", "Loss and accuracy by domain.", "mole_mega.evaluate", argv)
+
+
+def _run_file_command(name: str, description: str, module: str, argv: list[str]) -> int:
+    """A command over a run file whose module runs in `--nproc` processes."""
+    parser = argparse.ArgumentParser(prog=f"mole-mega {name}", description=description, add_help=False)
     parser.add_argument("--nproc", type=int, default=1, help="processes on this host (starts torchrun)")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_intermixed_args(argv)
-    arguments = [args.run, *args.overrides, *(["--debug"] if args.debug else [])]
+    args, rest = parser.parse_known_args(argv)
+    worker = importlib.import_module(module)
     if args.nproc == 1:
-        return train.main(arguments)
-    with report_errors(debug=args.debug) as outcome:
-        config.load(args.run, args.overrides)  # a wrong config is told once, before processes start
-        outcome.code = launch("mole_mega.train", arguments, args.nproc)
+        return worker.main(rest)
+    parsed = worker.parse(rest)
+    with report_errors(debug=parsed.debug) as outcome:
+        if args.nproc < 1:
+            raise ConfigError(f"--nproc must be at least 1, got {args.nproc}")
+        config.load(parsed.run, parsed.overrides)  # a wrong config is told once, before processes start
+        outcome.code = launch(module, rest, args.nproc)
     return outcome.code
 
 
@@ -101,6 +116,7 @@ def _verify_parallel(argv: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a run, or go on with one"),
+    "eval": (_eval, "loss and accuracy of a checkpoint, by domain"),
     "verify-parallel": (_verify_parallel, "prove that layouts compute what one process computes"),
     "convert": (_convert, "checkpoints from Hugging Face"),
 }

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 
-from mole_mega import config as run_config
-from mole_mega.cli import report_errors
+from mole_mega import config
+from mole_mega.cli import quiet_libraries, report_errors
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mole-mega train", description="Train a run, or go on with one.")
+    parser.add_argument("run", help="the run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--debug", action="store_true", help="show warnings and tracebacks")
+    parser.epilog = "--nproc N starts N processes on this host under torchrun"
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, build, run. Returns the exit code (0 done; 2 input; 3 failed check; 4 stopped itself; 75 on a signal)."""
-    parser = argparse.ArgumentParser(prog="mole_mega.train", description=__doc__)
-    parser.add_argument("run", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_intermixed_args(argv)
+    args = parse(argv)
     with report_errors(debug=args.debug) as outcome:
-        run = run_config.load(args.run, args.overrides)
+        run = config.load(args.run, args.overrides)
         if not args.debug:
-            # Megatron-Core and torch warn about optional packages and coming changes on every start
-            warnings.filterwarnings("ignore")
-            logging.disable(logging.WARNING)
+            quiet_libraries()
         from mole_mega.platform import parallel as platform
         from mole_mega.training.trainer import Trainer
 

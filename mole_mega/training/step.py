@@ -21,15 +21,72 @@ from mole_mega.platform.parallel import Parallel
 from mole_mega.training.loss import LOSS_ROWS, SCORE_ROWS, sum_loss, sum_scores
 
 
-class Stepper:
+class Evaluator:
+    """Runs one model forward under one layout."""
+
+    def __init__(self, run: RunConfig, model: torch.nn.Module, parallel: Parallel, num_domains: int) -> None:
+        self.run, self.model, self.parallel, self.num_domains = run, model, parallel, num_domains
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
+        """Scores over all ranks' micro-batches: a table [SCORE_ROWS, D] of sums (training/loss.py)."""
+        self.model.eval()
+        return self._schedule(self._score, micro_batches, len(SCORE_ROWS), forward_only=True)
+
+    def _schedule(
+        self, forward_step: Any, micro_batches: Sequence[Batch], num_rows: int, **kwargs: Any
+    ) -> torch.Tensor:
+        """Run Megatron-Core's schedule; returns the micro-batches' table, summed over all ranks."""
+        tables = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=self.model,
+            num_microbatches=len(micro_batches),
+            # shapes travel with the tensors (variable_seq_lengths); these only have to be numbers
+            seq_length=self.run.data.max_length,
+            micro_batch_size=self.run.train.micro_batch_size,
+            **kwargs,
+        )
+        total = torch.zeros(num_rows, self.num_domains, dtype=torch.float64, device=self.parallel.device)
+        # each sample is counted by one rank: its last stage's first tensor-parallel one
+        if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
+            total += sum(tables)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def _score(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        batch: Batch = next(batches).to(self.parallel.device)
+        logits = self._run(model, batch, None)
+        group = self.parallel.groups.tp
+        return logits, partial(sum_scores, batch=batch, num_domains=self.num_domains, tp_group=group)
+
+    @staticmethod
+    def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
+        return model(
+            tokens=batch.tokens,
+            position_ids=batch.position_ids,
+            padding_mask=batch.padding_mask,
+            image_mask=batch.image_mask,
+            pixels=batch.pixels,
+            labels=labels,
+        )
+
+
+class Stepper(Evaluator):
     """Runs steps of one model under one layout."""
 
+    model: DistributedDataParallel
+
     def __init__(
-        self, run: RunConfig, model: DistributedDataParallel, optimizer: MegatronOptimizer, parallel: Parallel,
+        self,
+        run: RunConfig,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        parallel: Parallel,
         num_domains: int,
-    ) -> None:  # fmt: skip
-        self.run, self.model, self.optimizer, self.parallel = run, model, optimizer, parallel
-        self.num_domains = num_domains
+    ) -> None:
+        super().__init__(run, model, parallel, num_domains)
+        self.optimizer = optimizer
         self._routing: RoutingSummary | None = None
         model.config.finalize_model_grads_func = self._finalize
 
@@ -47,7 +104,9 @@ class Stepper:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._table = self._forward_backward(micro_batches, len(LOSS_ROWS), force_all_reduce=whole_gradients)
+        self._table = self._schedule(
+            self._forward, micro_batches, len(LOSS_ROWS), forward_only=False, force_all_reduce=whole_gradients
+        )
 
     def apply(self) -> StepResult:
         """Step the optimizer with the reduced gradient, unless it or the loss is not finite."""
@@ -66,52 +125,10 @@ class Stepper:
             routing=self._routing,
         )
 
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
-        """Scores over all ranks' micro-batches: a table [SCORE_ROWS, D] of sums (training/loss.py)."""
-        self.model.eval()
-        return self._forward_backward(micro_batches, len(SCORE_ROWS), forward_only=True)
-
-    def _forward_backward(self, micro_batches: Sequence[Batch], num_rows: int, **kwargs: Any) -> torch.Tensor:
-        """Run Megatron-Core's schedule; returns the micro-batches' table, summed over all ranks."""
-        tables = get_forward_backward_func()(
-            forward_step_func=self._score if kwargs.get("forward_only") else self._forward,
-            data_iterator=iter(micro_batches),
-            model=self.model,
-            num_microbatches=len(micro_batches),
-            # shapes travel with the tensors (variable_seq_lengths); these only have to be numbers
-            seq_length=self.run.data.max_length,
-            micro_batch_size=self.run.train.micro_batch_size,
-            **{"forward_only": False, **kwargs},
-        )
-        total = torch.zeros(num_rows, self.num_domains, dtype=torch.float64, device=self.parallel.device)
-        # each sample is counted by one rank: its last stage's first tensor-parallel one
-        if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
-            total += sum(tables)
-        dist.all_reduce(total)
-        return total.cpu()
-
     def _forward(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch: Batch = next(batches).to(self.parallel.device)
         loss = self._run(model, batch, batch.labels)
         return loss, partial(sum_loss, batch=batch, num_domains=self.num_domains)
-
-    def _score(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        batch: Batch = next(batches).to(self.parallel.device)
-        logits = self._run(model, batch, None)
-        group = self.parallel.groups.tp
-        return logits, partial(sum_scores, batch=batch, num_domains=self.num_domains, tp_group=group)
-
-    @staticmethod
-    def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
-        return model(
-            tokens=batch.tokens,
-            position_ids=batch.position_ids,
-            padding_mask=batch.padding_mask,
-            image_mask=batch.image_mask,
-            pixels=batch.pixels,
-            labels=labels,
-        )
 
     def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
         """Megatron-Core's gradient sync, with the routers' own losses added to their gradients first."""

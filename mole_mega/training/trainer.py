@@ -29,7 +29,7 @@ from mole_mega.monitor.tensorboard import Board
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.optimizer import build_optimizer, set_lr
-from mole_mega.training.step import Stepper
+from mole_mega.training.step import Evaluator, Stepper
 
 # Exit codes of a run (DESIGN section 5).
 DONE, STOPPED_ITSELF, STOPPED_ON_SIGNAL = 0, 4, 75
@@ -78,18 +78,34 @@ def check_batch(run: RunConfig, parallel: Parallel) -> None:
         )
 
 
-def evaluation_row(stepper: Stepper, batches: Sequence[Batch], domains: Sequence[str]) -> Row:
+def evaluation_row(evaluator: Evaluator, batches: Sequence[Batch], domains: Sequence[str]) -> Row:
     """{"loss/<domain>", "token_accuracy/<domain>", "accuracy/<domain>"} over all ranks' batches; accuracy is the share
     of samples whose whole answer greedy decoding gets right."""
     if not batches:
         return {}
     row: Row = {}
-    for domain, (loss, tokens, correct, samples, exact) in zip(domains, stepper.evaluate(batches).T, strict=True):
+    for domain, (loss, tokens, correct, samples, exact) in zip(domains, evaluator.evaluate(batches).T, strict=True):
         if tokens:
             row[f"loss/{domain}"] = float(loss / tokens)
             row[f"token_accuracy/{domain}"] = float(correct / tokens)
             row[f"accuracy/{domain}"] = float(exact / samples)
     return row
+
+
+def evaluate_checkpoint(run: RunConfig, parallel: Parallel, checkpoint: Path | None) -> Row:
+    """`evaluation_row` of a checkpoint, or of the base alone, on the first samples of `data.validation`."""
+    base = Path(run.model.base)
+    size = read_size(base)
+    loader = build_run_loader(run, size, parallel)
+    model = LLaVA(run, size, parallel, adapters=checkpoint is not None)
+    load_base(model, base)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    batches = loader.validation_batches(
+        run.validation.samples, run.train.micro_batch_size, parallel.dp_rank, parallel.dp_size
+    )
+    evaluator = Evaluator(run, model, parallel, len(loader.domains))
+    return evaluation_row(evaluator, list(batches), loader.domains)
 
 
 class Trainer:
