@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mole_mega import config
-from mole_mega.config import ConfigError
+from mole_mega.errors import CheckFailedError, ConfigError
 
 INPUT_ERROR, CHECK_FAILED = 2, 3
 
@@ -40,8 +40,6 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
     except KeyboardInterrupt:
         outcome.code = 130
     except Exception as error:
-        from mole_mega.training.trainer import MissingGradientError
-
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(5)
@@ -49,11 +47,11 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
             traceback.print_exc()
         else:
             where = "" if rank == "0" else f" (rank {rank})"
-            known = isinstance(error, ValueError | OSError | MissingGradientError)
+            known = isinstance(error, ValueError | OSError | CheckFailedError)
             kind = "" if known else f"{type(error).__name__}: "
             print(f"error{where}: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        is_input = isinstance(error, ConfigError | ValueError | OSError)
-        outcome.code = INPUT_ERROR if is_input else CHECK_FAILED if isinstance(error, MissingGradientError) else 1
+        failed_check, input_error = isinstance(error, CheckFailedError), isinstance(error, ValueError | OSError)
+        outcome.code = CHECK_FAILED if failed_check else INPUT_ERROR if input_error else 1
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
@@ -134,3 +132,7 @@ def main() -> int:
         print(f"error: unknown command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return INPUT_ERROR
     return COMMANDS[name][0](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -18,9 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-
-class ConfigError(ValueError):
-    """The user's config cannot be honoured. The message is one line and carries the numbers."""
+from mole_mega.errors import ConfigError as ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,15 +203,22 @@ def validate(config: RunConfig) -> None:
         (adapter, "z_loss_weight", 0), (train, "steps", 1), (train, "global_batch_size", 1),
         (train, "micro_batch_size", 1),
         (train, "lr", 0), (train, "warmup_steps", 0), (train, "max_bad_steps", 1), (train, "seed", 0),
-        (train, "weight_decay", 0), (train, "clip_grad", 0), (data, "max_length", 2),
+        (train, "weight_decay", 0), (train, "clip_grad", 0), (data, "max_length", 2), (data, "max_image_pixels", 1),
         (config.checkpoint, "every", 0),
         (config.checkpoint, "keep", 1), (config.validation, "every", 0), (config.validation, "samples", 1),
         (config.monitor, "every", 1),
     ]:  # fmt: skip
         if not getattr(owner, name) >= low:  # `not >=` so that NaN fails too
             raise ConfigError(f"{_section(config, owner)}.{name} must be at least {low}, got {getattr(owner, name)}")
-    if adapter.alpha <= 0:
-        raise ConfigError(f"adapter.alpha must be above 0, got {adapter.alpha}")
+    for owner, name in [(adapter, "alpha"), (train, "adam_eps")]:
+        if not getattr(owner, name) > 0:
+            raise ConfigError(f"{_section(config, owner)}.{name} must be above 0, got {getattr(owner, name)}")
+    for name in ("projector_lr", "router_lr"):
+        if getattr(train, name) is not None and not getattr(train, name) >= 0:
+            raise ConfigError(f"train.{name} must be at least 0, got {getattr(train, name)}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            raise ConfigError(f"train.{name} must be in [0, 1), got {getattr(train, name)}")
     if not 0 <= adapter.dropout < 1:
         raise ConfigError(f"adapter.dropout must be in [0, 1), got {adapter.dropout}")
     if not 0 <= train.min_lr_ratio <= 1:
@@ -226,6 +232,8 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(
             f"adapter.top_k is {adapter.top_k}: expert_parallel 'tokens' routes each token to one expert; set it to 1"
         )
+    if adapter.method == "mole" and not adapter.layers:
+        raise ConfigError("adapter.layers is empty: adapter.method mole needs at least one layer to put its experts in")
     if adapter.method == "lora" and parallel.expert != 1:
         raise ConfigError(f"parallel.expert is {parallel.expert}, but adapter.method lora has no experts to spread")
     if adapter.method == "mole" and adapter.num_experts % parallel.expert:
@@ -297,7 +305,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _list_item(items: list[Any], part: str, override: str) -> Any:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or int(part) >= len(items):
         raise ConfigError(f"override {override!r}: {part!r} is not an index below {len(items)}")
     return items[int(part)]
 
@@ -330,7 +338,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 return _convert(option, value, where)
             except ConfigError as error:
                 problems.append(str(error))
-        raise ConfigError(problems[0])
+        # the one that says more than "not this type"
+        raise ConfigError(next((p for p in problems if not p.startswith(f"{where} must be ")), problems[0]))
     if origin is Literal:
         # type() too: YAML's `1` and `true` compare equal in Python
         if any(value == option and type(value) is type(option) for option in args):
@@ -350,16 +359,26 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif hint is float:
-        if isinstance(value, str):  # YAML 1.1 reads 1e-4 (no point) as text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+        number = _number(value)
+        if number is not None:
+            if not math.isfinite(number):
+                raise ConfigError(f"{where} must be a finite number, got {value}")
+            return number
     elif hint is str and isinstance(value, str):
         return value
     raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _number(value: Any) -> float | None:
+    """The value as a float, None when it is not one. Text too: YAML 1.1 reads 1e-4 (no point) as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+    except OverflowError:  # an int with more digits than a float has room for
+        return math.inf
 
 
 def _plain(node: Any) -> Any:

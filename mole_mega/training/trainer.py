@@ -22,6 +22,7 @@ from mole_mega.checkpoint.store import CheckpointStore, RunState, complete_check
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
+from mole_mega.errors import CheckFailedError
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.metrics import MetricsFile, Row, StepResult, step_row
@@ -36,10 +37,6 @@ DONE, STOPPED_ITSELF, STOPPED_ON_SIGNAL = 0, 4, 75
 
 # A sequence is padded to a multiple of this and of the tensor-parallel size.
 _PAD_TO = 8
-
-
-class MissingGradientError(RuntimeError):
-    """Something trainable got no gradient at the first step: the run would train less than was asked for."""
 
 
 def build_model(run: RunConfig, size: LlavaSize, parallel: Parallel) -> DistributedDataParallel:
@@ -271,7 +268,7 @@ class Trainer:
                 continue
             missing.append(name)
         if missing:
-            raise MissingGradientError(f"no gradient at the first step for {len(missing)} tensors, first {missing[0]}")
+            raise CheckFailedError(f"no gradient at the first step for {len(missing)} tensors, first {missing[0]}")
 
     def _say(self, text: str) -> None:
         if self.parallel.is_main:

@@ -1,0 +1,421 @@
+"""A config is what the user wrote or an error of one line that names the key and the numbers."""
+
+import dataclasses
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mole_mega import config as run_config
+from mole_mega.config import ConfigError, RunConfig
+
+SMALLEST: dict[str, Any] = {
+    "run_dir": "out",
+    "model": {"base": "base"},
+    "train": {"steps": 10},
+    "data": {"sources": [{"name": "a", "path": "a.json"}, {"name": "b", "path": "b.json", "weight": 2}]},
+}
+
+
+def merged(base: Any, change: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(change, dict):
+        return change
+    return {key: merged(base.get(key), change.get(key, base.get(key))) for key in base | change}
+
+
+def make(**change: Any) -> RunConfig:
+    """The smallest config with some keys changed: make(train={"steps": 3})."""
+    return run_config.from_dict(merged(SMALLEST, change))
+
+
+def refused(**change: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make(**change)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a run file and returns its path."""
+
+    def write_file(tree: Any = SMALLEST) -> Path:
+        path = tmp_path / "runs" / "run.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return path
+
+    return write_file
+
+
+def refused_override(path: Path, override: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run_config.load(path, [override])
+    return str(caught.value)
+
+
+# unknown keys
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "nearest"),
+    [
+        ({"runn_dir": "x"}, "runn_dir", "run_dir"),
+        ({"adaptor": {}}, "adaptor", "adapter"),
+        ({"adapter": {"num_expert": 3}}, "adapter.num_expert", "adapter.num_experts"),
+        ({"adapter": {"balance-weight": 3}}, "adapter.balance-weight", "adapter.balance_weight"),
+        ({"train": {"learning_rate": 1}}, "train.learning_rate", "train."),
+        ({"data": {"maxlength": 3}}, "data.maxlength", "data.max_length"),
+        ({"data": {"validation": [{"name": "v", "pth": "v.json"}]}}, "data.validation[0].pth", "data.validation[0].path"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_nearest_valid_one_at_every_depth(change, key, nearest):
+    message = refused(**change)
+    assert message.startswith(f"unknown config key {key};") and f"nearest valid key is {nearest}" in message
+
+
+def test_a_misspelt_key_inside_a_list_is_named_with_its_index():
+    sources = [SMALLEST["data"]["sources"][0], {"name": "b", "path": "b.json", "wieght": 1}]
+    assert "data.sources[1].wieght; the nearest valid key is data.sources[1].weight" in refused(data={"sources": sources})
+
+
+def test_keys_that_are_not_text_are_unknown_keys():
+    assert "unknown config key train.7" in refused(train={7: 1})
+
+
+@pytest.mark.parametrize("key", ["run_dir", "model", "train", "data"])
+def test_a_missing_key_is_named(key):
+    with pytest.raises(ConfigError, match=f"config key {key} is missing"):
+        run_config.from_dict({k: v for k, v in SMALLEST.items() if k != key})
+
+
+def test_a_missing_key_inside_a_list_is_named_with_its_index():
+    assert refused(data={"sources": [{"path": "x"}]}) == "config key data.sources[0].name is missing"
+
+
+# types
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("train", "steps", "10"),
+        ("train", "steps", 10.0),
+        ("train", "steps", True),
+        ("train", "steps", None),
+        ("train", "schedule_steps", "ten"),
+        ("train", "lr", "fast"),
+        ("train", "lr", True),
+        ("train", "lr", [1]),
+        ("train", "projector", 1),
+        ("train", "projector", "yes"),
+        ("train", "precision", "fp16"),
+        ("adapter", "gate", True),
+        ("adapter", "gate", "Prob"),
+        ("adapter", "layers", "some"),
+        ("adapter", "layers", 3),
+        ("model", "base", 3),
+        ("model", "base", None),
+        ("data", "sources", "a.json"),
+        ("data", "sources", {"name": "a"}),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_key(section, key, value):
+    message = refused(**{section: {key: value}})
+    assert message.startswith(f"{section}.{key} must be") and repr(value) in message
+
+
+@pytest.mark.parametrize("item", ["x", True, 1.0, None])
+def test_a_list_item_of_the_wrong_type_is_named_with_its_index(item):
+    assert refused(adapter={"layers": [0, item]}) == f"adapter.layers[1] must be int, got {item!r}"
+
+
+@pytest.mark.parametrize("section", [3, "text", None, [1]])
+def test_a_section_must_be_a_mapping(section):
+    assert refused(adapter=section).startswith("adapter must be a mapping of keys")
+
+
+def test_one_of_several_words_is_refused_with_all_of_them():
+    assert refused(train={"schedule": "cosin"}) == "train.schedule must be one of cosine, linear, constant; got 'cosin'"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("2E-5", 2e-5), ("1.0e-4", 1e-4), ("1", 1.0), ("0", 0.0)])
+def test_a_learning_rate_is_a_number_however_yaml_spells_it(write, text, value):
+    tree = yaml.safe_dump(SMALLEST) + f"adapter:\n  alpha: 1\n  dropout: 0\n  balance_weight: {text}\n"
+    loaded = run_config.load(write(tree), [f"train.lr={text}"])
+    assert (loaded.train.lr, loaded.adapter.balance_weight) == (value, value)
+    assert isinstance(loaded.train.lr, float) and isinstance(loaded.adapter.alpha, float)
+
+
+NOT_FINITE = [math.nan, math.inf, -math.inf, "nan", "inf", ".nan", 10**400]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE, ids=lambda value: str(value)[:6])
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("train", "lr"), ("train", "projector_lr"), ("train", "clip_grad"), ("adapter", "alpha"), ("adapter", "dropout")],
+)
+def test_numbers_that_are_not_finite_are_refused(section, key, value):
+    assert refused(**{section: {key: value}}).startswith(f"{section}.{key} must be ")
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("adapter", "alpha"), ("adapter", "dropout"), ("adapter", "balance_weight"), ("adapter", "z_loss_weight"),
+        ("train", "lr"), ("train", "projector_lr"), ("train", "router_lr"), ("train", "min_lr_ratio"),
+        ("train", "weight_decay"), ("train", "clip_grad"), ("train", "adam_eps"), ("train", "adam_beta1"),
+    ],
+)  # fmt: skip
+def test_a_config_made_in_code_is_checked_for_nan_too(section, key):
+    config = make()
+    part = replace(getattr(config, section), **{key: math.nan})
+    with pytest.raises(ConfigError, match=rf"{section}\.{key} must be .*got nan"):
+        run_config.validate(replace(config, **{section: part}))
+
+
+# ranges and fields that depend on one another: the message carries the numbers
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("parallel", "tensor", 0), ("parallel", "pipeline", -2), ("parallel", "expert", 0), ("parallel", "context", 0),
+        ("adapter", "num_experts", 0), ("adapter", "rank", 0), ("adapter", "top_k", 0), ("adapter", "alpha", 0.0),
+        ("adapter", "balance_weight", -0.5), ("adapter", "z_loss_weight", -0.5), ("adapter", "dropout", 1.0),
+        ("adapter", "dropout", -0.25), ("train", "steps", 0), ("train", "schedule_steps", 0),
+        ("train", "global_batch_size", 0), ("train", "micro_batch_size", 0), ("train", "lr", -0.25),
+        ("train", "projector_lr", -0.25), ("train", "router_lr", -0.25), ("train", "warmup_steps", -3),
+        ("train", "min_lr_ratio", 1.5), ("train", "min_lr_ratio", -0.5), ("train", "weight_decay", -0.5),
+        ("train", "clip_grad", -1.0), ("train", "seed", -7), ("train", "max_bad_steps", 0), ("train", "adam_eps", 0.0),
+        ("train", "adam_beta1", 1.0), ("train", "adam_beta2", -0.5), ("data", "max_length", 1),
+        ("data", "max_image_pixels", 0), ("checkpoint", "every", -1), ("checkpoint", "keep", 0),
+        ("validation", "every", -1), ("validation", "samples", 0), ("monitor", "every", 0),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named_with_its_key_and_number(section, key, value):
+    message = refused(**{section: {key: value}})
+    assert message.startswith(f"{section}.{key} must be") and message.endswith(f"got {value}")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"parallel": {"context": 2}}, ["parallel.context is 2"]),
+        ({"adapter": {"top_k": 2}}, ["adapter.top_k is 2"]),
+        ({"adapter": {"method": "lora"}, "parallel": {"expert": 2}}, ["parallel.expert is 2", "lora"]),
+        ({"adapter": {"num_experts": 6}, "parallel": {"expert": 4}}, ["num_experts 6", "parallel.expert 4"]),
+        ({"train": {"global_batch_size": 10, "micro_batch_size": 4}}, ["size 10", "size 4"]),
+        ({"adapter": {"layers": []}}, ["adapter.layers is empty", "mole"]),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused_with_their_numbers(change, parts):
+    message = refused(**change)
+    assert all(part in message for part in parts), message
+
+
+def test_plain_lora_may_leave_the_mlps_alone_and_any_number_of_experts_divides_for_it():
+    assert make(adapter={"method": "lora", "layers": [], "num_experts": 3}).adapter.layers == ()
+
+
+@pytest.mark.parametrize("kind", ["sources", "validation"])
+def test_a_domain_named_twice_is_refused_with_its_name_and_count(kind):
+    source = {"name": "docs", "path": "x"}
+    assert f"data.{kind} has the name 'docs' 3 times" in refused(data={kind: [source, source, source]})
+
+
+def test_the_same_domain_may_be_trained_and_validated_on():
+    assert make(data={"validation": [{"name": "a", "path": "v.json"}]}).data.validation[0].name == "a"
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [([1, -0.5], ["[1.0, -0.5]"]), ([0, 0], ["all weights are 0"]), ([-1, 2], ["[-1.0, 2.0]"])],
+)
+@pytest.mark.parametrize("kind", ["sources", "validation"])
+def test_weights_are_not_negative_and_not_all_zero(kind, weights, parts):
+    sources = [{"name": str(i), "path": "x", "weight": weight} for i, weight in enumerate(weights)]
+    message = refused(data={kind: sources})
+    assert f"data.{kind}" in message and all(part in message for part in parts)
+
+
+def test_a_weight_of_zero_switches_one_source_off():
+    sources = [{"name": "a", "path": "x", "weight": 0}, {"name": "b", "path": "x"}]
+    assert [source.weight for source in make(data={"sources": sources}).data.sources] == [0.0, 1.0]
+
+
+def test_no_source_at_all_is_refused():
+    assert "data.sources is empty" in refused(data={"sources": []})
+
+
+# files and overrides
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1", "", "- 1\n- 2\n", "just text", "42", "a: !!python/object/apply:os.getcwd []", "\x00"]
+)
+def test_a_file_that_is_not_a_yaml_mapping_is_refused_in_one_line(write, text):
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        run_config.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_text_are_refused(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        run_config.load(tmp_path / "run.yaml")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read .*gone\.yaml: No such file"):
+        run_config.load(tmp_path / "gone.yaml")
+
+
+def test_relative_paths_are_taken_from_the_files_own_folder(write, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    source = {"name": "a", "path": "../data/a.json", "image_folder": "images"}
+    path = write(merged(SMALLEST, {"data": {"sources": [source], "validation": [source]},
+                                   "checkpoint": {"init_from": "other"}}))  # fmt: skip
+    loaded = run_config.load(path)
+    folder = tmp_path / "runs"
+    assert (loaded.run_dir, loaded.model.base) == (str(folder / "out"), str(folder / "base"))
+    assert loaded.checkpoint.init_from == str(folder / "other")
+    for kind in (loaded.data.sources, loaded.data.validation):
+        assert (kind[0].path, kind[0].image_folder) == (str(tmp_path / "data" / "a.json"), str(folder / "images"))
+
+
+def test_relative_paths_of_an_override_are_taken_from_the_current_folder(write, tmp_path, monkeypatch):
+    path = write()
+    monkeypatch.chdir(tmp_path)
+    loaded = run_config.load(path, ["run_dir=here", "data.sources.1.path=b.json", "data.sources.0.image_folder=pics"])
+    assert (loaded.run_dir, loaded.data.sources[1].path) == (str(tmp_path / "here"), str(tmp_path / "b.json"))
+    assert loaded.data.sources[0].image_folder == str(tmp_path / "pics")
+    assert loaded.data.sources[0].path == str(tmp_path / "runs" / "a.json")
+
+
+def test_absolute_and_home_paths_stay_and_an_empty_path_stays_empty(write, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded = run_config.load(write(merged(SMALLEST, {"model": {"base": "/models/base"}, "run_dir": "~/run"})))
+    assert (loaded.model.base, loaded.run_dir) == ("/models/base", str(tmp_path / "run"))
+    assert loaded.checkpoint.init_from == "" and loaded.data.sources[0].image_folder == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("train.steps=7", lambda c: c.train.steps, 7),
+        ("adapter.rank=4", lambda c: c.adapter.rank, 4),  # a section that the file does not have
+        ("adapter.layers=[0, 3]", lambda c: c.adapter.layers, (0, 3)),
+        ("adapter.layers=all", lambda c: c.adapter.layers, "all"),
+        ("adapter.attention=false", lambda c: c.adapter.attention, False),
+        ("train.schedule_steps=null", lambda c: c.train.schedule_steps, None),
+        ("train.projector_lr=1e-5", lambda c: c.train.projector_lr, 1e-5),
+        ("model.base_hash='a=b'", lambda c: c.model.base_hash, "a=b"),
+        ("data.sources.1.weight=0.25", lambda c: [s.weight for s in c.data.sources], [1.0, 0.25]),
+        ("data.sources.0={name: z, path: /z}", lambda c: [s.name for s in c.data.sources], ["z", "b"]),
+        ("data.sources=[{name: z, path: /z}]", lambda c: [s.name for s in c.data.sources], ["z"]),
+        ("data.sources.0.image_folder=''", lambda c: c.data.sources[0].image_folder, ""),
+    ],
+)
+def test_an_override_sets_the_one_key_it_names(write, override, read, value):
+    tree = merged(SMALLEST, {"train": {"schedule_steps": 5}})
+    assert read(run_config.load(write(tree), [override])) == value
+
+
+def test_later_overrides_win(write):
+    assert run_config.load(write(), ["train.steps=7", "train.steps=8"]).train.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.steps", "not of the form key.path=value"),
+        ("=3", "not of the form key.path=value"),
+        ("train.steps=[1", "the value is not YAML"),
+        ("train.steps=", "train.steps must be int, got None"),
+        ("train.stepss=3", "unknown config key train.stepss; the nearest valid key is train.steps"),
+        ("train.steps.more=3", "'steps' holds a value, not a section"),
+        ("data.sources.2.weight=1", "'2' is not an index below 2"),
+        ("data.sources.-1.weight=1", "'-1' is not an index below 2"),
+        ("data.sources.²={}", "'²' is not an index below 2"),
+        ("data.sources.first.weight=1", "'first' is not an index below 2"),
+        ("data.sources.0.wait=1", "unknown config key data.sources[0].wait"),
+        ("train=null", "train must be a mapping of keys"),
+        ("..=1", "unknown config key"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_says_why(write, override, says):
+    assert says in refused_override(write(), override)
+
+
+def all_set() -> RunConfig:
+    """A config in which no field stands at its default."""
+    return make(
+        model={"base_hash": "0123"},
+        parallel={"tensor": 2, "pipeline": 2, "expert": 2},
+        adapter={
+            "num_experts": 4, "rank": 8, "alpha": 4.5, "dropout": 0.1, "gate": "none", "balance_weight": 1e-7,
+            "balance_scope": "model", "z_loss_weight": 1e-22, "router_bias": False, "attention": False,
+            "layers": [3, 1],
+        },
+        train={
+            "schedule_steps": 9, "global_batch_size": 6, "micro_batch_size": 3, "seed": 5, "lr": 1e-4,
+            "projector_lr": 1e-5, "router_lr": 0, "projector": False, "schedule": "linear", "warmup_steps": 2,
+            "min_lr_ratio": 0.1, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-9,
+            "clip_grad": 0, "precision": "fp32", "distributed_optimizer": True, "recompute": "full",
+            "max_bad_steps": 1,
+        },
+        data={
+            "sources": [{"name": "yes: no", "path": "/ünï/1e-4", "image_folder": "/i", "weight": 1 / 3}],
+            "validation": [{"name": "007", "path": "/v"}], "max_length": 99, "on_bad_sample": "stop",
+            "max_image_pixels": 5,
+        },
+        validation={"every": 3, "samples": 2},
+        checkpoint={"every": 4, "keep": 1, "init_from": "/other"},
+        monitor={"every": 2, "tensorboard": False},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [make(), all_set()], ids=["defaults", "all set"])
+def test_a_dumped_config_loads_equal(config, tmp_path):
+    config = replace(config, run_dir="/out", model=replace(config.model, base="/base"))
+    sources = tuple(replace(source, path=f"/{source.name}") for source in config.data.sources)
+    config = replace(config, data=replace(config.data, sources=sources))
+    (tmp_path / "config.yaml").write_text(run_config.dump(config))
+    loaded = run_config.load(tmp_path / "config.yaml")
+    assert loaded == config
+    assert run_config.dump(loaded) == run_config.dump(config)
+    assert run_config.from_dict(run_config.to_dict(config)) == config
+
+
+def test_the_all_set_config_leaves_no_field_at_its_default():
+    """So that a field that dump or load forgets is seen by the test above."""
+    changeable = {"method", "top_k", "expert_parallel", "context", "image_folder", "weight"}  # one value only, or in lists
+
+    def defaults(node: Any, where: str) -> list[str]:
+        found = []
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                found += defaults(value, f"{where}{field.name}.")
+            elif value == field.default and field.name not in changeable:
+                found.append(where + field.name)
+        return found
+
+    assert defaults(all_set(), "") == []
+
+
+def test_a_config_cannot_be_changed_after_it_was_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make().train.steps = 3  # type: ignore[misc]
+
+
+def test_making_a_config_leaves_the_users_tree_as_it_was():
+    tree = merged(SMALLEST, {})
+    run_config.from_dict(tree)
+    assert tree == SMALLEST
