@@ -80,6 +80,8 @@ def install() -> None:
     missing = missing_symbols()
     if missing:
         raise RuntimeError(f"megatron-core is not {TESTED_VERSION} as tested: {'; '.join(missing)}")
+    if isinstance(vars(_module(PATCHES[0]))["torch"], _View):
+        return
     view = _cpu_view()
     for patch in PATCHES:
         vars(_module(patch))["torch"] = view
@@ -89,12 +91,8 @@ def install() -> None:
     rng.CudaRNGStatesTracker.fork = _fork
     writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     writer.get_write_results_queue = lambda *args: queue.Queue()
-    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    mappings.dist_all_gather_func = dist.all_gather_into_tensor
-    mappings.dist_reduce_scatter_func = dist.reduce_scatter_tensor
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    if torch.Tensor.type is not _type_named_as_cuda:
-        torch.Tensor.type = _type_named_as_cuda  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = _type_named_as_cuda  # type: ignore[method-assign,assignment]
 
 
 def missing_symbols() -> list[str]:

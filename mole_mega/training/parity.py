@@ -35,6 +35,7 @@ from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
 from mole_mega.platform.parallel import Parallel
+from mole_mega.training.loss import SCORE_ROWS
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
 
@@ -113,11 +114,13 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
         image_token_id=4,
     )  # fmt: skip
     adapter, train = run.adapter, run.train
+    rank = min(adapter.rank, 8)
     layers: Literal["all"] | tuple[int, ...] = "all" if adapter.layers == "all" else (1, 2)
     return (
         replace(
             run,
-            adapter=replace(adapter, rank=min(adapter.rank, 8), dropout=0.0, layers=layers),
+            # alpha follows the rank, so that the scale alpha / rank stays the user's
+            adapter=replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank, dropout=0.0, layers=layers),
             train=replace(
                 train, steps=STEPS, schedule_steps=None, precision="fp32", global_batch_size=8, micro_batch_size=2,
                 warmup_steps=0,
@@ -174,22 +177,18 @@ def make_base(run: RunConfig, size: LlavaSize, parallel: Parallel, out: Path) ->
 
 
 def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, torch.Tensor] | None:
-    """Run one case; rank 0 gets {"loss", "gradient/<tensor>", "weight/<tensor>"} in whole tensors, the others None."""
+    """Run one case; rank 0 gets {"loss/<which>", "gradient/<tensor>", "weight/<tensor>"}, whole, the others None."""
     # not at the top: trainer imports the command line, which offers this module
     from mole_mega.training.trainer import build_model
 
     model = build_model(run, size, parallel)
     entries = trainable_entries(model)
-    with torch.no_grad():
-        for entry in entries.values():
-            # B = 0 would hide most gradients
-            whole = 0.2 * torch.randn(entry.global_shape, generator=_generator(entry.key))
-            if not entry.key.startswith("vision_projection"):
-                entry.data.copy_(whole[_window(entry)])
+    _fill_adapters(entries, run.adapter.alpha / run.adapter.rank)
     optimizer = build_optimizer(model, run.train)
     stepper = Stepper(run, model, optimizer, parallel, num_domains=2)
     parameters = dict(model.module.named_parameters())
-    result: dict[str, torch.Tensor] = {}
+    scores = stepper.evaluate(batches(size, 0, parallel.dp_rank, parallel.dp_size))
+    result = {f"loss/validation_{row}": sums.clone() for row, sums in zip(SCORE_ROWS, scores, strict=True)}
     for step in range(STEPS):
         set_lr(optimizer, step + 1, run.train)
         stepper.backward(batches(size, step, parallel.dp_rank, parallel.dp_size), whole_gradients=True)
@@ -199,11 +198,29 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
         outcome = stepper.apply()
         assert outcome.applied
         result[f"loss/{step}"] = torch.tensor(outcome.loss, dtype=torch.float64)
+        # Adam hides the size of a gradient from the weights: a norm that counts a part twice would clip unseen
+        result[f"loss/grad_norm_{step}"] = torch.tensor(outcome.grad_norm, dtype=torch.float64)
         if outcome.routing is not None:
             result[f"loss/balance_{step}"] = torch.tensor(outcome.routing.balance_loss, dtype=torch.float64)
     weights = _whole(entries, {name: parameters[name].detach() for name in entries}, parallel)
     result |= {f"weight/{key}": tensor for key, tensor in weights.items()}
     return result if parallel.is_main else None
+
+
+def _fill_adapters(entries: dict[str, Any], scale: float) -> None:
+    """Adapters with random weights: B = 0 would hide most gradients.
+
+    What a pair adds is half as large as what its base puts out, whatever the scale alpha / rank. Larger, the attention
+    scores of random weights saturate, and a network that magnifies rounding a hundredfold can prove nothing.
+    """
+    with torch.no_grad():
+        for entry in entries.values():
+            if entry.key.startswith("vision_projection"):
+                continue  # comes with the base
+            whole = torch.randn(entry.global_shape, generator=_generator(entry.key)) / math.sqrt(entry.global_shape[-1])
+            if entry.key.endswith("_B"):
+                whole *= 0.5 / scale
+            entry.data.copy_(whole[_window(entry)])
 
 
 def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, torch.Tensor]) -> Comparison:
@@ -218,7 +235,8 @@ def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, 
         scale = float(expected.double().norm())
         difference = float((measured[key].double() - expected.double()).norm())
         ratio = difference / scale if scale else (math.inf if difference else 0.0)
-        if not ratio <= worst[kind][0]:  # `not <=`: NaN is the worst of all
+        ratio = math.inf if math.isnan(ratio) else ratio
+        if ratio > worst[kind][0]:
             worst[kind] = (ratio, name)
     return Comparison(
         case, worst["loss"][0], *worst["gradient"], *worst["weight"],
@@ -349,7 +367,8 @@ def _window(entry: Any) -> tuple[slice, ...]:
 
 
 def _whole(entries: dict[str, Any], tensors: dict[str, torch.Tensor], parallel: Parallel) -> dict[str, torch.Tensor]:
-    """Put the ranks' parts together on every rank. Raises ValueError where ranks that hold the same part disagree."""
+    """Put the ranks' parts together on every rank; NaN where ranks that hold the same part disagree, which no
+    comparison calls equal. Raises ValueError for a part that nobody holds."""
     mine = [
         (e.key, tuple(e.global_shape), _window(e), tensors[name].detach().cpu().clone()) for name, e in entries.items()
     ]
@@ -361,7 +380,7 @@ def _whole(entries: dict[str, Any], tensors: dict[str, torch.Tensor], parallel: 
         target = whole.setdefault(key, torch.zeros(shape, dtype=part.dtype))
         filled = seen.setdefault(key, torch.zeros(shape, dtype=torch.bool))
         if filled[window].all() and filled[window].numel() and not torch.equal(target[window], part):
-            raise ValueError(f"replicas of {key} differ between ranks")
+            part = torch.full_like(part, math.nan)
         target[window], filled[window] = part, True
     for key, filled in seen.items():
         if not filled.all():

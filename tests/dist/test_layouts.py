@@ -1,0 +1,131 @@
+"""Every layout computes what one process computes: the same loss, gradients, gradient norm and weights (DESIGN 6.1).
+
+All cases of one world size run in one launch. A case is recorded once; each test reads one comparison.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mole_mega.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig, validate
+from mole_mega.training import parity
+from mole_mega.training.parity import GRADIENT_TOLERANCE, WEIGHT_TOLERANCE, Case, layout_name, scaled_down
+
+TP, PP, EP, DP = ParallelConfig(tensor=2), ParallelConfig(pipeline=2), ParallelConfig(expert=2), ParallelConfig()
+TP_EP, PP_EP, TP_PP = (
+    ParallelConfig(tensor=2, expert=2),
+    ParallelConfig(pipeline=2, expert=2),
+    ParallelConfig(tensor=2, pipeline=2),
+)
+LAYOUTS = [(TP, 2), (PP, 2), (EP, 2), (DP, 2), (TP_EP, 4), (PP_EP, 4), (TP_PP, 4)]
+GATES = ("none", "prob", "straight_through")
+
+_RUN, SIZE = scaled_down(
+    RunConfig(
+        run_dir="",
+        model=ModelConfig(base=""),
+        train=TrainConfig(steps=1, weight_decay=0.01),
+        data=DataConfig(sources=(SourceConfig(name="made", path="made"),)),
+    ),
+    None,
+)
+RUN = replace(_RUN, adapter=replace(_RUN.adapter, num_experts=4, z_loss_weight=0.001))
+
+
+def case(layout, world, adapter=None, train=None):
+    adapter, train = adapter or {}, train or {}
+    words = [layout_name(layout, world), *(f"{key}={value}" for key, value in (adapter | train).items())]
+    run = replace(
+        RUN, parallel=layout, adapter=replace(RUN.adapter, **adapter), train=replace(RUN.train, **train)
+    )  # fmt: skip
+    validate(run)
+    return Case(", ".join(words), run, world)
+
+
+CASES = [
+    *(case(layout, world, {"gate": gate}) for gate in GATES for layout, world in LAYOUTS),
+    *(case(layout, world, {"method": "lora"}) for layout, world in LAYOUTS if layout.expert == 1),
+    # more ranks than experts' groups: experts cut and copied at once; a data-parallel rank without a single image
+    case(EP, 4),
+    case(TP, 4),
+    *(
+        case(layout, world, train={"distributed_optimizer": True})
+        for layout, world in [(DP, 2), (EP, 2), (TP_EP, 4), (PP_EP, 4)]
+    ),
+    case(DP, 2, {"method": "lora"}, {"distributed_optimizer": True}),
+    *(case(layout, world, {"balance_scope": "model"}) for layout, world in [(PP, 2), (EP, 2), (TP_PP, 4)]),
+    *(case(layout, world, train={"recompute": "full"}) for layout, world in [(TP, 2), (PP, 2), (PP_EP, 4)]),
+    case(TP, 2, {"method": "lora"}, {"recompute": "full"}),
+    *(case(layout, world, train={"recompute": "selective"}) for layout, world in [(TP, 2), (PP_EP, 4)]),
+    *(case(layout, world, {"layers": (1, 2)}) for layout, world in [(TP, 2), (PP_EP, 4)]),
+    # a stage without an expert; one expert a rank
+    case(PP, 2, {"layers": (1,)}),
+    case(TP_EP, 4, {"num_experts": 2, "router_bias": False}),
+    case(TP, 2, {"attention": False}, {"projector": False}),
+]
+SLOW_CASE = case(ParallelConfig(tensor=2, pipeline=2, expert=2), 8)
+
+
+def record_all(cases):
+    """{case name: comparison}, and {case name: the one-process record}."""
+    references = {}
+    compare = parity.compare
+
+    def keep(one_case, reference, measured):
+        references[one_case.name] = reference
+        return compare(one_case, reference, measured)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "compare", keep)
+        comparisons = parity.verify(cases, SIZE)
+    print(parity.table(comparisons))
+    return {comparison.case.name: comparison for comparison in comparisons}, references
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return record_all(CASES)
+
+
+def check(comparison):
+    assert comparison.loss <= GRADIENT_TOLERANCE
+    assert comparison.gradient <= GRADIENT_TOLERANCE, comparison.gradient_tensor
+    assert comparison.weight <= WEIGHT_TOLERANCE, comparison.weight_tensor
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_layout_equals_one_process(recorded, name):
+    check(recorded[0][name])
+
+
+@pytest.mark.slow
+def test_eight_processes_equal_one():
+    comparisons, _ = record_all([SLOW_CASE])
+    check(comparisons[SLOW_CASE.name])
+
+
+def test_references_hold_a_gradient_for_every_trainable_tensor(recorded):
+    for name, reference in recorded[1].items():
+        gradients = {key: tensor for key, tensor in reference.items() if key.startswith("gradient/")}
+        assert all(tensor.isfinite().all() and tensor.any() for tensor in gradients.values()), name
+        attention, mlp, router, projector = 8, 6, 2, 4
+        per_layer = attention + mlp + router
+        expected = {
+            "layers=(1, 2)": 4 * attention + 2 * (mlp + router) + projector,
+            "layers=(1,)": 4 * attention + (mlp + router) + projector,
+            "method=lora": 4 * (attention + mlp) + projector,
+            "router_bias": 4 * (per_layer - 1) + projector,
+            "attention": 4 * (mlp + router),
+        }
+        count = next((n for words, n in expected.items() if words in name), 4 * per_layer + projector)
+        assert len(gradients) == count, name
+
+
+@pytest.mark.parametrize("setting", ["gate=none", "gate=prob", "gate=straight_through", "balance_scope=model"])
+def test_a_setting_changes_what_is_computed(recorded, setting):
+    default = recorded[1]["EP 2 x DP 4"]  # gate prob, scope layer
+    changed = next(reference for name, reference in recorded[1].items() if setting in name)
+    key = "gradient/language_model.decoder.layers.0.mlp.router.weight"
+    is_equal = torch.equal(default[key], changed[key])
+    assert is_equal == (setting == "gate=prob")
