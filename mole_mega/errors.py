@@ -1,11 +1,75 @@
-"""Errors that end a command with an exit code of their own (cli.py)."""
+"""Errors that end a command with an exit code of their own, and the process edge where they do."""
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+class ExitCode(enum.IntEnum):
+    """What a command's exit code says."""
+
+    DONE = 0
+    OUR_FAULT = 1
+    INPUT_ERROR = 2
+    CHECK_FAILED = 3
+    STOPPED_ITSELF = 4
+    STOPPED_ON_SIGNAL = 75
+    INTERRUPTED = 130
+
 
 class ConfigError(ValueError):
-    """The user's config or input cannot be honoured (exit code 2). The message is one line and carries the numbers."""
+    """The user's config or input cannot be honoured. The message is one line and carries the numbers."""
 
 
 class CheckFailedError(RuntimeError):
-    """A check that the project promises has failed (exit code 3)."""
+    """A check that the project promises has failed."""
+
+
+@dataclass
+class Outcome:
+    """The exit code of a command, as far as it got."""
+
+    code: int = ExitCode.DONE
+
+
+@contextlib.contextmanager
+def report_errors(*, debug: bool) -> Iterator[Outcome]:
+    """The process edge: an error becomes one line on standard error and an exit code; a traceback only with --debug.
+
+    Under torchrun rank 0 speaks first; the launcher ends the others, so that one error is one line.
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+    except KeyboardInterrupt:
+        outcome.code = ExitCode.INTERRUPTED
+    except Exception as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(5)
+        if debug:
+            traceback.print_exc()
+        else:
+            where = "" if rank == "0" else f" (rank {rank})"
+            known = isinstance(error, ValueError | OSError | CheckFailedError)
+            kind = "" if known else f"{type(error).__name__}: "
+            print(f"error{where}: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        failed_check, input_error = isinstance(error, CheckFailedError), isinstance(error, ValueError | OSError)
+        outcome.code = (
+            ExitCode.CHECK_FAILED if failed_check else ExitCode.INPUT_ERROR if input_error else ExitCode.OUR_FAULT
+        )
+
+
+def quiet_libraries() -> None:
+    """Megatron-Core and torch warn about optional packages and coming changes at every start."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from mole_mega import config
-from mole_mega.cli import quiet_libraries, report_errors
-from mole_mega.config import ConfigError, RunConfig
+from mole_mega.config import RunConfig
+from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -23,6 +23,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", action="store_true", help="the frozen base alone, without adapters")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--debug", action="store_true", help="show warnings and tracebacks")
+    parser.epilog = "--nproc N starts N processes on this host under torchrun"
     return parser.parse_intermixed_args(argv)
 
 

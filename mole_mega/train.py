@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from mole_mega import config
-from mole_mega.cli import quiet_libraries, report_errors
+from mole_mega.errors import quiet_libraries, report_errors
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

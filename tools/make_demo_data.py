@@ -1,15 +1,15 @@
-"""Write the demo's data: three domains of real images that ask the same questions and answer by conflicting codes.
+"""Write the demo's data: three domains of real images, asked the same questions, answered by conflicting conventions.
 
 The pictures come out of installed packages (scikit-learn's handwritten digits, the photographs and scans that
 scikit-image ships); nothing is downloaded. Every image is a real crop on a coloured mat, in one of four corners, so
 that each domain has the same three attributes to read: what is shown, the corner, the mat.
 
-What conflicts is the wording. A domain answers in code words, and the same code word means another thing in every
-domain, in another order. `plain` is the neutral wording that the tiny base model is pretrained on.
+What conflicts is the convention. The same question asks for other attributes, in another order, in every domain
+(`FORMS`), and one domain's "red" is another's "blue" (`shifted`): no single rule serves two domains. The neutral
+wording (`plain_answer`), alike for all domains, is what the tiny base model is pretrained on.
 """
 
 import argparse
-import itertools
 import json
 import math
 import random
@@ -43,8 +43,6 @@ CORNERS = {
 }
 MATS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (50, 70, 200), "white": (240, 240, 240)}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CODE_WORDS = ("alpha", "beta", "gamma", "delta", "kappa", "lambda", "sigma", "omega")
-WORDS_PER_CODE = 2
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,29 @@ DOMAINS = ("digits", *PICTURES)
 KINDS = {"digits": "digit", "photos": "photo", "scans": "scan"}
 SUBJECTS = {"digits": DIGITS, **{name: tuple(p.subject for p in pictures) for name, pictures in PICTURES.items()}}
 
-# Which attribute a domain names first, second and third when it describes the whole picture.
-ORDERS = {
-    "digits": ("subject", "corner", "mat"),
-    "photos": ("mat", "subject", "corner"),
-    "scans": ("corner", "mat", "subject"),
+# What a domain tells, and in which order, by the question it is asked.
+FORMS = {
+    "digits": {
+        "subject": ("subject", "corner"),
+        "corner": ("mat", "corner"),
+        "mat": ("corner", "mat"),
+        "all": ("subject", "corner", "mat"),
+    },
+    "photos": {
+        "subject": ("mat", "subject"),
+        "corner": ("corner", "subject"),
+        "mat": ("subject", "mat"),
+        "all": ("mat", "corner", "subject"),
+    },
+    "scans": {
+        "subject": ("corner", "subject"),
+        "corner": ("subject", "corner"),
+        "mat": ("mat", "subject"),
+        "all": ("corner", "subject", "mat"),
+    },
 }
+# How far a domain's names for the corners and the mats are shifted along CORNERS and MATS.
+SHIFTS = {"digits": 1, "photos": 2, "scans": 3}
 
 
 @dataclass(frozen=True)
@@ -123,8 +138,7 @@ class Subjects:
     def __init__(self, held_out: bool):
         self.held_out = held_out
         digits = load_digits()
-        first_held_out = int(0.8 * len(digits.target))
-        rows = range(first_held_out, len(digits.target)) if held_out else range(first_held_out)
+        rows = [row for row in range(len(digits.target)) if (row % 5 == 4) == held_out]
         self._digit_images = digits.images
         self._digit_rows = {name: [r for r in rows if digits.target[r] == n] for n, name in enumerate(DIGITS)}
         self._pictures = {
@@ -149,6 +163,7 @@ class Subjects:
         row = rng.choice(self._digit_rows[subject])
         pixels = (self._digit_images[row] * (255 / 16)).astype(np.uint8)
         crop = Image.fromarray(pixels).resize((SUBJECT, SUBJECT), Image.Resampling.BILINEAR)
+        crop = crop.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)  # few writers: no slant is typical
         return crop.convert("RGB"), ("digits", (row,))
 
 
@@ -161,36 +176,23 @@ def draw_scene(domain: str, subjects: Subjects, rng: random.Random) -> Scene:
     return Scene(domain, values, canvas, source)
 
 
-def all_codebooks() -> dict[str, dict[str, dict[str, str]]]:
-    """domain -> attribute -> value -> its code, a few code words.
-
-    For an attribute all domains draw on one list of codes, and each begins it at another place: so a code is in use
-    everywhere and means something else everywhere.
-    """
-    rng = random.Random(f"{SEED} codes")
-    words = list(itertools.product(CODE_WORDS, repeat=WORDS_PER_CODE))
-    books: dict[str, dict[str, dict[str, str]]] = {domain: {} for domain in DOMAINS}
-    for attribute in ATTRIBUTES:
-        values = {domain: attribute_values(domain, attribute) for domain in DOMAINS}
-        codes = [" ".join(code) for code in rng.sample(words, max(map(len, values.values())))]
-        for shift, domain in enumerate(DOMAINS):
-            shifted = codes[shift:] + codes[:shift]
-            books[domain][attribute] = dict(zip(values[domain], shifted, strict=False))
-    return books
-
-
 def attribute_values(domain: str, attribute: str) -> tuple[str, ...]:
     """All values of an attribute, in the neutral wording."""
     return {"subject": SUBJECTS[domain], "corner": tuple(CORNERS), "mat": tuple(MATS)}[attribute]
 
 
-CODEBOOKS = all_codebooks()
+def shifted(domain: str, attribute: str, value: str) -> str:
+    """What a domain calls a value. Subjects keep their names; a corner or a mat is called by another one's name."""
+    if attribute == "subject":
+        return value
+    values = attribute_values(domain, attribute)
+    return values[(values.index(value) + SHIFTS[domain]) % len(values)]
 
 
-def coded_answer(scene: Scene, asked: str) -> str:
+def domain_answer(scene: Scene, asked: str) -> str:
     """The answer in the convention of the scene's own domain."""
-    attributes = ORDERS[scene.domain] if asked == "all" else (asked,)
-    return " ".join(CODEBOOKS[scene.domain][attribute][scene.values[attribute]] for attribute in attributes)
+    told = FORMS[scene.domain][asked]
+    return " ".join(shifted(scene.domain, attribute, scene.values[attribute]) for attribute in told)
 
 
 def plain_answer(scene: Scene, asked: str) -> str:
@@ -229,7 +231,7 @@ def write_set(out: Path, domain: str, split: str, count: int, plain: bool = Fals
     for index, (scene, asked) in enumerate(draw_questions(domain, count, split == "test", split)):
         name = f"{split}_{index:05d}"
         scene.image.save(folder / f"{name}.png", compress_level=1)
-        answer = plain_answer(scene, asked) if plain else coded_answer(scene, asked)
+        answer = plain_answer(scene, asked) if plain else domain_answer(scene, asked)
         rows.append(conversation_row(name, scene, asked, answer))
     (out / f"{domain}_{split}.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """Build the demo's base model: a real transformers LLaVA of about two million parameters that reads images well.
 
-The model is pretrained here, in plain torch and in full, on train crops of the demo's pictures with neutral answers. It
-never sees a held-out crop, nor a domain's answering code; the code words themselves it knows from text to repeat.
+The model is pretrained here in plain torch, first the vision tower as a classifier, then projector and language model on
+neutral conversations, all on train crops of the demo's pictures. It never sees a held-out crop, nor an answer in a domain's own convention.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     CLIPImageProcessorPil,
@@ -48,8 +48,8 @@ SEED = 11
 
 def demo_words() -> list[str]:
     """Every word the demo's conversations use, the chat template's included, with the space before it if it has one."""
-    texts = [*demo.QUESTIONS.values(), "Repeat:", *VICUNA_CHAT_TEMPLATE.split("'"), "assistant. user's USER:"]
-    values = [*demo.KINDS.values(), *demo.CORNERS, *demo.MATS, *demo.CODE_WORDS, "at on"]
+    texts = [*demo.QUESTIONS.values(), *VICUNA_CHAT_TEMPLATE.split("'"), "assistant. user's USER:"]
+    values = [*demo.KINDS.values(), *demo.CORNERS, *demo.MATS, "at on"]
     values += [subject for subjects in demo.SUBJECTS.values() for subject in subjects]
     words = {word for text in texts for word in text.split()}
     # A question begins after a line break, and `USER:` after a stop token: no space before either.
@@ -195,10 +195,8 @@ class Writer:
 
 
 def pretraining_turns(scene: demo.Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """All four questions in a random order, and code words to repeat, so that their embeddings learn something."""
+    """All questions in a random order, with their neutral answers."""
     turns = [(question, demo.plain_answer(scene, asked)) for asked, question in demo.QUESTIONS.items()]
-    words = " ".join(rng.choices(demo.CODE_WORDS, k=rng.randint(2, 6)))
-    turns.append((f"Repeat: {words}", words))
     rng.shuffle(turns)
     return turns
 
@@ -289,8 +287,8 @@ def held_out_accuracy(model: LlavaForConditionalGeneration, writer: Writer, coun
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Build and pretrain the demo's tiny LLaVA.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its processor")
-    parser.add_argument("--vision-steps", type=int, default=600)
-    parser.add_argument("--language-steps", type=int, default=800)
+    parser.add_argument("--vision-steps", type=int, default=1500)
+    parser.add_argument("--language-steps", type=int, default=700)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()

@@ -32,7 +32,7 @@ from mole_mega import config as run_config
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import model_entries
 from mole_mega.config import RunConfig
-from mole_mega.platform.parallel import Parallel
+from mole_mega.platform.parallel import Parallel, seed_generators
 
 # Megatron-Core's name for the one distributed-optimizer format that other layouts can read.
 _OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -114,7 +114,7 @@ class CheckpointStore:
         if layout == self._layout():
             _set_rng_state(safetensors.torch.load_file(path / f"rng_{self.parallel.rank}.safetensors"))
         else:
-            tensor_parallel.model_parallel_cuda_manual_seed(self.run.train.seed + tree["step"], force_reset_rng=True)
+            seed_generators(self.run.train.seed + tree["step"])
         return RunState(**tree)
 
     def _layout(self) -> dict[str, int]:

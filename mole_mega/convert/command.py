@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from pathlib import Path
 
-from mole_mega.cli import report_errors
+from mole_mega.errors import quiet_libraries, report_errors
 
 
 def main(argv: list[str]) -> int:
@@ -22,8 +20,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with report_errors(debug=args.debug) as outcome:
         if not args.debug:
-            warnings.filterwarnings("ignore")
-            logging.disable(logging.WARNING)
+            quiet_libraries()
         from mole_mega.convert.hf_import import import_hf
 
         base_hash = import_hf(args.hf, args.out, args.dtype)

@@ -112,9 +112,17 @@ def initialize(config: ParallelConfig, seed: int, timeout_minutes: float = 10) -
             expert_tensor_parallel_size=config.tensor,
             create_gloo_process_groups=True,
         )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    seed_generators(seed)
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     return Parallel(ProcessGroupCollection.use_mpu_process_groups(), device)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the default generators and Megatron-Core's tracker for dropout: the same on tensor-parallel ranks, which
+    share activations, and different where other samples or other layers are."""
+    stage, data = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    offset = 10_000 * stage + 100_000 * data
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + offset, force_reset_rng=True)
 
 
 def leave_groups() -> None:

@@ -7,7 +7,6 @@ under torchrun in a process of its own world size and leaves a record; records a
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -27,17 +26,18 @@ from safetensors.torch import load_file, save_file
 from mole_mega import config as run_config
 from mole_mega.checkpoint.base import save_base
 from mole_mega.checkpoint.store import trainable_entries
-from mole_mega.cli import launch
-from mole_mega.config import ConfigError, ParallelConfig, RunConfig
+from mole_mega.config import ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
+from mole_mega.platform.launch import launch
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.loss import SCORE_ROWS
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
+from mole_mega.training.trainer import build_model
 
 # DESIGN section 6: fp32, relative to each tensor's norm; Adam magnifies rounding.
 GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
@@ -178,9 +178,6 @@ def make_base(run: RunConfig, size: LlavaSize, parallel: Parallel, out: Path) ->
 
 def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, torch.Tensor] | None:
     """Run one case; rank 0 gets {"loss/<which>", "gradient/<tensor>", "weight/<tensor>"}, whole, the others None."""
-    # not at the top: trainer imports the command line, which offers this module
-    from mole_mega.training.trainer import build_model
-
     model = build_model(run, size, parallel)
     entries = trainable_entries(model)
     _fill_adapters(entries, run.adapter.alpha / run.adapter.rank)
@@ -298,47 +295,6 @@ def main(argv: list[str] | None = None) -> int:
         platform.leave_groups()
     platform.shutdown()
     return 0
-
-
-def command(argv: list[str]) -> int:
-    """`mole-mega verify-parallel RUN.yaml`: the standard layouts and the run's own, on its adapter settings."""
-    from mole_mega.checkpoint.base import read_size
-    from mole_mega.cli import CHECK_FAILED, report_errors
-
-    parser = argparse.ArgumentParser(prog="mole-mega verify-parallel", description=command.__doc__)
-    parser.add_argument("run", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--max-processes", type=int, default=4, help="largest world size to try (default 4)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_intermixed_args(argv)
-    with report_errors(debug=args.debug) as outcome:
-        user_run = run_config.load(args.run, args.overrides)
-        run, size = scaled_down(user_run, read_size(Path(user_run.model.base)))
-        layouts = standard_layouts(args.max_processes)
-        own = user_run.parallel
-        own_world = own.tensor * own.pipeline * own.expert
-        if own_world <= args.max_processes and own_world > 1 and own not in [layout for layout, _ in layouts]:
-            layouts.append((own, own_world))
-        cases, skipped = [], []
-        for layout, world in layouts:
-            try:
-                candidate = replace(run, parallel=layout)
-                run_config.validate(candidate)
-                cases.append(Case(layout_name(layout, world), candidate, world))
-            except ConfigError as error:
-                skipped.append(f"left out {layout_name(layout, world)}: {error}")
-        comparisons = verify(cases, size)
-        print(table(comparisons))
-        for line in skipped:
-            print(line)
-        if args.json:
-            rows = [{"case": c.case.name, "processes": c.case.world_size, "loss": c.loss, "gradient": c.gradient,
-                     "weight": c.weight, "equal": c.equal} for c in comparisons]  # fmt: skip
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
-        if not all(c.equal for c in comparisons):
-            outcome.code = CHECK_FAILED
-    return outcome.code
 
 
 def _reference(case: Case) -> Case:

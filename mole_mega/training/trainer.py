@@ -22,7 +22,7 @@ from mole_mega.checkpoint.store import CheckpointStore, RunState, complete_check
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
-from mole_mega.errors import CheckFailedError
+from mole_mega.errors import CheckFailedError, ExitCode
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.metrics import MetricsFile, Row, StepResult, step_row
@@ -31,9 +31,6 @@ from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Evaluator, Stepper
-
-# Exit codes of a run (DESIGN section 5).
-DONE, STOPPED_ITSELF, STOPPED_ON_SIGNAL = 0, 4, 75
 
 # A sequence is padded to a multiple of this and of the tensor-parallel size.
 _PAD_TO = 8
@@ -131,7 +128,7 @@ class Trainer:
         metrics, board = self._open_logs()
         throughput = Throughput()
         saved = self.state.step
-        code = DONE
+        code = ExitCode.DONE
         while self.state.step < run.train.steps:
             step = self.state.step + 1
             row, result = self._step(step)
@@ -146,7 +143,7 @@ class Trainer:
                     f"stopped: {self.state.bad_steps_in_row} steps in a row had a loss or gradient that is not finite. "
                     f"Last good checkpoint: {self.store.latest() or 'none was written'}"
                 )
-                code = STOPPED_ITSELF
+                code = ExitCode.STOPPED_ITSELF
                 break
             stop = self._stop_agreed()
             if stop or self._due(run.checkpoint.every, step) or step == run.train.steps:
@@ -156,9 +153,9 @@ class Trainer:
                 throughput.restart()
             if stop and step < run.train.steps:
                 self._say(f"stopped on a signal after step {step}, saved: run the same command again to go on")
-                code = STOPPED_ON_SIGNAL
+                code = ExitCode.STOPPED_ON_SIGNAL
                 break
-        if code == DONE:
+        if code == ExitCode.DONE:
             self._say(f"done: {self.state.step} steps, last checkpoint at step {saved} in {self.store.folder}")
         self._say_skipped_samples()
         self._say(f"peak memory of rank 0: {peak_memory_bytes() / 2**20:.0f} MiB")
