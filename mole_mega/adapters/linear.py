@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
-from mole_mega.adapters import sharding
+from mole_mega.adapters import bank, sharding
 from mole_mega.config import AdapterConfig
 
 
@@ -89,18 +89,24 @@ class LoRAColumnParallelLinear(ColumnParallelLinear):
         lora = self.lora
         if self._gather_input:
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
-        output, bias = super().forward(input_, *args, **kwargs)
+        tokens = input_.flatten(0, -2)
+        output, bias = super().forward(tokens, *args, **kwargs)
         # identical on every rank: the whole input is, and so must its dropout be
-        x = F.dropout(input_, lora.adapter.dropout, self.training)
-        factors_A = torch.cat([getattr(self, f"lora_{p.name}_A") for p in lora.projections])
-        z = F.linear(x, factors_A).split(lora.adapter.rank, dim=-1)
+        x = F.dropout(tokens, lora.adapter.dropout, self.training)
+        factors_A = [getattr(self, f"lora_{p.name}_A") for p in lora.projections]
+        factors_B = [getattr(self, f"lora_{p.name}_B") for p in lora.projections]
+        scale = lora.adapter.alpha / lora.adapter.rank
         num_blocks = lora.num_blocks // self.tp_group.size()
-        deltas = [
-            F.linear(z_p, getattr(self, f"lora_{p.name}_B")).unflatten(-1, (num_blocks, p.width))
-            for z_p, p in zip(z, lora.projections, strict=True)
-        ]
-        delta = torch.cat(deltas, dim=-1).flatten(-2)
-        return torch.add(output, delta, alpha=lora.adapter.alpha / lora.adapter.rank), bias
+        if num_blocks == 1:  # each projection's outputs lie side by side
+            output = bank.add_lora(output, x, factors_A, factors_B, scale)
+        else:
+            z = (scale * F.linear(x, torch.cat(factors_A))).split(lora.adapter.rank, dim=-1)
+            deltas = [
+                F.linear(z_p, B).unflatten(-1, (num_blocks, p.width))
+                for z_p, B, p in zip(z, factors_B, lora.projections, strict=True)
+            ]
+            output = output + torch.cat(deltas, dim=-1).flatten(-2)
+        return output.unflatten(0, input_.shape[:-1]), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)
@@ -124,16 +130,17 @@ class LoRARowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         lora = self.lora
-        output, bias = super().forward(input_)
-        x = input_
+        tokens = input_.flatten(0, -2)
+        output, bias = super().forward(tokens)
+        x = tokens
         if lora.adapter.dropout and self.training:
             # each rank holds other features, and drops them by a state of its own
             with get_cuda_rng_tracker().fork():
-                x = F.dropout(input_, lora.adapter.dropout)
+                x = F.dropout(tokens, lora.adapter.dropout)
         factor_A = getattr(self, f"lora_{self._projection.name}_A")
         factor_B = getattr(self, f"lora_{self._projection.name}_B")
-        delta = F.linear(F.linear(x, factor_A), factor_B)
-        output = torch.add(output, delta, alpha=lora.adapter.alpha / lora.adapter.rank)
+        output = bank.add_lora(output, x, [factor_A], [factor_B], lora.adapter.alpha / lora.adapter.rank)
+        output = output.unflatten(0, input_.shape[:-1])
         if self._scatter_output:
             output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
         return output, bias

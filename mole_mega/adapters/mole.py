@@ -10,16 +10,115 @@ they chose; only the thin factors know about experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank, sharding
 from mole_mega.config import AdapterConfig
+
+
+class MoLELayer(MoELayer):
+    """Megatron-Core's MoE layer with a dispatcher that knows that each token has one expert."""
+
+    def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
+        assert config.moe_token_dispatcher_type == "alltoall" and config.moe_router_topk == 1
+        super().__init__(config, pg_collection=pg_collection, **kwargs)
+        self.token_dispatcher = TopOneDispatcher(
+            self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
+        )
+
+
+class TopOneDispatcher(MoEAlltoAllTokenDispatcher):
+    """Megatron-Core's all-to-all dispatcher for one expert a token; tokens travel in the same order.
+
+    Sorting is then a permutation, whose backward is a gather where Megatron-Core scatters into zeros, and one rank that
+    holds all experts has nothing to sort a second time.
+    """
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
+        hidden_TH = hidden_states.view(-1, self.hidden_shape[-1])
+        self.hidden_shape_before_permute = hidden_TH.shape
+        self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.preprocess(routing_map))
+        if self.num_experts == 1:
+            return hidden_TH, probs[:, 0]
+        choice_T = routing_map.int().argmax(dim=1)
+        self._order_T = choice_T.argsort(stable=True)
+        self._inverse_T = torch.empty_like(self._order_T)
+        self._inverse_T[self._order_T] = torch.arange(len(choice_T), device=choice_T.device)
+        weight_T = probs.gather(1, choice_T[:, None])[:, 0]
+        return (
+            _Permute.apply(hidden_TH, self._order_T, self._inverse_T),
+            _Permute.apply(weight_T, self._order_T, self._inverse_T),
+        )
+
+    def dispatch_postprocess(
+        self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.ep_size > 1 or self.tp_size > 1:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        for point in ("before_permutation_2", "before_finish"):
+            self.tokens_per_expert = self._maybe_dtoh_and_synchronize(point, self.tokens_per_expert)
+        return global_input_tokens, self.tokens_per_expert, global_probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.ep_size > 1 or self.tp_size > 1:
+            return super().combine_preprocess(hidden_states)
+        return hidden_states
+
+    def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> torch.Tensor:
+        output_TH = permutated_local_input_tokens
+        if self.num_experts > 1:
+            output_TH = _Permute.apply(output_TH, self._inverse_T, self._order_T)
+        return output_TH.view(self.hidden_shape)
+
+
+class _Permute(torch.autograd.Function):
+    """rows[order], where `inverse` undoes `order`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, order_T: torch.Tensor, inverse_T: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse_T)
+        return rows.index_select(0, order_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse_T,) = ctx.saved_tensors
+        return grad.index_select(0, inverse_T), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [gate | up] side by side. Keeps its input alone, and writes its gradient as one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, fused_T2F: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(fused_T2F)
+        gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
+        return F.silu(gate_TF).mul_(up_TF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TF: torch.Tensor) -> torch.Tensor:
+        (fused_T2F,) = ctx.saved_tensors
+        gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
+        grad_T2F = torch.empty_like(fused_T2F)
+        grad_gate_TF, grad_up_TF = grad_T2F.chunk(2, dim=-1)
+        torch.mul(grad_TF, F.silu(gate_TF), out=grad_up_TF)
+        torch.ops.aten.silu_backward.grad_input(grad_TF * up_TF, gate_TF, grad_input=grad_gate_TF)
+        return grad_T2F
 
 
 class MoLEExperts(MLP):
@@ -93,8 +192,7 @@ class MoLEExperts(MLP):
             scale,
             weight,
         )
-        gate_TF, up_TF = fc1_T2F.chunk(2, dim=-1)
-        h_TF = F.silu(gate_TF) * up_TF
+        h_TF = _SwiGLU.apply(fc1_T2F)
         output_TH, _ = self.linear_fc2(h_TF)
         output_TH = bank.add_expert_lora(
             output_TH, self._dropout_split(h_TF), self.lora_down_A, self.lora_down_B, tokens_per_expert_E, scale, weight

@@ -43,24 +43,34 @@ def gate_weights(probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str) -> 
 class RouterSums:
     """What a router remembers of the tokens of one global batch, summed over valid tokens. All tensors fp32.
 
-    tokens [], counts_E (how often chosen), probs_E, z [] (sum of squared log-partition), `pairs_EEX`: the sum of
-    p_j p_k x over tokens, x extended by a 1 for the bias, and `z_grads_EX`: the sum of 2 lse p_k x.
+    tokens [], counts_E (how often chosen), probs_E, z_sum [] (squared log-partition), `pairs_PX`: the sum of p_j p_k x
+    over tokens for each pair j < k, x extended by a 1 for the bias, and `z_grads_EX`: the sum of 2 lse p_k x.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, device: torch.device, *, balance: bool, z: bool) -> None:
-        self.balance, self.z = balance and num_experts > 1, z
-        rows, columns = torch.triu_indices(num_experts, num_experts, device=device)
-        self.rows, self.columns = rows, columns
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        device: torch.device,
+        *,
+        balance: bool,
+        z: bool,
+        product_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`product_dtype`: p_j p_k and x are rounded to it for the one big GEMM, [P, T] x [T, H] a micro-batch, and so
+        is that GEMM's result, before it is added up over micro-batches in fp32. With bf16 (where x is bf16 anyway) the
+        balance gradient is off by about 1e-3 of its norm; with 64 experts fp32 would cost half a bf16 MLP."""
+        self.balance, self.z, self.product_dtype = balance and num_experts > 1, z, product_dtype
+        self.first_P, self.second_P = torch.triu_indices(num_experts, num_experts, offset=1, device=device)
         self.tokens = torch.zeros((), device=device)
         self.counts_E = torch.zeros(num_experts, device=device)
         self.probs_E = torch.zeros(num_experts, device=device)
         self.z_sum = torch.zeros((), device=device)
-        # p_j p_k is symmetric: only the upper triangle is summed
-        self.packed_PX = torch.zeros(len(rows) if self.balance else 0, hidden_size + 1, device=device)
+        self.pairs_PX = torch.zeros(len(self.first_P) if self.balance else 0, hidden_size + 1, device=device)
         self.z_grads_EX = torch.zeros(num_experts if z else 0, hidden_size + 1, device=device)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.tokens, self.counts_E, self.probs_E, self.z_sum, self.packed_PX, self.z_grads_EX]
+        return [self.tokens, self.counts_E, self.probs_E, self.z_sum, self.pairs_PX, self.z_grads_EX]
 
     def clear(self) -> None:
         for tensor in self.tensors():
@@ -74,31 +84,44 @@ class RouterSums:
         probs = probs_TE * valid[:, None]
         lse = torch.logsumexp(logits_TE, dim=-1) * valid
         self.tokens += valid.sum()
-        self.counts_E += chosen_TE.to(torch.float32).T @ valid
+        self.counts_E += (chosen_TE & valid_T[:, None]).sum(0)
         self.probs_E += probs.sum(0)
         self.z_sum += lse.square().sum()
-        if not self.balance and not self.z:
-            return
-        x = x_TH.to(torch.float32)
         if self.balance:
-            pairs_TP = probs_TE[:, self.rows] * probs[:, self.columns]
-            self.packed_PX[:, :-1].addmm_(pairs_TP.T, x)
-            self.packed_PX[:, -1] += pairs_TP.sum(0)
+            pairs_PT, x = self._pairs(probs_TE, probs), x_TH.to(self.product_dtype)
+            if self.product_dtype == torch.float32:
+                self.pairs_PX[:, :-1].addmm_(pairs_PT, x)
+            else:
+                self.pairs_PX[:, :-1] += pairs_PT @ x
+            self.pairs_PX[:, -1] += pairs_PT.sum(1, dtype=torch.float32)
         if self.z:
             slope_TE = 2 * lse[:, None] * probs
-            self.z_grads_EX[:, :-1].addmm_(slope_TE.T, x)
+            self.z_grads_EX[:, :-1].addmm_(slope_TE.T, x_TH.to(torch.float32))
             self.z_grads_EX[:, -1] += slope_TE.sum(0)
 
     def balance_gradient(self, share_E: torch.Tensor) -> torch.Tensor:
         """d/d(router) of sum_j share_j sum_tokens p_j, [E, H+1] (the last column is the bias).
 
-        dp_j/dlogit_k = p_j (delta_jk - p_k), and sum_k p_j p_k = p_j gives the first term from the same sums.
+        dp_j/dlogit_k = p_j (delta_jk - p_k), so with p_k = sum_j p_j p_k the gradient of logit k is
+        sum_j (share_k - share_j) p_j p_k: each pair enters twice, with opposite signs, and j = k not at all.
         """
-        num_experts = len(self.counts_E)
-        pairs_EEX = self.packed_PX.new_empty(num_experts, num_experts, self.packed_PX.shape[1])
-        pairs_EEX[self.rows, self.columns] = self.packed_PX
-        pairs_EEX[self.columns, self.rows] = self.packed_PX
-        return share_E[:, None] * pairs_EEX.sum(0) - torch.einsum("j,jkx->kx", share_E, pairs_EEX)
+        gap_P = share_E[self.first_P] - share_E[self.second_P]
+        pair_P = torch.arange(len(gap_P), device=gap_P.device)
+        signs_EP = gap_P.new_zeros(len(share_E), len(gap_P))
+        signs_EP[self.first_P, pair_P] = gap_P
+        signs_EP[self.second_P, pair_P] = -gap_P
+        return signs_EP @ self.pairs_PX
+
+    def _pairs(self, a_TE: torch.Tensor, b_TE: torch.Tensor) -> torch.Tensor:
+        """a_j b_k of each pair j < k, [P, T], rounded once. By rows of [E, T]: gathering columns is slow."""
+        a_ET, b_ET = a_TE.T.contiguous(), b_TE.T.contiguous()
+        pairs_PT = torch.empty(len(self.first_P), a_ET.shape[1], dtype=self.product_dtype, device=a_ET.device)
+        start = 0
+        for j in range(len(a_ET) - 1):
+            stop = start + len(a_ET) - 1 - j
+            torch.mul(a_ET[j], b_ET[j + 1 :], out=pairs_PT[start:stop])
+            start = stop
+        return pairs_PT
 
 
 class MoLERouter(MegatronModule):
@@ -134,8 +157,12 @@ class MoLERouter(MegatronModule):
                 f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, **common
             )
         self.sums = RouterSums(
-            *shape, device, balance=adapter.balance_weight > 0, z=adapter.z_loss_weight > 0
-        )  # fmt: skip
+            *shape,
+            device,
+            balance=adapter.balance_weight > 0,
+            z=adapter.z_loss_weight > 0,
+            product_dtype=config.params_dtype,
+        )
 
     def set_layer_number(self, layer_number: int) -> None:
         self.layer_number = layer_number

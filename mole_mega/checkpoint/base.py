@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 
 from mole_mega.checkpoint import files
@@ -87,8 +86,8 @@ def load_base(model: LLaVA, base: Path) -> None:
                 parameter.zero_()
     try:
         state = dist_checkpointing.load(entries, str(base), strict="raise_all")
-    except (CheckpointingException, KeyError, ValueError) as error:
-        raise files.CheckpointError(f"{base} does not fit the model: {' '.join(str(error).split())[:500]}") from error
+    except (*files.LIBRARY_ERRORS, KeyError, ValueError) as error:
+        raise files.CheckpointError(f"{base} does not fit the model: {files.reason(error)}") from error
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in missing if name in entries] + list(unexpected)
     assert not wrong, wrong

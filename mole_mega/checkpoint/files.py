@@ -20,10 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import safe_globals
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mole_mega.config import ConfigError
 
 MANIFEST = "manifest.json"
+# What saving and loading a distributed checkpoint raises. torch's is no Exception: `except Exception` lets it pass.
+LIBRARY_ERRORS = (CheckpointingException, CheckpointException)
 
 
 class CheckpointError(ConfigError):
@@ -111,22 +115,37 @@ def refuse_unsafe(folder: Path) -> None:
     path = folder / ".metadata"
     try:
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        parts = {info.relative_path: Path(info.relative_path).name for info in metadata.storage_data.values()}
+        objects = [
+            (index.fqn, info)
+            for index, info in metadata.storage_data.items()
+            if type(metadata.state_dict_metadata.get(index.fqn)).__name__ == "BytesStorageMetadata"
+        ]
     except OSError as error:
         raise CheckpointError(f"{folder} is not a distributed checkpoint: it has no .metadata") from error
     except Exception as error:  # a hostile pickle can raise anything
         raise CheckpointError(f"{path} does not hold checkpoint metadata: {error}") from error
+    for written, name in parts.items():
+        if written != name:
+            raise CheckpointError(f"{path} names {written!r}, which is not a file of this checkpoint")
     safe_globals.register_safe_globals()
-    for index, info in metadata.storage_data.items():
-        if type(metadata.state_dict_metadata.get(index.fqn)).__name__ != "BytesStorageMetadata":
-            continue
-        part = folder / Path(info.relative_path).name
-        with open(part, "rb") as file:
-            file.seek(info.offset)
-            data = file.read(info.length)
+    for key, info in objects:
+        part = folder / info.relative_path
         try:
+            with open(part, "rb") as file:
+                file.seek(info.offset)
+                data = file.read(info.length)
             torch.load(io.BytesIO(data), weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{part} holds an object that is not plain data ({index.fqn})") from error
+            raise CheckpointError(f"{part} holds an object that is not plain data ({key})") from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, on one line; of torch's error, what the first rank met instead of every rank's traceback."""
+    if isinstance(error, CheckpointException):
+        error = error.failures[min(error.failures)][0]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:500]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -167,12 +186,12 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @contextlib.contextmanager
 def shared_disk_errors(action: str) -> Iterator[None]:
-    """Run a block whose OSError on any rank becomes a CheckpointError on all of them."""
+    """Run a block whose failure to write, on any rank, becomes a CheckpointError on all of them."""
     problem = ""
     try:
         yield
-    except OSError as error:
-        problem = f"{action} failed: {error.strerror or error}"
+    except (OSError, *LIBRARY_ERRORS) as error:
+        problem = f"{action} failed: {reason(error)}"
     problems = [problem]
     if dist.is_initialized() and dist.get_world_size() > 1:
         problems = [""] * dist.get_world_size()

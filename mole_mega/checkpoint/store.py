@@ -23,7 +23,6 @@ import safetensors.torch
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -34,8 +33,7 @@ from mole_mega.checkpoint.base import model_entries
 from mole_mega.config import RunConfig
 from mole_mega.platform.parallel import Parallel, seed_generators
 
-# Megatron-Core's name for the one distributed-optimizer format that other layouts can read.
-_OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_LATEST = "latest"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -72,19 +70,17 @@ class CheckpointStore:
                 folder.mkdir()
         entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False)
         with files.shared_disk_errors(f"saving {final}"):
-            try:
-                dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
-            except CheckpointingException as error:
-                raise OSError(" ".join(str(error).split())) from error
+            dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
             safetensors.torch.save_file(_rng_state(), folder / f"rng_{self.parallel.rank}.safetensors")
         with files.shared_disk_errors(f"saving {final}"):
             if self.parallel.is_main:
                 (folder / "config.yaml").write_text(run_config.dump(self.run))
                 (folder / "state.json").write_text(json.dumps(vars(state) | {"layout": self._layout()}) + "\n")
                 files.publish(folder, final)
-                _write_atomically(self.folder / "latest", final.name)
+                _write_atomically(self.folder / _LATEST, final.name)
                 for old in self.complete()[: -self.run.checkpoint.keep]:
-                    shutil.rmtree(old)
+                    # under its own name, what a kill leaves of it would pass for complete, or stay for good
+                    shutil.rmtree(old.rename(self.folder / f".{old.name}.removed"))
         return final
 
     def complete(self) -> list[Path]:
@@ -92,8 +88,19 @@ class CheckpointStore:
         return complete_checkpoints(self.folder)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint of this run, if there is one."""
-        found = self.complete()
+        """The newest complete checkpoint of this run, if there is one.
+
+        Raises CheckpointError when the one that `latest` names is not complete: going on from an older one, or anew,
+        would quietly repeat what was trained already.
+        """
+        found, pointer = self.complete(), self.folder / _LATEST
+        if pointer.exists():
+            named = self.folder / pointer.read_text().strip()
+            if named not in found:
+                raise files.CheckpointError(
+                    f"{named} is not a complete checkpoint, yet {pointer} names it; restore it, or remove {pointer} to "
+                    f"{f'go on from {found[-1].name}' if found else 'start anew'}"
+                )
         return found[-1] if found else None
 
     def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> RunState:
@@ -105,10 +112,10 @@ class CheckpointStore:
         self._check_compatible(path)
         entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=True)
         loaded = _load(entries, path)
-        if optimizer.config.use_distributed_optimizer:
-            optimizer.load_state_dict(loaded.pop("optimizer"))
-        else:
-            for _, _, moments in _adam_states(model, optimizer):
+        for index, shards in loaded.pop("optimizer", {}).items():
+            optimizer.chained_optimizers[index].load_parameter_state_from_fully_reshardable(shards)
+        for part in _optimizer_parts(optimizer).values():
+            for moments in part.optimizer.state.values():
                 moments["step"] = torch.tensor(float(tree["applied_steps"]))
         _copy_into(entries, loaded)
         if layout == self._layout():
@@ -158,13 +165,22 @@ def trainable_entries(model: DistributedDataParallel | Any) -> ShardedStateDict:
 def _optimizer_entries(
     model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> ShardedStateDict:
-    """Adam's moments and the fp32 master weights, named and cut as their parameters are."""
+    """Adam's moments and the fp32 master weights, named and cut as their parameters are.
+
+    Learning rates and the like are not state: they follow from the config and the step.
+    """
     weights = trainable_entries(model)
-    if optimizer.config.use_distributed_optimizer:
-        return {"optimizer": optimizer.sharded_state_dict(weights, is_loading, metadata=_OPTIMIZER_METADATA)}
+    parts = _optimizer_parts(optimizer)
     if is_loading:
-        for part in optimizer.chained_optimizers:
+        for part in parts.values():
             part.init_state_fn(part.optimizer, part.config)
+    if optimizer.config.use_distributed_optimizer:
+        # the one format of the distributed optimizer that other layouts can read
+        shards = {
+            index: part.sharded_param_state_fully_reshardable(weights, is_loading, metadata={})
+            for index, part in parts.items()
+        }
+        return {"optimizer": shards} if shards else {}
     entries: ShardedStateDict = {}
     for name, parameter, state in _adam_states(model, optimizer):
         tensors = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
@@ -178,11 +194,16 @@ def _optimizer_entries(
     return entries
 
 
+def _optimizer_parts(optimizer: MegatronOptimizer) -> dict[int, Any]:
+    """The optimizers of dense and of expert parameters by their place in the chain, without those that step nothing."""
+    return {i: part for i, part in enumerate(optimizer.chained_optimizers) if part.optimizer is not None}
+
+
 def _adam_states(
     model: DistributedDataParallel, optimizer: MegatronOptimizer
 ) -> Iterator[tuple[str, torch.nn.Parameter, dict[str, Any]]]:
     states: dict[Any, dict[str, Any]] = {}
-    for part in optimizer.chained_optimizers:
+    for part in _optimizer_parts(optimizer).values():
         states.update(part.optimizer.state)
     for name, parameter in model.module.named_parameters():
         if parameter.requires_grad:
@@ -192,8 +213,8 @@ def _adam_states(
 def _load(entries: ShardedStateDict, path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(entries, str(path), strict="raise_unexpected")
-    except (CheckpointingException, KeyError, ValueError) as error:
-        raise files.CheckpointError(f"{path} does not fit this run: {' '.join(str(error).split())[:500]}") from error
+    except (*files.LIBRARY_ERRORS, KeyError, ValueError) as error:
+        raise files.CheckpointError(f"{path} does not fit this run: {files.reason(error)}") from error
 
 
 def _copy_into(entries: ShardedStateDict, loaded: dict[str, Any]) -> None:

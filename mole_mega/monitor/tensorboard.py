@@ -13,7 +13,7 @@ class Board:
     """The `tensorboard/` folder of a run. Steps after `resume_step` that a killed run wrote are marked as gone."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def write(self, row: Mapping[str, float]) -> None:
         step = int(row["step"])

@@ -20,9 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "convert": {"errors", "config", "platform", "adapters", "models", "checkpoint"},
     "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint"},
 }
-# Every other file at the top of the package is an entry point: it may import all rooms, and no room imports it. Only
-# the modules that are a command of `mole-mega` themselves use what the process edge offers (errors, torchrun).
-COMMANDS = {"convert.command", "training.parity"}
+# Every other file at the top of the package is an entry point: it may import all rooms, and no room imports it.
 
 
 def modules() -> dict[str, Path]:
@@ -66,7 +64,7 @@ def breaches(module: str, tree: ast.AST) -> set[str]:
     """The rooms that a module imports and may not."""
     if is_entry_point(module):
         return set()
-    allowed = MAY_IMPORT[room(module)] | {room(module)} | ({"cli"} if module in COMMANDS else set())
+    allowed = MAY_IMPORT[room(module)] | {room(module)}
     return rooms_imported(tree) - allowed
 
 

@@ -12,17 +12,10 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.adapters.routers import MoLERouter, RouterSums, gate_weights, router_loss_gradients
-from mole_mega.config import AdapterConfig, ParallelConfig
-from mole_mega.platform import parallel as platform
+from mole_mega.config import AdapterConfig
 
 HIDDEN = 6
 GATES = ("none", "prob", "straight_through")
-
-
-@pytest.fixture(scope="module")
-def parallel():
-    yield platform.initialize(ParallelConfig(), seed=0)
-    platform.shutdown()
 
 
 @pytest.fixture
@@ -30,11 +23,11 @@ def rng() -> torch.Generator:
     return torch.Generator().manual_seed(11)
 
 
-def make_router(parallel, *, layer: int = 0, seed: int = 0, **adapter) -> MoLERouter:
+def make_router(alone, *, layer: int = 0, seed: int = 0, **adapter) -> MoLERouter:
     """The router of decoder layer `layer`, with gradient buffers as the trainer gives it."""
     router = MoLERouter(
-        TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1), parallel.groups,
-        adapter=AdapterConfig(**adapter), name=f"layers.{layer}.router", seed=seed, device=parallel.device,
+        TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1), alone.groups,
+        adapter=AdapterConfig(**adapter), name=f"layers.{layer}.router", seed=seed, device=alone.device,
     )  # fmt: skip
     router.set_layer_number(layer + 1)
     for parameter in router.parameters():
@@ -145,12 +138,12 @@ def test_bf16_inputs_are_summed_in_fp32(tokens):
 # --- the losses of all routers of a batch ---
 
 
-def run_routers(routers, x_LTH, valid_T, cuts, adapter, parallel, *, grad_scale=1.0):
+def run_routers(routers, x_LTH, valid_T, cuts, adapter, alone, *, grad_scale=1.0):
     """Forward of all routers over micro-batches, then their losses' gradients; the summary."""
     for x_LtH, valid in zip(x_LTH.split(list(cuts), dim=1), valid_T.split(list(cuts)), strict=True):
         for router, x_tH in zip(routers, x_LtH, strict=True):
             router(x_tH[:, None], padding_mask=~valid[:, None])
-    return router_loss_gradients(routers, parallel.groups, adapter, torch.tensor(float(grad_scale)))
+    return router_loss_gradients(routers, alone.groups, adapter, torch.tensor(float(grad_scale)))
 
 
 def reference_loss(routers, x_LTH, valid_T, adapter):
@@ -176,18 +169,18 @@ def reference_loss(routers, x_LTH, valid_T, adapter):
 @pytest.mark.parametrize("weights", [(0.3, 0.0), (0.0, 0.7), (0.3, 0.7)], ids=["balance", "z", "both"])
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("num_experts", [2, 3, 5])
-def test_the_losses_of_a_batch_have_autograds_gradient(parallel, rng, num_experts, scope, weights, bias):
+def test_the_losses_of_a_batch_have_autograds_gradient(alone, rng, num_experts, scope, weights, bias):
     adapter = AdapterConfig(
         num_experts=num_experts, balance_scope=scope, balance_weight=weights[0], z_loss_weight=weights[1],
         router_bias=bias,
     )  # fmt: skip
-    routers = [make_router(parallel, layer=layer, **vars(adapter)) for layer in (0, 2, 3)]
+    routers = [make_router(alone, layer=layer, **vars(adapter)) for layer in (0, 2, 3)]
     for router in routers:
         randomise(router, rng)
     x_LTH = torch.randn(3, 40, HIDDEN, generator=rng)
     valid_T = torch.rand(40, generator=rng) > 0.3
 
-    summary = run_routers(routers, x_LTH, valid_T, [7, 1, 20, 12], adapter, parallel, grad_scale=17)
+    summary = run_routers(routers, x_LTH, valid_T, [7, 1, 20, 12], adapter, alone, grad_scale=17)
     balance, z, gradients = reference_loss(routers, x_LTH, valid_T, adapter)
     assert (summary.layers, summary.tokens) == ((0, 2, 3), float(valid_T.sum()))
     assert summary.balance_loss == pytest.approx(float(balance), rel=1e-5)
@@ -197,35 +190,35 @@ def test_the_losses_of_a_batch_have_autograds_gradient(parallel, rng, num_expert
             torch.testing.assert_close(parameter.main_grad.double(), 17 * gradient, rtol=3e-5, atol=3e-5)
 
 
-def test_the_losses_are_added_to_what_the_backward_pass_left(parallel, rng):
+def test_the_losses_are_added_to_what_the_backward_pass_left(alone, rng):
     adapter = AdapterConfig(num_experts=3, balance_weight=0.5)
     x_LTH, valid_T = torch.randn(1, 12, HIDDEN, generator=rng), torch.ones(12, dtype=torch.bool)
     gradients = []
     for start in (0.0, 2.5):
-        router = make_router(parallel, **vars(adapter))
+        router = make_router(alone, **vars(adapter))
         router.weight.main_grad.fill_(start)
-        run_routers([router], x_LTH, valid_T, [12], adapter, parallel)
+        run_routers([router], x_LTH, valid_T, [12], adapter, alone)
         gradients.append(router.weight.main_grad)
     torch.testing.assert_close(gradients[0] + 2.5, gradients[1])
 
 
-def test_a_step_starts_from_empty_sums(parallel, rng):
+def test_a_step_starts_from_empty_sums(alone, rng):
     adapter = AdapterConfig(num_experts=3, balance_weight=0.5, z_loss_weight=0.5)
-    router = make_router(parallel, **vars(adapter))
+    router = make_router(alone, **vars(adapter))
     x_LTH, valid_T = torch.randn(1, 12, HIDDEN, generator=rng), torch.ones(12, dtype=torch.bool)
     steps = []
     for _ in range(2):
         router.weight.main_grad.zero_()
-        summary = run_routers([router], x_LTH, valid_T, [12], adapter, parallel)
+        summary = run_routers([router], x_LTH, valid_T, [12], adapter, alone)
         steps.append((summary.balance_loss, summary.tokens, router.weight.main_grad.clone()))
     assert steps[0][:2] == steps[1][:2] and torch.equal(steps[0][2], steps[1][2])
 
 
-def test_a_batch_without_valid_tokens_has_zero_losses_and_gradients(parallel, rng):
+def test_a_batch_without_valid_tokens_has_zero_losses_and_gradients(alone, rng):
     adapter = AdapterConfig(num_experts=3, balance_weight=0.5, z_loss_weight=0.5)
-    router = make_router(parallel, **vars(adapter))
+    router = make_router(alone, **vars(adapter))
     summary = run_routers([router], torch.randn(1, 4, HIDDEN, generator=rng), torch.zeros(4).bool(), [4], adapter,
-                          parallel)  # fmt: skip
+                          alone)  # fmt: skip
     assert (summary.balance_loss, summary.z_loss) == (0.0, 0.0)
     assert router.weight.main_grad.abs().max() == 0
 
@@ -233,26 +226,26 @@ def test_a_batch_without_valid_tokens_has_zero_losses_and_gradients(parallel, rn
 # METHODS A.6 item 6
 
 
-def collapsed(parallel, experts: Sequence[int], scope: str):
+def collapsed(alone, experts: Sequence[int], scope: str):
     """One layer for each of `experts`, all of whose tokens go there with certainty."""
     adapter = AdapterConfig(num_experts=3, balance_scope=scope)
-    routers = [make_router(parallel, layer=layer, **vars(adapter)) for layer in range(len(experts))]
+    routers = [make_router(alone, layer=layer, **vars(adapter)) for layer in range(len(experts))]
     for router, expert in zip(routers, experts, strict=True):
         with torch.no_grad():
             router.weight.zero_()
             router.bias.copy_(torch.nn.functional.one_hot(torch.tensor(expert), 3) * 100.0)
     x_LTH, valid_T = torch.ones(len(experts), 8, HIDDEN), torch.ones(8, dtype=torch.bool)
-    return run_routers(routers, x_LTH, valid_T, [8], adapter, parallel)
+    return run_routers(routers, x_LTH, valid_T, [8], adapter, alone)
 
 
-def test_three_layers_collapsed_on_different_experts_cost_1_by_layer_and_a_third_pooled(parallel):
-    assert collapsed(parallel, (0, 1, 2), "layer").balance_loss == pytest.approx(1.0)
-    assert collapsed(parallel, (0, 1, 2), "model").balance_loss == pytest.approx(1 / 3)
+def test_three_layers_collapsed_on_different_experts_cost_1_by_layer_and_a_third_pooled(alone):
+    assert collapsed(alone, (0, 1, 2), "layer").balance_loss == pytest.approx(1.0)
+    assert collapsed(alone, (0, 1, 2), "model").balance_loss == pytest.approx(1 / 3)
 
 
-def test_three_layers_collapsed_on_one_expert_cost_1_in_either_scope(parallel):
+def test_three_layers_collapsed_on_one_expert_cost_1_in_either_scope(alone):
     for scope in ("layer", "model"):
-        summary = collapsed(parallel, (1, 1, 1), scope)
+        summary = collapsed(alone, (1, 1, 1), scope)
         assert summary.balance_loss == pytest.approx(1.0)
         assert summary.balance_L.tolist() == pytest.approx([1.0] * 3)
         assert summary.load_LE.tolist() == [[0.0, 1.0, 0.0]] * 3
@@ -260,39 +253,39 @@ def test_three_layers_collapsed_on_one_expert_cost_1_in_either_scope(parallel):
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 5])
-def test_uniform_routing_costs_one_over_the_number_of_experts(parallel, num_experts, scope):
+def test_uniform_routing_costs_one_over_the_number_of_experts(alone, num_experts, scope):
     adapter = AdapterConfig(num_experts=num_experts, balance_scope=scope)
-    router = make_router(parallel, **vars(adapter))
+    router = make_router(alone, **vars(adapter))
     with torch.no_grad():  # token e goes to expert e, hardly
         router.weight.copy_(1e-6 * torch.eye(num_experts, HIDDEN))
         router.bias.zero_()
     x_LTH = torch.eye(num_experts, HIDDEN)[None].repeat(1, 4, 1)
     valid_T = torch.ones(4 * num_experts, dtype=torch.bool)
-    summary = run_routers([router], x_LTH, valid_T, [len(valid_T)], adapter, parallel)
+    summary = run_routers([router], x_LTH, valid_T, [len(valid_T)], adapter, alone)
     assert summary.load_LE.tolist() == [[pytest.approx(1 / num_experts)] * num_experts]
     assert summary.balance_loss == pytest.approx(1 / num_experts)
 
 
-def test_the_balance_loss_may_lie_below_one_over_the_number_of_experts(parallel):
+def test_the_balance_loss_may_lie_below_one_over_the_number_of_experts(alone):
     """Two tokens choose expert 0 hardly (p 0.51), one chooses expert 1 surely (p 0.99)."""
     adapter = AdapterConfig(num_experts=2)
-    router = make_router(parallel, **vars(adapter))
+    router = make_router(alone, **vars(adapter))
     p = torch.tensor([[0.51, 0.49], [0.51, 0.49], [0.01, 0.99]])
     with torch.no_grad():
         router.weight.copy_(torch.eye(2, HIDDEN))
         router.bias.zero_()
     x_TH = torch.zeros(3, HIDDEN)
     x_TH[:, :2] = p.log()
-    summary = run_routers([router], x_TH[None], torch.ones(3).bool(), [3], adapter, parallel)
+    summary = run_routers([router], x_TH[None], torch.ones(3).bool(), [3], adapter, alone)
     assert summary.balance_loss == pytest.approx((2 * p[:, 0].mean() + p[:, 1].mean()).item() / 3, rel=1e-6)
     assert summary.balance_loss < 0.45
 
 
-def test_the_published_scope_averages_shares_over_layers_before_the_product(parallel, rng):
+def test_the_published_scope_averages_shares_over_layers_before_the_product(alone, rng):
     adapter = AdapterConfig(num_experts=3, balance_scope="model")
-    routers = [make_router(parallel, layer=layer, **vars(adapter)) for layer in range(2)]
+    routers = [make_router(alone, layer=layer, **vars(adapter)) for layer in range(2)]
     summary = run_routers(routers, torch.randn(2, 20, HIDDEN, generator=rng), torch.ones(20).bool(), [20], adapter,
-                          parallel)  # fmt: skip
+                          alone)  # fmt: skip
     assert summary.balance_loss != pytest.approx(float(summary.balance_L.mean()), abs=1e-5)
 
 
@@ -303,8 +296,8 @@ def counted(router: MoLERouter) -> float:
     return float(router.sums.tokens)
 
 
-def test_a_recomputed_forward_counts_each_token_once(parallel, rng):
-    recomputed, plain = (make_router(parallel, num_experts=3, gate="prob", z_loss_weight=1.0) for _ in range(2))
+def test_a_recomputed_forward_counts_each_token_once(alone, rng):
+    recomputed, plain = (make_router(alone, num_experts=3, gate="prob", z_loss_weight=1.0) for _ in range(2))
     x = torch.randn(5, 2, HIDDEN, generator=rng).requires_grad_()
     plain(x)[0].sum().backward()
     checkpoint(lambda x: recomputed(x)[0], False, x).sum().backward()
@@ -312,21 +305,21 @@ def test_a_recomputed_forward_counts_each_token_once(parallel, rng):
     assert all(torch.equal(a, b) for a, b in zip(recomputed.sums.tensors(), plain.sums.tensors(), strict=True))
 
 
-def test_a_forward_without_gradients_counts_nothing(parallel):
-    router = make_router(parallel)
+def test_a_forward_without_gradients_counts_nothing(alone):
+    router = make_router(alone)
     with torch.no_grad():
         router(torch.ones(5, 2, HIDDEN))
     assert counted(router) == 0
 
 
-def test_evaluation_counts_nothing_even_with_gradients_on(parallel):
-    router = make_router(parallel).eval()
+def test_evaluation_counts_nothing_even_with_gradients_on(alone):
+    router = make_router(alone).eval()
     router(torch.ones(5, 2, HIDDEN))
     assert counted(router) == 0
 
 
-def test_padding_is_not_counted_and_no_mask_means_all_tokens(parallel):
-    router = make_router(parallel)
+def test_padding_is_not_counted_and_no_mask_means_all_tokens(alone):
+    router = make_router(alone)
     router(torch.ones(3, 2, HIDDEN), padding_mask=torch.tensor([[False, True]] * 3))
     assert counted(router) == 3
     router(torch.ones(3, 2, HIDDEN))
@@ -379,8 +372,8 @@ def test_gate_straight_through_has_the_value_of_none_and_the_gradient_of_prob(ro
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_the_router_weighs_and_chooses_by_its_probabilities(parallel, rng, gate):
-    router = make_router(parallel, num_experts=3, gate=gate)
+def test_the_router_weighs_and_chooses_by_its_probabilities(alone, rng, gate):
+    router = make_router(alone, num_experts=3, gate=gate)
     randomise(router, rng)
     x = torch.randn(4, 2, HIDDEN, generator=rng)
     weights, chosen = router(x)
@@ -390,9 +383,9 @@ def test_the_router_weighs_and_chooses_by_its_probabilities(parallel, rng, gate)
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a_sharper_router_changes_the_weights_only_where_the_gate_is_the_probability(parallel, rng, gate):
+def test_a_sharper_router_changes_the_weights_only_where_the_gate_is_the_probability(alone, rng, gate):
     """METHODS A.6 item 2: R and b times c > 0 leave the choice."""
-    router = make_router(parallel, num_experts=3, gate=gate)
+    router = make_router(alone, num_experts=3, gate=gate)
     randomise(router, rng)
     x = torch.randn(4, 2, HIDDEN, generator=rng)
     weights, chosen = router(x)
@@ -404,16 +397,16 @@ def test_a_sharper_router_changes_the_weights_only_where_the_gate_is_the_probabi
     assert torch.equal(weights, sharper_weights) == (gate != "prob")
 
 
-def test_the_router_starts_as_nn_linear_does_and_the_same_for_the_same_seed_and_name(parallel):
-    router = make_router(parallel, num_experts=5)
+def test_the_router_starts_as_nn_linear_does_and_the_same_for_the_same_seed_and_name(alone):
+    router = make_router(alone, num_experts=5)
     assert router.weight.abs().max() <= HIDDEN**-0.5 and router.weight.std() > 0.1 and (router.bias == 0).all()
-    assert torch.equal(router.weight, make_router(parallel, num_experts=5).weight)
-    for other in (make_router(parallel, num_experts=5, seed=1), make_router(parallel, num_experts=5, layer=1)):
+    assert torch.equal(router.weight, make_router(alone, num_experts=5).weight)
+    for other in (make_router(alone, num_experts=5, seed=1), make_router(alone, num_experts=5, layer=1)):
         assert not torch.equal(router.weight, other.weight)
 
 
-def test_router_weights_and_probabilities_are_fp32_for_bf16_inputs(parallel, rng):
-    router = make_router(parallel, num_experts=3, gate="prob")
+def test_router_weights_and_probabilities_are_fp32_for_bf16_inputs(alone, rng):
+    router = make_router(alone, num_experts=3, gate="prob")
     weights, _ = router(torch.randn(4, 2, HIDDEN, generator=rng).bfloat16())
     assert {router.weight.dtype, router.bias.dtype, weights.dtype} == {torch.float32}
     weights.sum().backward()

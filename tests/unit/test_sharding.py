@@ -71,7 +71,7 @@ def make(row: str, groups, *, seed: int = 0, name: str | None = None, init=shard
 
 
 @pytest.fixture
-def alone():
+def one_process():
     (groups,) = processes(1, 1, 1)
     return groups
 
@@ -87,8 +87,8 @@ def test_the_table_cuts_the_axes_that_the_design_says(row):
 
 @pytest.mark.parametrize("row", PLACEMENTS)
 @pytest.mark.parametrize(("tp", "ep", "dp"), LAYOUTS)
-def test_the_parts_of_any_layout_put_together_are_what_one_process_makes(row, tp, ep, dp, alone):
-    whole = make(row, alone)
+def test_the_parts_of_any_layout_put_together_are_what_one_process_makes(row, tp, ep, dp, one_process):
+    whole = make(row, one_process)
     seen = torch.zeros(whole.shape, dtype=torch.int)
     expert_axis, tensor_axis = CUT[row]
     for groups in processes(tp, ep, dp):
@@ -110,40 +110,40 @@ def test_a_part_has_memory_of_its_own():
     assert part.untyped_storage().nbytes() == part.numel() * part.element_size() and part.is_contiguous()
 
 
-def test_seed_and_name_alone_decide_the_numbers(alone):
+def test_seed_and_name_alone_decide_the_numbers(one_process):
     torch.manual_seed(1)
-    first = make("column.A", alone)
+    first = make("column.A", one_process)
     torch.manual_seed(2)
-    assert torch.equal(first, make("column.A", alone))
-    assert not torch.equal(first, make("column.A", alone, seed=1))
-    assert not torch.equal(first, make("column.A", alone, name="another"))
+    assert torch.equal(first, make("column.A", one_process))
+    assert not torch.equal(first, make("column.A", one_process, seed=1))
+    assert not torch.equal(first, make("column.A", one_process, name="another"))
 
 
-def test_making_a_parameter_draws_nothing_from_the_global_generator(alone):
+def test_making_a_parameter_draws_nothing_from_the_global_generator(one_process):
     state = torch.get_rng_state()
-    make("column.A", alone)
+    make("column.A", one_process)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_bf16_parameter_is_the_fp32_one_rounded(alone):
-    exact, rounded = make("experts.row.A", alone), make("experts.row.A", alone, dtype=torch.bfloat16)
+def test_a_bf16_parameter_is_the_fp32_one_rounded(one_process):
+    exact, rounded = make("experts.row.A", one_process), make("experts.row.A", one_process, dtype=torch.bfloat16)
     assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, exact.bfloat16())
 
 
-def test_the_first_factor_starts_uniform_within_one_over_the_root_of_its_inputs_and_the_second_at_zero(alone):
-    A = make("experts.column.A", alone).detach()
+def test_the_first_factor_starts_uniform_within_one_over_the_root_of_its_inputs_and_the_second_at_zero(one_process):
+    A = make("experts.column.A", one_process).detach()
     bound = IN**-0.5
     assert A.abs().max() <= bound and float(A.std()) == pytest.approx(bound / 3**0.5, rel=0.2)
-    assert (make("experts.column.B", alone, init=sharding.zeros) == 0).all()
+    assert (make("experts.column.B", one_process, init=sharding.zeros) == 0).all()
 
 
 # the marks that Megatron-Core reads
 
 
 @pytest.mark.parametrize("row", PLACEMENTS)
-def test_place_sets_the_marks_of_its_row(row, alone):
+def test_place_sets_the_marks_of_its_row(row, one_process):
     expert_axis, tensor_axis = CUT[row]
-    parameter = make(row, alone)
+    parameter = make(row, one_process)
     assert parameter.placement is PLACEMENTS[row] and parameter.requires_grad
     # held in full by tensor-parallel ranks, each with a part of the gradient: finalize_model_grads must sum it
     assert parameter.sequence_parallel is (tensor_axis is None)
@@ -168,8 +168,8 @@ def entries_of(row: str, groups):
 
 @pytest.mark.parametrize("row", PLACEMENTS)
 @pytest.mark.parametrize(("tp", "ep", "dp"), LAYOUTS)
-def test_a_checkpoint_of_any_layout_holds_every_number_exactly_once(row, tp, ep, dp, alone):
-    whole = make(row, alone)
+def test_a_checkpoint_of_any_layout_holds_every_number_exactly_once(row, tp, ep, dp, one_process):
+    whole = make(row, one_process)
     saved, replicas = torch.zeros(whole.shape, dtype=torch.int), Counter()
     for groups in processes(tp, ep, dp):
         (entry,) = entries_of(row, groups).values()
@@ -182,8 +182,8 @@ def test_a_checkpoint_of_any_layout_holds_every_number_exactly_once(row, tp, ep,
     assert set(replicas.values()) == {1}  # no two processes call themselves the same copy of the same part
 
 
-def test_only_placed_parameters_of_the_module_itself_are_entered(alone):
-    assert entries_of("column.A", alone).keys() == {"layers.0.factor"}
+def test_only_placed_parameters_of_the_module_itself_are_entered(one_process):
+    assert entries_of("column.A", one_process).keys() == {"layers.0.factor"}
 
 
 def test_a_placement_is_a_value():
