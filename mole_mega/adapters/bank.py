@@ -122,7 +122,7 @@ class _WindowProducts:
 
     There oneDNN compiles and keeps a kernel for each shape of a product (measured: 0.2 ms and 0.2 MB each), and the
     number of an expert's tokens is hardly ever the same twice. So each expert takes a window a little longer than its
-    own rows, 8 lengths an octave, and what the window holds of other experts' rows is set to 0 in rank space.
+    own rows, 4 lengths an octave, and what the window holds of other experts' rows is set to 0 in rank space.
     """
 
     def __init__(self, tokens_per_expert_E: Tensor, num_tokens: int) -> None:
@@ -133,7 +133,7 @@ class _WindowProducts:
         for expert, count in enumerate(tokens_per_expert_E.tolist()):
             if count == 0:
                 continue
-            step = max(16, 2 ** count.bit_length() // 16)
+            step = max(16, 2 ** count.bit_length() // 8)
             length = min(-(-count // step) * step, num_tokens)
             first = min(start, num_tokens - length)
             self.windows.append((expert, slice(first, first + length), slice(offset, offset + length)))

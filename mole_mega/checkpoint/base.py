@@ -45,7 +45,7 @@ def save_base(model: LLaVA, out: Path, extra_files: Iterable[Path] = ()) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     model.parallel.barrier()
-    with files.shared_disk_errors(f"writing {out}"):
+    with files.shared_disk_errors("writing", out):
         dist_checkpointing.save(model_entries(model, trainable=False), str(folder), async_sharded_save=False)
         if model.parallel.is_main:
             _drop_storage_metadata(folder)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -143,6 +144,8 @@ def refuse_unsafe(folder: Path) -> None:
 def reason(error: BaseException) -> str:
     """What went wrong, on one line; of torch's error, what the first rank met instead of every rank's traceback."""
     if isinstance(error, CheckpointException):
+        if not error.failures:
+            return "another rank could not"  # only the coordinator is told which one, and why
         error = error.failures[min(error.failures)][0]
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:500]
@@ -185,20 +188,48 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def shared_disk_errors(action: str) -> Iterator[None]:
-    """Run a block whose failure to write, on any rank, becomes a CheckpointError on all of them."""
-    problem = ""
-    try:
-        yield
-    except (OSError, *LIBRARY_ERRORS) as error:
-        problem = f"{action} failed: {reason(error)}"
-    problems = [problem]
+def shared_disk_errors(action: str, path: Path) -> Iterator[None]:
+    """Run a block whose failure to write at `path`, on any rank, becomes a CheckpointError on all of them.
+
+    The message is that of a rank that met the failure itself, not of one that was told, and says how full the disk is:
+    torch's writer names a full disk "unexpected pos".
+    """
+    fine = (2, "")
+    mine = fine
+    with _writer_errors() as logged:
+        try:
+            yield
+        except (OSError, *LIBRARY_ERRORS) as error:
+            met_here = isinstance(error, OSError) or bool(logged)
+            mine = (0 if met_here else 1, logged[0] if logged else reason(error))
+    everyone = [mine]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        problems = [""] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for problem in problems:
-        if problem:
-            raise CheckpointError(problem)
+        everyone = [fine] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    worst = min(everyone)
+    if worst != fine:
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        raise CheckpointError(f"{action} {path} failed: {worst[1]} ({free / 2**20:.1f} MiB free on its disk)")
+
+
+@contextlib.contextmanager
+def _writer_errors() -> Iterator[list[str]]:
+    """What Megatron-Core's writer logs as errors in a block, kept out of the log. The exception that it raises then
+    holds no more than the type of the error: the disk's own words are in the log alone."""
+    logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    messages: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR:
+            return True
+        messages.append(" ".join(record.getMessage().split()))
+        return False
+
+    logger.addFilter(keep)
+    try:
+        yield messages
+    finally:
+        logger.removeFilter(keep)
 
 
 def _describe(path: Path) -> dict[str, Any]:

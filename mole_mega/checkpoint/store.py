@@ -62,17 +62,17 @@ class CheckpointStore:
         """
         final = self.folder / f"step_{state.step}"
         folder = files.incomplete_name(final)
-        with files.shared_disk_errors(f"saving {final}"):
+        with files.shared_disk_errors("saving", final):
             if self.parallel.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self.folder.glob(".*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir()
         entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False)
-        with files.shared_disk_errors(f"saving {final}"):
+        with files.shared_disk_errors("saving", final):
             dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
             safetensors.torch.save_file(_rng_state(), folder / f"rng_{self.parallel.rank}.safetensors")
-        with files.shared_disk_errors(f"saving {final}"):
+        with files.shared_disk_errors("saving", final):
             if self.parallel.is_main:
                 (folder / "config.yaml").write_text(run_config.dump(self.run))
                 (folder / "state.json").write_text(json.dumps(vars(state) | {"layout": self._layout()}) + "\n")

@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.models.sizes import LlavaSize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's activation. Megatron-Core's own is compiled at its first call, and so asks for a C++ compiler."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 @dataclass(frozen=True)

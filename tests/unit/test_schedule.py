@@ -179,3 +179,12 @@ def test_the_optimizer_holds_exactly_what_is_trained(alone, method, projector):
     model, optimizer = build(alone, make(precision="fp32", projector=projector), method=method)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in trained(model).values())
+
+
+@pytest.mark.parametrize("rates", RATES)
+def test_no_group_of_the_optimizer_mixes_routers_projector_and_factors(alone, rates):
+    """Even at equal rates: in a bf16 model routers are fp32, and states are saved in the order of their group."""
+    model, optimizer = build(alone, make(precision="fp32", **RATES[rates]))
+    names = {id(parameter): expected_group(name) for name, parameter in trained(model).items()}
+    mixtures = [{names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups]
+    assert {len(mixture) for mixture in mixtures} == {1} and set.union(*mixtures) == set(LR_GROUPS)
