@@ -1,0 +1,361 @@
+"""What goes wrong outside of the program: full disks, damaged and hostile files, numbers that are not finite, typing
+errors. Each is found, said in one line with a way on, and ends with the exit code promised for it (DESIGN 5)."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import commands
+import pytest
+import safetensors.torch
+import torch
+from commands import limit_file_size, read_checkpoint, read_rows
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from mole_mega.checkpoint import files
+from mole_mega.checkpoint.store import complete_checkpoints
+
+INPUT_ERROR, CHECK_FAILED, STOPPED_ITSELF = 2, 3, 4
+
+
+def error_line(code, text):
+    """The one line that says what is wrong, when that is why a command ended."""
+    assert code == INPUT_ERROR, text
+    errors = [line for line in text.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, text
+    assert "Traceback" not in text
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def trained(make_run, tmp_path_factory):
+    """The folder of a run with checkpoints at steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = make_run(folder, train={"steps": 2}, checkpoint={"every": 1})
+    code, text = commands.run([run], folder / "log")
+    assert code == 0, text
+    return folder / "run"
+
+
+@pytest.fixture
+def start_again(trained, write_run, tmp_path):
+    """start_again(damage, *overrides): copy the trained run, damage(its newest checkpoint), go on: (code, text)."""
+
+    def start(damage=None, *overrides, nproc=1, prepare=None):
+        run_dir = tmp_path / "run"
+        shutil.copytree(trained, run_dir)
+        if damage is not None:
+            damage(run_dir / "checkpoints" / "step_2")
+        before = read_rows(run_dir)
+        run = write_run(train={"steps": 4}, checkpoint={"every": 2})
+        code, text = commands.run([run, *overrides], tmp_path / "log", nproc, prepare)
+        if code == INPUT_ERROR:
+            assert read_rows(run_dir)[:2] == before
+        return code, text
+
+    return start
+
+
+# --- the disk -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_names_it(start_again, tmp_path):
+    line = error_line(*start_again(prepare=partial(limit_file_size, 300_000, 0)))
+    checkpoints = tmp_path / "run/checkpoints"
+    assert f"saving {checkpoints}/step_4 failed" in line
+    assert "File too large (" in line
+    assert "MiB free on its disk" in line
+    assert f"Last good checkpoint: {checkpoints}/step_2" in line
+    for path in complete_checkpoints(checkpoints):
+        files.verify(path)
+    assert (checkpoints / "latest").read_text() == "step_2\n"
+    # with room again, the same command goes on, and takes the remains away
+    run = tmp_path / "run.yaml"
+    code, text = commands.run([run], tmp_path / "log")
+    assert code == 0, text
+    assert "going on after step 2" in text
+    assert {path.name for path in checkpoints.iterdir()} == {"step_2", "step_4", "latest"}
+
+
+def fail_after_the_tensors(on_rank, rank):
+    """For `prepare`: what one rank writes by itself, after all have written their tensors, finds the disk full."""
+
+    def fail(*_):
+        raise OSError(27, "File too large")
+
+    if rank == on_rank == 0:
+        files.publish = fail
+    elif rank == on_rank:
+        safetensors.torch.save_file = fail
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [partial(limit_file_size, 200_000, 1), partial(fail_after_the_tensors, 1), partial(fail_after_the_tensors, 0)],
+    ids=["tensors", "generator state", "manifest"],
+)
+def test_a_disk_that_fails_on_one_rank_ends_all_ranks(write_run, tmp_path, prepare):
+    run = write_run(parallel={"expert": 2}, train={"steps": 1})
+    command = commands.start([run], tmp_path / "log", 2, prepare)
+    for process in command.processes:
+        process.join(60)
+    assert [process.exitcode for process in command.processes] == [INPUT_ERROR] * 2, command.text
+    assert "step_1 failed" in command.text
+    assert "File too large" in command.text
+    assert "Last good checkpoint: none" in command.text
+    assert not complete_checkpoints(tmp_path / "run/checkpoints")
+
+
+def without_compiler(cache, rank):
+    os.environ.update({"PATH": "", "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(cache)})
+
+
+def test_a_machine_without_a_compiler_trains(write_run, tmp_path):
+    prepare = partial(without_compiler, tmp_path / "cache")
+    code, text = commands.run([write_run(train={"steps": 1})], tmp_path / "log", prepare=prepare)
+    assert code == 0, text
+
+
+# --- damaged and hostile files --------------------------------------------------------------------------------------
+
+
+def shard(folder):
+    return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def cut_short(folder):
+    path = shard(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def alter(folder):
+    path = shard(folder)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def remove_shard(folder):
+    shard(folder).unlink()
+
+
+def remove_manifest(folder):
+    (folder / files.MANIFEST).unlink()
+
+
+def spoil_manifest(folder):
+    (folder / files.MANIFEST).write_text("{")
+
+
+def add_file(folder):
+    (folder / "extra.bin").write_bytes(b"x")
+
+
+DAMAGES = {
+    cut_short: "bytes, its manifest says",
+    alter: "was altered",
+    remove_shard: "cannot be read",
+    remove_manifest: "is not a complete checkpoint",
+    spoil_manifest: "cannot be read as a manifest",
+    add_file: "is not in the manifest",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_found_before_training(start_again, damage):
+    code, text = start_again(damage)
+    line = error_line(code, text)
+    assert DAMAGES[damage] in line
+    assert "step_2" in line
+    assert "step 3/" not in text
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_base_is_found_before_training(base, write_run, tmp_path, damage):
+    shutil.copytree(base, tmp_path / "base")
+    damage(tmp_path / "base")
+    code, text = commands.run([write_run(model={"base": str(tmp_path / "base")})], tmp_path / "log")
+    line = error_line(code, text)
+    assert DAMAGES[damage] in line
+    assert str(tmp_path / "base") in line
+    assert "step 1/" not in text
+
+
+def seal(folder):
+    """Make the manifest agree with what the folder holds, as somebody who means ill would."""
+    (folder / files.MANIFEST).unlink()
+    final = folder.with_name("sealed")
+    files.publish(folder, final)
+    final.rename(folder)
+
+
+def test_another_base_than_asked_for_is_refused(base, start_again, write_run, tmp_path):
+    line = error_line(*commands.run([write_run(model={"base": str(base), "base_hash": "ab12"})], tmp_path / "log"))
+    assert "ab12" in line
+    assert files.folder_hash(base) in line
+    # and so is going on from a checkpoint on another base
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    shutil.copyfile(base / "tokenizer.json", other / "added_tokens_copy.json")
+    seal(other)
+    assert files.folder_hash(other) != files.folder_hash(base)
+    line = error_line(*start_again(None, f"model.base={other}"))
+    assert files.folder_hash(other) in line
+    assert files.folder_hash(base) in line
+
+
+class Malice:
+    """Unpickling it runs a command."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+def test_code_in_a_checkpoints_metadata_is_refused_and_does_not_run(start_again, tmp_path):
+    marker = tmp_path / "ran"
+
+    def damage(folder):
+        (folder / ".metadata").write_bytes(pickle.dumps(Malice(marker)))
+        seal(folder)
+
+    line = error_line(*start_again(damage))
+    assert ".metadata does not hold checkpoint metadata" in line
+    assert "not allowed" in line
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Malice(marker)))
+    assert marker.exists()  # it would have run
+
+
+def test_code_in_a_checkpoints_objects_is_refused_and_does_not_run(start_again, tmp_path):
+    marker = tmp_path / "ran"
+    buffer = io.BytesIO()
+    torch.save(Malice(marker), buffer)
+
+    def damage(folder):
+        path = folder / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        (index,) = (i for i in metadata.storage_data if is_object(metadata, i))
+        info = metadata.storage_data[index]
+        target = folder / info.relative_path
+        info.offset, info.length = target.stat().st_size, buffer.getbuffer().nbytes
+        with open(target, "ab") as file:
+            file.write(buffer.getvalue())
+        path.write_bytes(pickle.dumps(metadata))
+        seal(folder)
+
+    def is_object(metadata, index):
+        return isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
+
+    assert "holds an object that is not plain data" in error_line(*start_again(damage))
+    assert not marker.exists()
+
+
+# --- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [({}, 1, False), ({"expert": 2}, 2, True), ({"pipeline": 2}, 2, False)])
+def test_a_run_whose_loss_is_no_number_stops_itself_and_names_the_last_good_checkpoint(write_run, tmp_path, layout):
+    parallel, nproc, distributed = layout
+    train = {"steps": 20, "max_bad_steps": 3, "warmup_steps": 0, "distributed_optimizer": distributed}
+    train |= {"global_batch_size": 4, "micro_batch_size": 2}
+    good = write_run(parallel=parallel, train=train | {"steps": 2}, checkpoint={"every": 2})
+    assert commands.run([good], tmp_path / "log", nproc)[0] == 0
+    bad = write_run(parallel=parallel, train=train | {"lr": 1e30}, checkpoint={"every": 2})
+    code, text = commands.run([bad], tmp_path / "log", nproc)
+    assert code == STOPPED_ITSELF, text
+    rows = read_rows(tmp_path / "run")
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert "NOT FINITE, step skipped" in text
+    assert "stopped: 3 steps in a row" in text
+    assert f"Last good checkpoint: {tmp_path}/run/checkpoints/step_2" in text
+    (newest,) = complete_checkpoints(tmp_path / "run/checkpoints")
+    assert all(tensor.isfinite().all() for tensor in read_checkpoint(newest).values())
+
+
+def test_a_bad_step_is_skipped_counted_and_forgotten_after_a_good_one(write_run, tmp_path):
+    run = write_run(train={"steps": 5, "max_bad_steps": 2}, checkpoint={"every": 1, "keep": 9})
+    code, text = commands.run([run], tmp_path / "log", prepare=partial(spoil_steps, (2, 4)))
+    assert code == 0, text
+    assert [row["skipped"] for row in read_rows(tmp_path / "run")] == [0, 1, 0, 1, 0]
+    saved = complete_checkpoints(tmp_path / "run/checkpoints")
+    # not after a bad step: a step that may be the first of many is no good place to go on from
+    assert [path.name for path in saved] == ["step_1", "step_3", "step_5"]
+    states = [json.loads((path / "state.json").read_text()) for path in saved]
+    assert [state["applied_steps"] for state in states] == [1, 2, 3]
+
+
+def spoil_steps(steps, rank):
+    from mole_mega.data.loader import Loader
+
+    read = Loader.micro_batches
+
+    def read_spoilt(self, position, *args, **kwargs):
+        batches = read(self, position, *args, **kwargs)
+        if position + 1 in steps:
+            next(batch.pixels for batch in batches if len(batch.pixels)).fill_(float("nan"))
+        return batches
+
+    Loader.micro_batches = read_spoilt
+
+
+# --- what the user typed --------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "unknown key": (["adapter.colour=3"], 1, "unknown config key adapter.colour; the nearest valid key is adapter."),
+    "misspelt key": (["train.micro_batchsize=1"], 1, "train.micro_batchsize; the nearest valid key is train.micro_bat"),
+    "misspelt section": (["paralel.tensor=2"], 1, "unknown config key paralel; the nearest valid key is parallel"),
+    "no number": (["train.steps=many"], 1, "train.steps must be int, got 'many'"),
+    "no such gate": (["adapter.gate=soft"], 1, "adapter.gate must be one of none, prob, straight_through; got 'soft'"),
+    "world": (["parallel.tensor=2"], 3, "3 processes do not divide into tensor 2"),
+    "layers a stage": (["parallel.pipeline=3"], 3, "parallel.pipeline 3 does not divide the decoder's 4 layers"),
+    "heads": (["parallel.tensor=3"], 3, "parallel.tensor 3 does not divide the decoder's heads, 8"),
+    "experts": (["parallel.expert=3"], 3, "adapter.num_experts 4 does not divide over parallel.expert 3"),
+    "expert ranks": (["parallel.expert=4"], 2, "parallel.expert 4 does not divide the 2 data-parallel ranks"),
+    "batch": ([], 3, "train.global_batch_size 4 is not a multiple of train.micro_batch_size 2 x 3"),
+    "length": (["data.max_length=9999"], 1, "data.max_length 9999 exceeds the base's context of 512"),
+    "layer": (["adapter.layers=[1, 7]"], 1, "adapter.layers names layer 7; the decoder has layers 0 to 3"),
+    "no base": (["model.base=nowhere"], 1, "nowhere is not a complete checkpoint"),
+    "no data": (["data.sources.0.path=nowhere.json"], 1, "nowhere.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_started(write_run, tmp_path, mistake):
+    overrides, nproc, message = MISTAKES[mistake]
+    code, text = commands.run([write_run(), *overrides], tmp_path / "log", nproc)
+    line = error_line(code, text)
+    assert message in line
+    assert [text_line for text_line in text.splitlines() if text_line != line] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_itself_says_one_line_and_exits_2(write_run):
+    """The real command, which sees the mistake before it starts processes."""
+    command = [Path(sys.executable).with_name("mole-mega"), "train", write_run(), "--nproc", "2", "train.step=3"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == INPUT_ERROR
+    assert result.stderr == "error: unknown config key train.step; the nearest valid key is train.steps\n"
+    assert result.stdout == ""
+
+
+def test_under_torchrun_an_error_that_all_ranks_meet_is_said_once(base, write_run, tmp_path):
+    """The real command line, torchrun included."""
+    shutil.copytree(base, tmp_path / "base")
+    alter(tmp_path / "base")
+    run = write_run(model={"base": str(tmp_path / "base")})
+    command = [Path(sys.executable).with_name("mole-mega"), "train", run, "--nproc", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == INPUT_ERROR, result.stderr
+    errors = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1, result.stderr
+    assert "was altered" in errors[0]
+    assert "Traceback" not in result.stderr

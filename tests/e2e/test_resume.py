@@ -1,0 +1,138 @@
+"""A run that was stopped goes on as if nothing had happened (DESIGN 6.2)."""
+
+from functools import partial
+
+import commands
+import pytest
+import torch
+from commands import kill_before_step, read_checkpoint, read_rows, terminate_before_step
+
+# as between layouts anywhere (DESIGN 6.1): what a tensor-parallel sum rounds differently, Adam magnifies
+WEIGHT_TOLERANCE = 1e-4
+KILLED, STOPPED_ON_SIGNAL = -9, 75
+
+
+@pytest.fixture
+def train(write_run, tmp_path):
+    """train(name, sections..., nproc, prepare) runs the command on run directory `name`: (exit code, text)."""
+
+    def train(name, nproc=1, prepare=None, **sections):
+        return commands.run([write_run(name, **sections)], tmp_path / f"{name}.log", nproc, prepare)
+
+    return train
+
+
+def assert_same_tensors(folder, expected_folder):
+    """Bit for bit: adapters, projector, routers and Adam's moments."""
+    tensors, expected = read_checkpoint(folder), read_checkpoint(expected_folder)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor), name
+    names = " ".join(expected)
+    assert all(part in names for part in ("lora_gate_A", "router.weight", "vision_projection", "exp_avg_sq"))
+
+
+LAYOUTS = [
+    ({}, 1, "fp32", False),
+    ({}, 1, "bf16", True),
+    ({"expert": 2}, 2, "bf16", False),
+    ({"expert": 2}, 2, "fp32", True),
+    ({"tensor": 2}, 2, "fp32", False),
+    ({"pipeline": 2}, 2, "bf16", True),
+]
+
+
+@pytest.mark.parametrize(("parallel", "nproc", "precision", "distributed"), LAYOUTS)
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(train, tmp_path, parallel, nproc, precision, distributed):
+    sections = {"parallel": parallel, "train": {"precision": precision, "distributed_optimizer": distributed}}
+    assert train("straight", nproc, **sections)[0] == 0
+    # two steps after the checkpoint at step 3: what they wrote to metrics.jsonl has to go
+    code, text = train("split", nproc, partial(kill_before_step, 6), **sections)
+    assert code == KILLED
+    assert "saved" in text
+    assert [row["step"] for row in read_rows(tmp_path / "split")] == [1, 2, 3, 4, 5]
+    code, text = train("split", nproc, **sections)
+    assert code == 0
+    assert "going on after step 3" in text
+    assert "step 1/6" not in text
+    assert read_rows(tmp_path / "split") == read_rows(tmp_path / "straight")
+    assert_same_tensors(tmp_path / "split/checkpoints/step_6", tmp_path / "straight/checkpoints/step_6")
+    assert (tmp_path / "split/checkpoints/latest").read_text().strip() == "step_6"
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_sigterm_to_any_rank_saves_and_exits_75_and_the_same_command_goes_on(train, tmp_path, nproc):
+    sections = {"checkpoint": {"every": 0}, "parallel": {"expert": nproc}}
+    code, text = train("split", nproc, partial(terminate_before_step, 4, nproc - 1), **sections)
+    assert code == STOPPED_ON_SIGNAL
+    assert "stopped on a signal after step 4" in text
+    assert [row["step"] for row in read_rows(tmp_path / "split")] == [1, 2, 3, 4]
+    code, text = train("split", nproc, **sections)
+    assert code == 0
+    assert "going on after step 4" in text
+    assert train("straight", nproc, **sections)[0] == 0
+    assert read_rows(tmp_path / "split") == read_rows(tmp_path / "straight")
+    assert_same_tensors(tmp_path / "split/checkpoints/step_6", tmp_path / "straight/checkpoints/step_6")
+
+
+def test_a_finished_run_that_is_started_again_does_nothing(train, tmp_path):
+    sections = {"train": {"steps": 2}, "checkpoint": {"every": 0}}
+    assert train("run", **sections)[0] == 0
+    rows = read_rows(tmp_path / "run")
+    before = (tmp_path / "run/checkpoints/step_2/manifest.json").read_bytes()
+    code, text = train("run", **sections)
+    assert code == 0
+    assert "going on after step 2" in text
+    assert "saved" not in text
+    assert read_rows(tmp_path / "run") == rows
+    assert (tmp_path / "run/checkpoints/step_2/manifest.json").read_bytes() == before
+
+
+def test_recompute_draws_the_dropout_that_the_first_pass_drew(train, tmp_path):
+    for recompute in ("none", "full"):
+        assert train(recompute, 2, parallel={"tensor": 2}, train={"recompute": recompute, "steps": 2})[0] == 0
+    assert read_rows(tmp_path / "full") == read_rows(tmp_path / "none")
+
+
+# fp32 and without dropout, whose draws belong to a layout; small steps, as Adam magnifies rounding by their size
+EXACT = {"adapter": {"dropout": 0.0}, "train": {"lr": 0.0003}}
+FOUR = {"tensor": 2, "expert": 2}
+
+
+@pytest.fixture(scope="module")
+def straight(make_run, tmp_path_factory):
+    """(rows, final weights) of an unbroken run on one process."""
+    folder = tmp_path_factory.mktemp("straight")
+    code, text = commands.run([make_run(folder, **EXACT)], folder / "log")
+    assert code == 0, text
+    return read_rows(folder / "run"), read_checkpoint(folder / "run/checkpoints/step_6")
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [((FOUR, 4), ({}, 1)), (({}, 1), (FOUR, 4)), (({"pipeline": 2}, 2), ({"expert": 2}, 2)), (({}, 1), ({}, 2))],
+    ids=["TP 2 x EP 2 to one process", "one process to TP 2 x EP 2", "PP 2 to EP 2", "one process to DP 2"],
+)
+def test_a_checkpoint_goes_on_under_another_layout(train, tmp_path, straight, first, then, distributed):
+    sections = EXACT | {"train": EXACT["train"] | {"distributed_optimizer": distributed}}
+    (layout, nproc), (next_layout, next_nproc) = first, then
+    code, _ = train("split", nproc, partial(kill_before_step, 4), parallel=layout, **sections)
+    assert code == KILLED
+    code, text = train("split", next_nproc, parallel=next_layout, **sections)
+    assert code == 0, text
+    assert "going on after step 3" in text
+    rows, weights = straight
+    for row, expected in zip(read_rows(tmp_path / "split"), rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        # the same samples in the same order
+        counts = ("step", "tokens", "loss_tokens", "lr")
+        assert {key: row[key] for key in counts} == {key: expected[key] for key in counts}
+    measured = read_checkpoint(tmp_path / "split/checkpoints/step_6")
+    worst = max(
+        (float((measured[name] - tensor).norm() / tensor.norm()), name)
+        for name, tensor in weights.items()
+        if not name.startswith("optimizer.")
+    )
+    assert worst[0] <= WEIGHT_TOLERANCE

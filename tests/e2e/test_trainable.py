@@ -1,0 +1,151 @@
+"""What is trained is exactly what was asked for: said, held by the optimizer, reached by gradients, and moved
+(DESIGN 6.6)."""
+
+import io
+from functools import partial
+
+import commands
+import pytest
+import torch
+
+from mole_mega import config
+from mole_mega.checkpoint.store import trainable_entries
+from mole_mega.training.trainer import Trainer, describe_trainable
+
+CHECK_FAILED = 3
+
+
+@pytest.fixture
+def make_trainer(alone, write_run):
+    def make(**sections):
+        run = config.load(write_run(**sections))
+        return Trainer(run, alone, out=io.StringIO())
+
+    return make
+
+
+def count(adapter=None, train=None):
+    """{group: (numbers, tensors)} by hand, for the tiny base."""
+    adapter, train = {"num_experts": 4, "rank": 4} | (adapter or {}), train or {}
+    hidden, ffn, key_value, vision, layers = 128, 352, 64, 160, 4
+    rank, experts = adapter["rank"], adapter["num_experts"]
+    mlps = layers if adapter.get("layers", "all") == "all" else len(adapter["layers"])
+    attention = rank * (2 * (hidden + hidden) + 2 * (hidden + key_value)) if adapter.get("attention", True) else 0
+    is_mole = adapter.get("method", "mole") == "mole"
+    mlp = rank * 3 * (hidden + ffn) * (experts if is_mole else 1)
+    groups = {"adapters": (layers * attention + mlps * mlp, layers * (8 if attention else 0) + mlps * 6)}
+    if is_mole:
+        groups["router"] = mlps * experts * (hidden + 1), mlps * 2
+    if train.get("projector", True):
+        groups["projector"] = hidden * (vision + 1) + hidden * (hidden + 1), 4
+    return groups
+
+
+ASKED = {
+    "everything": {},
+    "no projector": {"train": {"projector": False}},
+    "no attention": {"adapter": {"attention": False}},
+    "some layers": {"adapter": {"layers": [0, 2]}},
+    "plain LoRA": {"adapter": {"method": "lora", "rank": 8}},
+    "other sizes": {"adapter": {"num_experts": 3, "rank": 5}},
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_trainable_set_that_is_said_is_what_was_asked_for(make_trainer, alone, asked):
+    lines = describe_trainable(make_trainer(**ASKED[asked]).model, alone)
+    expected = [
+        f"trainable {group}: {numbers:,} numbers in {tensors} tensors"
+        for group, (numbers, tensors) in sorted(count(**ASKED[asked]).items())
+    ]
+    assert lines == expected
+
+
+def test_the_trainable_set_is_said_whole_under_any_layout(write_run, tmp_path):
+    for parallel, nproc in (({"tensor": 2}, 2), ({"pipeline": 2}, 2), ({"expert": 2}, 2)):
+        code, text = commands.run([write_run(parallel=parallel, train={"steps": 1})], tmp_path / "log", nproc)
+        assert code == 0, text
+        for group, (numbers, tensors) in count().items():
+            assert f"trainable {group}: {numbers:,} numbers in {tensors} tensors\n" in text
+        (tmp_path / "run/checkpoints/latest").unlink()
+        (tmp_path / "run/checkpoints/step_1/manifest.json").unlink()
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_frozen_is_in_the_optimizer(make_trainer, precision, distributed):
+    trainer = make_trainer(train={"precision": precision, "distributed_optimizer": distributed})
+    llava = trainer.model.module
+    trainable = [p for p in llava.parameters() if p.requires_grad]
+    stepped = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in stepped) == sum(p.numel() for p in trainable)
+    assert sum(p.numel() for p in trainable) == sum(numbers for numbers, _ in count().values())
+    if not distributed:
+        masters = {id(getattr(p, "main_param", p)) for p in trainable}
+        assert {id(p) for p in stepped} == masters
+    frozen = [name for name, p in llava.named_parameters() if not p.requires_grad]
+    assert not any(part in name for name in frozen for part in ("lora", "router", "vision_projection"))
+    assert {name.partition(".")[0] for name in frozen} == {"vision_model", "language_model"}
+    # nor in a checkpoint
+    names = {name for name, p in llava.named_parameters() if p.requires_grad}
+    assert trainable_entries(trainer.model).keys() == names
+
+
+def test_steps_move_everything_trainable_and_nothing_frozen(make_trainer):
+    trainer = make_trainer(adapter={"dropout": 0.0})
+    parameters = dict(trainer.model.module.named_parameters())
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for step in (1, 2, 3):
+        assert trainer._step(step)[1].applied
+    moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in parameters.items() if p.requires_grad}
+    assert all(p.grad is None for p in parameters.values() if not p.requires_grad)
+
+
+def detach(what, rank):
+    """For `prepare`: cut one part of the model off from its gradient."""
+    from mole_mega.adapters import bank, routers
+    from mole_mega.models.llava import LLaVA
+
+    if what == "expert factor":
+        add = bank.add_expert_lora
+        bank.add_expert_lora = lambda base, x, A, *rest: add(base, x, A.detach(), *rest)
+    elif what == "router":
+        weigh = routers.gate_weights
+        routers.gate_weights = lambda probs, chosen, gate: weigh(probs.detach(), chosen, gate)
+    elif what == "projector":
+        LLaVA.encode_images = torch.no_grad()(LLaVA.encode_images)
+
+
+NO_LOSSES = {"balance_weight": 0.0, "z_loss_weight": 0.0}
+UNSEEN = pytest.mark.xfail(reason="the check leaves out routers with a loss of their own in every gate mode")
+
+
+@pytest.mark.parametrize(
+    ("what", "adapter", "name"),
+    [
+        ("expert factor", {}, "mlp.experts.lora_down_A"),
+        ("projector", {}, "vision_projection.encoder.linear_fc1"),
+        ("router", NO_LOSSES, "mlp.router.weight"),
+        pytest.param("router", {"gate": "prob"}, "mlp.router.weight", marks=UNSEEN),
+    ],
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_part_without_gradient_stops_the_run_at_its_first_step(write_run, tmp_path, what, adapter, name, recompute):
+    run = write_run(adapter={"rank": 4} | adapter, train={"recompute": recompute, "steps": 2})
+    code, text = commands.run([run], tmp_path / "log", prepare=partial(detach, what))
+    assert code == CHECK_FAILED, text
+    (line,) = (line for line in text.splitlines() if line.startswith("error"))
+    assert "no gradient at the first step for" in line
+    assert name in line
+    assert "step 2/" not in text
+    # and without the cut it runs
+    code, text = commands.run([run], tmp_path / "log")
+    assert code == 0, text
+
+
+def test_text_alone_trains_and_leaves_the_projector_where_it_was(write_run, data, tmp_path):
+    """A first batch without an image gives the projector no gradient: that is not a fault."""
+    sources = [{"name": "text", "path": str(data / "text.json")}]
+    code, text = commands.run([write_run(data={"sources": sources}, train={"steps": 1})], tmp_path / "log")
+    assert code == 0, text
