@@ -6,7 +6,9 @@ permutation, factors, the gradients of the input and of everything trainable. `d
 a mixture costs that computes every expert for every token.
 
 Cases are interleaved (each repeat runs all of them, starting with another one) and each reports its medians. CPU time
-is summed over threads: it tells a slow layer from a busy machine.
+is summed over threads: it tells a slow layer from a busy machine. Where other processes want the same cores, set
+OMP_WAIT_POLICY=passive: by default a thread spins at the end of every product until the others are scheduled again,
+which multiplies the time of a layer of many small products.
 """
 
 import argparse
@@ -58,20 +60,32 @@ class Case:
 CASES = tuple(
     Case(case, experts, dtype)
     for dtype in ("fp32", "bf16")
-    for case, experts in (("frozen", 1), ("lora", 1), ("mole", 1), ("mole", 4), ("mole", 16), ("mole", 64), ("dense", 16))
+    for case, experts in (
+        ("frozen", 1),
+        ("lora", 1),
+        ("mole", 1),
+        ("mole", 4),
+        ("mole", 16),
+        ("mole", 64),
+        ("dense", 16),
+    )
 )
 
 
 class DenseMixture(nn.Module):
-    """Every expert's output for every token, weighed by all of p = softmax(R x): on each linear y = W x + sum_e p_e s B_e A_e x."""
+    """Every expert's output for every token: on each linear y = W x + sum_e p_e s B_e A_e x, p = softmax(R x)."""
 
     def __init__(self, base: nn.Module, num_experts: int, sizes: Sizes, dtype: torch.dtype, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
         self.router = nn.Linear(sizes.hidden, num_experts)
         for projection, width_in, width_out in _projections(sizes):
-            self.register_parameter(f"{projection}_A", nn.Parameter(torch.empty(num_experts, sizes.rank, width_in, dtype=dtype)))
-            self.register_parameter(f"{projection}_B", nn.Parameter(torch.empty(num_experts, width_out, sizes.rank, dtype=dtype)))
+            self.register_parameter(
+                f"{projection}_A", nn.Parameter(torch.empty(num_experts, sizes.rank, width_in, dtype=dtype))
+            )
+            self.register_parameter(
+                f"{projection}_B", nn.Parameter(torch.empty(num_experts, width_out, sizes.rank, dtype=dtype))
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         p = torch.softmax(self.router(x.float()), dim=-1).to(x.dtype)
@@ -139,8 +153,11 @@ class Bench:
         output.backward(self.grad)
         return output
 
-    def reset(self) -> None:
-        """What a training step does once for all its micro-batches; not timed."""
+    def renew(self, seed: int) -> None:
+        """Not timed: what a step does once for all its micro-batches, and other tokens, for the next ones choose other
+        experts too (an expert's number of tokens is a shape, and some libraries compile a kernel for each shape)."""
+        tokens = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(seed))
+        self.x.data.copy_(tokens)
         self.x.grad = None
         self.layer.zero_grad(set_to_none=True)
         for router in self.routers:
@@ -156,8 +173,8 @@ def run_cases(
     for repeat in range(-warmups, repeats):
         for place in range(len(benches)):
             index = (place + repeat) % len(benches)
+            benches[index].renew(seed=repeat + warmups)
             wall, cpu = _time(benches[index].run, parallel)
-            benches[index].reset()
             if repeat >= 0:
                 times[index].append((wall, cpu))
     return [
@@ -171,7 +188,7 @@ def run_cases(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for people: ratios of the medians to the frozen MLP, plain LoRA and MoLE with one expert, and the targets."""
+    """The rows for people: ratios of medians to the frozen MLP, plain LoRA and MoLE with one expert, and targets."""
     lines = [
         f"{'dtype':5} {'case':6} {'E':>3} {'ms':>8} {'cpu ms':>8}   of frozen: wall   cpu   of lora: wall   cpu"
         "   of mole E=1: wall   cpu   target"

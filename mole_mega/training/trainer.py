@@ -251,17 +251,13 @@ class Trainer:
         )
 
     def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:
-        adapter = self.run.adapter
-        # a router without gate gradient still has its own losses, which need more than one expert
-        router_losses = adapter.num_experts > 1 and (adapter.balance_weight > 0 or adapter.z_loss_weight > 0)
         missing = []
         for name, parameter in self.model.module.named_parameters():
             if not parameter.requires_grad or name in seen:
                 continue
             group = parameter.lr_group
-            if (group == "projector" and not had_images) or (
-                group == "router" and (router_losses or adapter.gate == "none")
-            ):
+            # in gate mode none the language loss does not reach a router; its own losses are added after this pass
+            if (group == "projector" and not had_images) or (group == "router" and self.run.adapter.gate == "none"):
                 continue
             missing.append(name)
         if missing:
