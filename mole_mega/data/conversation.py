@@ -51,6 +51,10 @@ class Encoder:
     Raises ConfigError for a tokenizer without a fast implementation or without an end-of-sequence token.
     """
 
+    # A fast tokenizer refuses two threads at a time, and transformers keeps one compiled template for all tokenizers,
+    # whose answer marks two threads would mix up: so one lock for all encoders of the process.
+    _lock = threading.Lock()
+
     def __init__(
         self,
         tokenizer: Any,
@@ -74,7 +78,6 @@ class Encoder:
         added = {id_: token.content for id_, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = {*added, *self._tokenizer.all_special_ids}
         self._controls = sorted({*added.values(), *self._tokenizer.all_special_tokens} - {image_token})
-        self._lock = threading.Lock()  # a fast tokenizer refuses two threads at a time
         self.image_token_id, self.places_per_image, self.max_length = image_token_id, places_per_image, max_length
         self.chat_template = VICUNA_CHAT_TEMPLATE
         own = self._tokenizer.chat_template

@@ -12,14 +12,14 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRASpec, Projection
-from mole_mega.adapters.mole import MoLEExperts
+from mole_mega.adapters.mole import MoLEExperts, MoLELayer
 from mole_mega.adapters.routers import MoLERouter
 from mole_mega.config import AdapterConfig
 from mole_mega.platform.parallel import Parallel
@@ -123,7 +123,7 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
     if adapter.method == "mole":
         experts = partial(MoLEExperts, submodules=_mlp(plan.backend), prefix=name, **common)
         router = partial(MoLERouter, name=f"{name}.router", **common)
-        return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=router))
+        return partial(MoLELayer, submodules=MoESubmodules(experts=experts, router=router))
     width = config.ffn_hidden_size // parallel.tp_size
     fused = plan.lora(name, (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)
     submodules = MLPSubmodules(
