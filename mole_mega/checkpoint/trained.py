@@ -1,0 +1,86 @@
+"""A model that a path names: a base, a run, or one step of a run. Told apart by what the folder holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mole_mega import config
+from mole_mega.checkpoint import files
+from mole_mega.checkpoint.base import MODEL_JSON, load_base, read_size
+from mole_mega.checkpoint.store import complete_checkpoints, load_weights
+from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from mole_mega.models.llava import LLaVA
+from mole_mega.models.sizes import LlavaSize
+from mole_mega.platform.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base and, unless `step` is None, the adapters that a run trained on it. `run` is that run's config, or one that
+    says nothing but how the base is built."""
+
+    base: Path
+    step: Path | None
+    run: RunConfig
+    size: LlavaSize
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """What the adapters are; None for a base alone."""
+        return None if self.step is None else self.run.adapter
+
+
+def find_trained(path: Path, base: Path | None = None) -> Trained:
+    """What `path` names: a base folder, a run directory (its newest complete step), or a step folder. `base` says where
+    the base is now, if it is no longer where the run had it.
+
+    Raises ConfigError when the path is none of these, or the base is not the one that the run was trained on.
+    """
+    if (path / MODEL_JSON).is_file():
+        if base is not None:
+            raise ConfigError(f"{path} is a base itself; another base cannot be given")
+        size = read_size(path)
+        return Trained(path, None, _run_of_base(path), size)
+    step = path
+    if not (path / "state.json").is_file():
+        steps = complete_checkpoints(path / "checkpoints")
+        if not steps:
+            raise ConfigError(f"{path} is no base ({MODEL_JSON}), no run with a complete checkpoint and no step")
+        step = steps[-1]
+    run = config.load(step / "config.yaml")
+    base = base or Path(run.model.base)
+    if not (base / MODEL_JSON).is_file():
+        raise ConfigError(f"{step} was trained on the base {base}, which is not there; say where it is with --base")
+    trained_on = json.loads((step / "state.json").read_text())["base_hash"]
+    if files.folder_hash(base) != trained_on:
+        raise ConfigError(f"{step} was trained on a base with hash {trained_on}; {base} has {files.folder_hash(base)}")
+    return Trained(base, step, replace(run, model=replace(run.model, base=str(base))), read_size(base))
+
+
+def build_trained(
+    trained: Trained, parallel: Parallel, layout: ParallelConfig, precision: Literal["fp32", "bf16"] | None = None
+) -> LLaVA:
+    """This rank's part of the model under `layout`, weights loaded, in evaluation mode.
+
+    `precision` (None: the run's) is that of the whole model, adapters included.
+    """
+    run = replace(trained.run, parallel=layout)
+    if precision is not None:
+        run = replace(run, train=replace(run.train, precision=precision))
+    model = LLaVA(run, trained.size, parallel, adapters=trained.step is not None)
+    load_base(model, trained.base)
+    if trained.step is not None:
+        load_weights(model, trained.step)
+    return model.eval()
+
+
+def _run_of_base(base: Path) -> RunConfig:
+    return RunConfig(
+        run_dir=str(base),
+        model=ModelConfig(base=str(base)),
+        train=TrainConfig(steps=1, precision="fp32", projector=False),
+        data=DataConfig(sources=(), max_length=2),
+    )

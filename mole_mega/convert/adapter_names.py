@@ -1,0 +1,58 @@
+"""Which adapter tensor of ours belongs to which module of a built `LlavaForConditionalGeneration`, as data.
+
+The tensors themselves are the same on both sides, element for element: gate and up, and q, k and v, have factors of
+their own though Megatron-Core fuses the base weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from mole_mega.config import AdapterConfig
+from mole_mega.models.sizes import LlavaSize
+
+_OURS = "language_model.decoder.layers.{layer}."
+_THEIRS = "model.language_model.layers.{layer}."
+
+# (our module, projection, their module)
+_ATTENTION = (
+    ("self_attention.linear_qkv", "q", "self_attn.q_proj"),
+    ("self_attention.linear_qkv", "k", "self_attn.k_proj"),
+    ("self_attention.linear_qkv", "v", "self_attn.v_proj"),
+    ("self_attention.linear_proj", "o", "self_attn.o_proj"),
+)
+_MLP = (
+    ("mlp.linear_fc1", "gate", "mlp.gate_proj"),
+    ("mlp.linear_fc1", "up", "mlp.up_proj"),
+    ("mlp.linear_fc2", "down", "mlp.down_proj"),
+)
+ROUTER = "mlp.router"
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter tensor: our name; their module; what it is there. `has_experts`: its first axis is the experts'."""
+
+    ours: str
+    module: str
+    kind: Literal["lora_A", "lora_B", "router_weight", "router_bias"]
+    has_experts: bool = False
+
+
+def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow]:
+    """Every adapter tensor of a model, once. LoRA A is [R, in] and B [out, R], with a leading [E] for experts."""
+    is_mole = adapter.method == "mole"
+    for layer in range(size.language.num_layers):
+        ours, theirs = _OURS.format(layer=layer), _THEIRS.format(layer=layer)
+        has_mlp = adapter.layers == "all" or layer in adapter.layers
+        for module, projection, target in (*(_ATTENTION if adapter.attention else ()), *(_MLP if has_mlp else ())):
+            has_experts = is_mole and module.startswith("mlp.")
+            holder = "mlp.experts" if has_experts else module
+            yield AdapterRow(f"{ours}{holder}.lora_{projection}_A", theirs + target, "lora_A", has_experts)
+            yield AdapterRow(f"{ours}{holder}.lora_{projection}_B", theirs + target, "lora_B", has_experts)
+        if has_mlp and is_mole:
+            yield AdapterRow(f"{ours}{ROUTER}.weight", theirs + ROUTER, "router_weight")
+            if adapter.router_bias:
+                yield AdapterRow(f"{ours}{ROUTER}.bias", theirs + ROUTER, "router_bias")
