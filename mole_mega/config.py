@@ -163,7 +163,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -197,6 +197,8 @@ def dump(config: RunConfig) -> str:
 def validate(config: RunConfig) -> None:
     """Checks that need no model: ranges and the fields that depend on one another. Raises ConfigError."""
     adapter, train, data, parallel = config.adapter, config.train, config.data, config.parallel
+    if not config.run_dir:
+        raise ConfigError("run_dir is empty: name the folder that the run writes to")
     for owner, name, low in [
         (parallel, "tensor", 1), (parallel, "pipeline", 1), (parallel, "expert", 1), (parallel, "context", 1),
         (adapter, "num_experts", 1), (adapter, "rank", 1), (adapter, "top_k", 1), (adapter, "balance_weight", 0),
@@ -234,6 +236,18 @@ def validate(config: RunConfig) -> None:
         )
     if adapter.method == "mole" and not adapter.layers:
         raise ConfigError("adapter.layers is empty: adapter.method mole needs at least one layer to put its experts in")
+    if adapter.method == "lora" and not adapter.layers and not adapter.attention and not train.projector:
+        raise ConfigError("nothing to train: adapter.layers is empty, adapter.attention and train.projector are false")
+    if (
+        adapter.method == "mole"
+        and adapter.num_experts > 1
+        and adapter.gate == "none"
+        and adapter.balance_weight == adapter.z_loss_weight == 0
+    ):
+        raise ConfigError(
+            "adapter.gate none gives the router no gradient, and adapter.balance_weight and adapter.z_loss_weight are "
+            "both 0: the router would stay as it is initialised; set one of them, or another gate"
+        )
     if adapter.method == "lora" and parallel.expert != 1:
         raise ConfigError(f"parallel.expert is {parallel.expert}, but adapter.method lora has no experts to spread")
     if adapter.method == "mole" and adapter.num_experts % parallel.expert:
@@ -258,6 +272,17 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(f"data.{kind}: all weights are 0")
     if not data.sources:
         raise ConfigError("data.sources is empty: name at least one source")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys without a word; a run file that says a thing twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"the key {key!r} stands {keys.count(key)} times in one section")
+        return super().construct_mapping(node, deep)
 
 
 def _section(config: RunConfig, owner: Any) -> str:

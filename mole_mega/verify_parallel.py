@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,9 +50,15 @@ def main(argv: list[str]) -> int:
         for line in skipped:
             print(line)
         if args.json:
-            rows = [{"case": c.case.name, "processes": c.case.world_size, "loss": c.loss, "gradient": c.gradient,
-                     "weight": c.weight, "equal": c.equal} for c in comparisons]  # fmt: skip
+            rows = [{"case": c.case.name, "processes": c.case.world_size, "loss": _plain(c.loss),
+                     "gradient": _plain(c.gradient), "weight": _plain(c.weight), "equal": c.equal}
+                    for c in comparisons]  # fmt: skip
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
         if not all(c.equal for c in comparisons):
             outcome.code = ExitCode.CHECK_FAILED
     return outcome.code
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else str(value)

@@ -11,28 +11,35 @@ them. RNG states belong to a layout: another layout starts its dropout anew from
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
+import yaml
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import FileSystemReader
 
 from mole_mega import config as run_config
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import model_entries
-from mole_mega.config import RunConfig
+from mole_mega.checkpoint.stream import PendingTensor, write_tensors
+from mole_mega.config import AdapterConfig, RunConfig
 from mole_mega.platform.parallel import Parallel, seed_generators
 
+# What converted adapters say of themselves; a step has its run's `config.yaml`.
+ADAPTER_FILE = "adapter.yaml"
 _LATEST = "latest"
 _STEP = re.compile(r"step_(\d+)")
 
@@ -71,7 +78,8 @@ class CheckpointStore:
         entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False)
         with files.shared_disk_errors("saving", final):
             dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
-            safetensors.torch.save_file(_rng_state(), folder / f"rng_{self.parallel.rank}.safetensors")
+            rng = folder / f"rng_{self.parallel.rank}.safetensors"
+            rng.write_bytes(safetensors.torch.save(_rng_state()))  # save_file would keep other users from reading it
         with files.shared_disk_errors("saving", final):
             if self.parallel.is_main:
                 (folder / "config.yaml").write_text(run_config.dump(self.run))
@@ -148,11 +156,69 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_weights(model: DistributedDataParallel | Any, path: Path) -> None:
-    """Load only adapters and projector from a checkpoint (evaluation, warm start)."""
+    """Load only adapters and projector from a checkpoint (evaluation): all that the model has."""
     files.verify(path)
     files.refuse_unsafe(path)
     entries = trainable_entries(model)
     _copy_into(entries, _load(entries, path))
+
+
+def warm_start(model: DistributedDataParallel | Any, path: Path, adapter: AdapterConfig) -> list[str]:
+    """Start from a step of another run, or from converted adapters. Returns the tensors that these do not hold and that
+    keep their initial values: routers and projector may. All ranks call it.
+
+    Raises CheckpointError when the adapters are of another method, number of experts, rank or scale, when a tensor has
+    no place in this run, and when one is missing.
+    """
+    files.verify(path)
+    files.refuse_unsafe(path)
+    _check_same_adapters(path, adapter)
+    entries = trainable_entries(model)
+    gathered: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(gathered, {entry.key for entry in entries.values()})
+    wanted, stored = set().union(*gathered), _stored_weights(path)
+    if stored - wanted:
+        raise files.CheckpointError(f"{path} holds {min(stored - wanted)}, which this run does not train")
+    missing = sorted(wanted - stored)
+    for name in missing:
+        if not (name.startswith("vision_projection.") or ".router." in name) or missing == sorted(wanted):
+            raise files.CheckpointError(f"{path} does not hold {name}, which this run trains")
+    entries = {name: entry for name, entry in entries.items() if entry.key in stored}
+    _copy_into(entries, _load(entries, path))
+    return missing
+
+
+def save_adapters(tensors: Mapping[str, torch.Tensor], adapter: AdapterConfig, folder: Path) -> None:
+    """Write whole adapter tensors, by their checkpoint names, as something that `warm_start` reads."""
+    pending = {
+        name: PendingTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in tensors.items()
+    }
+    write_tensors(folder, pending)
+    tree = {key: getattr(adapter, key) for key in ("method", "num_experts", "rank", "alpha", "dropout", "attention")}
+    tree["layers"] = adapter.layers if adapter.layers == "all" else list(adapter.layers)
+    (folder / ADAPTER_FILE).write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
+    """What the tensors' names and shapes do not show, or show late: above all the scale alpha / rank."""
+    if (path / ADAPTER_FILE).is_file():
+        source = yaml.safe_load((path / ADAPTER_FILE).read_text())
+    else:
+        source = vars(run_config.load(path / "config.yaml").adapter)
+    for key in ("method", "num_experts", "rank", "alpha"):
+        ours, theirs = getattr(adapter, key), source[key]
+        if key == "num_experts" and adapter.method == "lora":
+            continue
+        same = math.isclose(ours, theirs, rel_tol=1e-6) if key == "alpha" else ours == theirs
+        if not same:
+            raise files.CheckpointError(f"{path} was made with adapter.{key} = {theirs}, this run has {ours}")
+
+
+def _stored_weights(path: Path) -> set[str]:
+    """The names of the model's tensors in a checkpoint, its optimizer's left out."""
+    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name for name in names if name.startswith(("language_model.", "vision_"))}
 
 
 def trainable_entries(model: DistributedDataParallel | Any) -> ShardedStateDict:

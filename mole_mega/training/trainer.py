@@ -18,7 +18,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from mole_mega import config as run_config
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import load_base, read_size
-from mole_mega.checkpoint.store import CheckpointStore, RunState, complete_checkpoints, load_weights, trainable_entries
+from mole_mega.checkpoint.store import (
+    CheckpointStore,
+    RunState,
+    complete_checkpoints,
+    load_weights,
+    trainable_entries,
+    warm_start,
+)
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
@@ -118,6 +125,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, run.train)
         self.stepper = Stepper(run, self.model, self.optimizer, parallel, len(self.loader.domains))
         self.state = self._start()
+        # trainable tensors that no gradient was seen to reach yet; a resumed run saw them before
+        self._unproved = set() if self.state.applied_steps else _names_to_prove(run, self.model)
         self._signal_received = False
 
     def train(self) -> int:
@@ -178,12 +187,12 @@ class Trainer:
             step - 1, train.global_batch_size, train.micro_batch_size, self.parallel.dp_rank, self.parallel.dp_size
         )
         lrs = set_lr(self.optimizer, step, train)
-        if self.state.applied_steps:
-            result = self.stepper.train_step(batches)
-        else:
+        if self._unproved:
             with _watch_gradients(self.model) as seen:
                 result = self.stepper.train_step(batches)
             self._check_gradients(seen, had_images=any(len(batch.pixels) for batch in batches))
+        else:
+            result = self.stepper.train_step(batches)
         self.state = replace(
             self.state,
             step=step,
@@ -207,9 +216,11 @@ class Trainer:
         if self.run.checkpoint.init_from:
             source = Path(self.run.checkpoint.init_from)
             found = complete_checkpoints(source / "checkpoints") or [source]
-            load_weights(self.model, found[-1])
+            kept = warm_start(self.model, found[-1], self.run.adapter)
             self.optimizer.reload_model_params()
             self._say(f"starting from the adapters of {found[-1]}")
+            if kept:
+                self._say(f"not in it, and as a fresh run has them: {len(kept)} tensors, first {kept[0]}")
         return RunState(step=0, base_hash=self.base_hash, applied_steps=0)
 
     def _save(self) -> None:
@@ -251,17 +262,18 @@ class Trainer:
         )
 
     def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:
-        missing = []
-        for name, parameter in self.model.module.named_parameters():
-            if not parameter.requires_grad or name in seen:
-                continue
-            group = parameter.lr_group
-            # in gate mode none the language loss does not reach a router; its own losses are added after this pass
-            if (group == "projector" and not had_images) or (group == "router" and self.run.adapter.gate == "none"):
-                continue
-            missing.append(name)
+        """Raise CheckFailedError unless a gradient reached everything that it should reach: at the first step, and the
+        projector at the first one with an image."""
+        self._unproved -= seen
+        missing = [
+            name
+            for name, parameter in self.model.module.named_parameters()
+            if name in self._unproved and (had_images or parameter.lr_group != "projector")
+        ]
         if missing:
-            raise CheckFailedError(f"no gradient at the first step for {len(missing)} tensors, first {missing[0]}")
+            raise CheckFailedError(
+                f"no gradient at step {self.state.step + 1} for {len(missing)} tensors, first {missing[0]}"
+            )
 
     def _say(self, text: str) -> None:
         if self.parallel.is_main:
@@ -310,6 +322,16 @@ def describe_trainable(model: DistributedDataParallel, parallel: Parallel) -> li
         shapes = [shape for g, shape in whole.values() if g == group]
         lines.append(f"trainable {group}: {sum(math.prod(s) for s in shapes):,} numbers in {len(shapes)} tensors")
     return lines
+
+
+def _names_to_prove(run: RunConfig, model: DistributedDataParallel) -> set[str]:
+    """The trainable tensors that the language loss must reach. In gate mode none it does not reach a router, whose own
+    losses are added after the backward pass."""
+    return {
+        name
+        for name, parameter in model.module.named_parameters()
+        if parameter.requires_grad and not (parameter.lr_group == "router" and run.adapter.gate == "none")
+    }
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ GATES = ("none", "prob", "straight_through")
 
 _RUN, SIZE = scaled_down(
     RunConfig(
-        run_dir="",
+        run_dir="unused",
         model=ModelConfig(base=""),
         train=TrainConfig(steps=1, weight_decay=0.01),
         data=DataConfig(sources=(SourceConfig(name="made", path="made"),)),

@@ -92,7 +92,7 @@ def fail_after_the_tensors(on_rank, rank):
     if rank == on_rank == 0:
         files.publish = fail
     elif rank == on_rank:
-        safetensors.torch.save_file = fail
+        safetensors.torch.save = fail
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import torch
 
 from mole_mega import config
 from mole_mega.checkpoint.store import trainable_entries
+from mole_mega.errors import CheckFailedError
+from mole_mega.models.llava import LLaVA
 from mole_mega.training.trainer import Trainer, describe_trainable
 
 CHECK_FAILED = 3
@@ -135,7 +137,7 @@ def test_a_part_without_gradient_stops_the_run_at_its_first_step(write_run, tmp_
     code, text = commands.run([run], tmp_path / "log", prepare=partial(detach, what))
     assert code == CHECK_FAILED, text
     (line,) = (line for line in text.splitlines() if line.startswith("error"))
-    assert "no gradient at the first step for" in line
+    assert "no gradient at step 1 for" in line
     assert name in line
     assert "step 2/" not in text
     # and without the cut it runs
@@ -148,3 +150,22 @@ def test_text_alone_trains_and_leaves_the_projector_where_it_was(write_run, data
     sources = [{"name": "text", "path": str(data / "text.json")}]
     code, text = commands.run([write_run(data={"sources": sources}, train={"steps": 1})], tmp_path / "log")
     assert code == 0, text
+
+
+def test_the_projector_is_proved_at_the_first_step_with_an_image(make_trainer, data, monkeypatch):
+    images = {"name": "mixed", "path": str(data / "mixed.json"), "image_folder": str(data / "images")}
+    text = {"name": "text", "path": str(data / "text.json")}
+    text_only = make_trainer(data={"sources": [images | {"weight": 0}, text]}).loader
+    trainer = make_trainer()
+    with_images = trainer.loader
+    trainer.loader = text_only
+    trainer._step(1)
+    detach = torch.no_grad()
+    monkeypatch.setattr(LLaVA, "encode_images", detach(LLaVA.encode_images))
+    trainer._step(2)  # still no image: nothing to prove
+    trainer.loader = with_images
+    with pytest.raises(CheckFailedError, match="no gradient at step 3 for 4 tensors, first vision_projection"):
+        trainer._step(3)
+    monkeypatch.undo()
+    trainer._step(3)
+    assert not trainer._unproved

@@ -210,6 +210,12 @@ def test_a_value_out_of_range_is_named_with_its_key_and_number(section, key, val
         ({"adapter": {"num_experts": 6}, "parallel": {"expert": 4}}, ["num_experts 6", "parallel.expert 4"]),
         ({"train": {"global_batch_size": 10, "micro_batch_size": 4}}, ["size 10", "size 4"]),
         ({"adapter": {"layers": []}}, ["adapter.layers is empty", "mole"]),
+        (
+            {"adapter": {"method": "lora", "layers": [], "attention": False}, "train": {"projector": False}},
+            ["nothing to train", "adapter.attention"],
+        ),
+        ({"adapter": {"gate": "none", "balance_weight": 0}}, ["adapter.gate none", "adapter.balance_weight"]),
+        ({"run_dir": ""}, ["run_dir is empty"]),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused_with_their_numbers(change, parts):
@@ -419,3 +425,16 @@ def test_making_a_config_leaves_the_users_tree_as_it_was():
     tree = merged(SMALLEST, {})
     run_config.from_dict(tree)
     assert tree == SMALLEST
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST) + "adapter:\n  rank: 4\n  alpha: 8\n  rank: 16\n")
+    with pytest.raises(ConfigError, match="the key 'rank' stands 2 times") as caught:
+        run_config.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_untrained_router_is_allowed_where_there_is_no_choice_or_another_loss_trains_it():
+    for adapter in ({"num_experts": 1, "balance_weight": 0}, {"balance_weight": 0, "z_loss_weight": 0.1}):
+        assert make(adapter={"gate": "none"} | adapter).adapter.gate == "none"
