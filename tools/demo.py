@@ -1,6 +1,7 @@
 """The demo: LLaVA-MoLE against plain LoRA on three real-image domains that contradict one another, on this machine.
 
     tiny Hugging Face LLaVA -> base checkpoint -> train on 2 processes -> accuracy by domain, before and after
+        -> a folder that transformers loads -> the answer to a question about a picture
 
 Everything is computed in this run; nothing is downloaded. The steps are the commands that a user would type.
 """
@@ -22,6 +23,7 @@ METHODS = {
     "mole": ["parallel.expert=2"],
     "lora": ["adapter.method=lora", "parallel.expert=1"],
 }
+DOMAINS = ("digits", "photos", "scans")
 
 
 def main() -> int:
@@ -44,12 +46,17 @@ def main() -> int:
         overrides = [f"run_dir={OUT / method}", *layout, *args.overrides]
         command("train", EXAMPLE / "run.yaml", "--nproc", 2, *overrides)
         scores[method] = evaluate(method, "--nproc", 2, *overrides)
+    say(f"{4 + len(METHODS)}. export the mixture, prove it equal, and ask it about held-out pictures")
+    command("convert", "megatron-to-hf", "--checkpoint", OUT / "mole", "--format", "mole", "--out", OUT / "mole_hf")
+    for domain in DOMAINS:
+        ask(domain)
 
     print("\nAnswers that are right word for word, on held-out pictures, measured in this run:\n")
     print(table(scores))
     print(f"\ntook {time.monotonic() - started:.0f} s. Where to look next:")
     print(f"  {Path(sys.executable).parent / 'tensorboard'} --logdir {OUT}      losses by domain, expert load by layer")
     print(f"  {OUT / 'mole' / 'metrics.jsonl'}      the same figures, a JSON object a step")
+    print(f"  {OUT / 'mole_hf'}      the model as transformers loads it, mole_mega not needed; its README.md says how")
     print("  mole-mega verify-parallel examples/tiny_cpu/run.yaml      the same run in other layouts, proved equal")
     return 0
 
@@ -58,6 +65,14 @@ def evaluate(name: str, *arguments: object) -> dict[str, float]:
     path = OUT / f"scores_{name}.json"
     command("eval", EXAMPLE / "run.yaml", "--json", path, *arguments)
     return json.loads(path.read_text())
+
+
+def ask(domain: str) -> None:
+    """The exported model's answer to the first question of a domain's held-out pictures, beside the true one."""
+    (sample, *_) = json.loads((OUT / "data" / f"{domain}_test.json").read_text())
+    question, answer = (turn["value"] for turn in sample["conversations"])
+    print(f"{domain}: {question.removeprefix('<image>').strip()!r} -> true: {answer!r}; the export says:", flush=True)
+    command("generate", "--model", OUT / "mole_hf", "--image", OUT / "data" / sample["image"], "--prompt", question)
 
 
 def table(scores: dict[str, dict[str, float]]) -> str:

@@ -1,14 +1,15 @@
 """The frozen base as a checkpoint of its own: layout-free weights, the model's size, tokenizer and processor files.
 
-A base folder holds Megatron-Core's distributed format (any TP, PP, EP loads it), `model.json` (models/sizes.py) and
-whatever Hugging Face files came with the weights. A run names it by path and hash and never copies it.
+A base folder holds Megatron-Core's distributed format (any TP, PP, EP loads it), `tensors.json` (shape, dtype and hash
+of each tensor), `model.json` (models/sizes.py) and whatever Hugging Face files came with the weights. A run names it by
+path and hash and never copies it.
 """
 
 from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 
 from mole_mega.checkpoint import files
+from mole_mega.checkpoint.stream import PendingTensor, describe_tensors, write_tensors
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 
@@ -36,10 +38,29 @@ def model_entries(model: LLaVA, *, trainable: bool | None = None) -> ShardedStat
     }
 
 
+def write_base(
+    size: LlavaSize, tensors: Mapping[str, PendingTensor], out: Path, extra_files: Iterable[Path] = ()
+) -> str:
+    """Write a base checkpoint from tensors read one by one; returns its hash. `out` must not exist. For one process.
+
+    Raises CheckpointError when the disk refuses, and whatever reading a tensor raises; nothing is left behind then.
+    """
+    _refuse_existing(out)
+    folder = files.incomplete_name(out)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with files.shared_disk_errors("writing", out):
+            folder.mkdir(parents=True)
+            write_tensors(folder, tensors)
+            _complete(folder, out, size, extra_files)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return files.folder_hash(out)
+
+
 def save_base(model: LLaVA, out: Path, extra_files: Iterable[Path] = ()) -> str:
-    """Write a base checkpoint from a model without adapters; returns its hash. `out` must not exist."""
-    if out.exists():
-        raise files.CheckpointError(f"{out} exists; choose another folder or remove it")
+    """Write a base checkpoint from a model without adapters, of any layout; returns its hash. `out` must not exist."""
+    _refuse_existing(out)
     folder = files.incomplete_name(out)
     if model.parallel.is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -49,12 +70,23 @@ def save_base(model: LLaVA, out: Path, extra_files: Iterable[Path] = ()) -> str:
         dist_checkpointing.save(model_entries(model, trainable=False), str(folder), async_sharded_save=False)
         if model.parallel.is_main:
             _drop_storage_metadata(folder)
-            (folder / MODEL_JSON).write_text(model.size.to_json())
-            for path in extra_files:
-                shutil.copyfile(path, folder / path.name)
-            files.publish(folder, out)
+            describe_tensors(folder)
+            _complete(folder, out, model.size, extra_files)
     model.parallel.barrier()
     return files.folder_hash(out)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise files.CheckpointError(f"{out} exists; choose another folder or remove it")
+
+
+def _complete(folder: Path, out: Path, size: LlavaSize, extra_files: Iterable[Path]) -> None:
+    """Add to the tensors in `folder` what makes it a base, and publish it as `out`."""
+    (folder / MODEL_JSON).write_text(size.to_json())
+    for path in extra_files:
+        shutil.copyfile(path, folder / path.name)
+    files.publish(folder, out)
 
 
 def _drop_storage_metadata(folder: Path) -> None:

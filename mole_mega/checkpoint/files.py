@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def publish(folder: Path, final: Path) -> str:
     An existing `final` is replaced. A kill at any moment leaves either the old folder, the new one or none, never a
     part of one.
     """
-    entries = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    paths = sorted(folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        entries = {path.name: entry for path, entry in zip(paths, pool.map(_describe, paths), strict=True)}
     manifest = json.dumps(entries, indent=1, sort_keys=True)
     with open(folder / MANIFEST, "w") as file:
         file.write(manifest)
@@ -73,13 +76,15 @@ def folder_hash(folder: Path) -> str:
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from error
 
 
-def verify(folder: Path) -> None:
-    """Check every file of a folder against its manifest; all ranks call it and share the reading.
+def verify(folder: Path, *, alone: bool = False) -> None:
+    """Check every file of a folder against its manifest; all ranks call it and share the reading, unless `alone`.
 
-    Raises CheckpointError, on all ranks, naming the first file that is missing, cut short, altered or too many.
+    Raises CheckpointError, on all ranks that called, naming the first file that is missing, cut short, altered or too
+    many.
     """
     entries = read_manifest(folder)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    is_shared = dist.is_initialized() and not alone
+    rank, world = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
     problem = ""
     extra = {path.name for path in folder.iterdir()} - entries.keys() - {MANIFEST}
     if extra:

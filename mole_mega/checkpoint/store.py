@@ -204,8 +204,10 @@ def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
     """What the tensors' names and shapes do not show, or show late: above all the scale alpha / rank."""
     if (path / ADAPTER_FILE).is_file():
         source = yaml.safe_load((path / ADAPTER_FILE).read_text())
-    else:
+    elif (path / "config.yaml").is_file():
         source = vars(run_config.load(path / "config.yaml").adapter)
+    else:
+        raise files.CheckpointError(f"{path} holds no adapters: it has neither {ADAPTER_FILE} nor config.yaml")
     for key in ("method", "num_experts", "rank", "alpha"):
         ours, theirs = getattr(adapter, key), source[key]
         if key == "num_experts" and adapter.method == "lora":

@@ -13,14 +13,15 @@ from mole_mega.checkpoint import files
 
 
 class StoredTensors:
-    """A base's or a step's tensors, under the names and with the shapes that they have in the whole model.
+    """A base's or a step's tensors, under the names and with the shapes that they have in the whole model. Any process
+    may open them by itself.
 
     Every file is checked against the manifest first; reading unpickles harmless types only. Raises CheckpointError
     naming the file.
     """
 
     def __init__(self, folder: Path) -> None:
-        files.verify(folder)
+        files.verify(folder, alone=True)
         files.refuse_unsafe(folder)
         self.folder = folder
         self._reader = FileSystemReader(folder)

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from mole_mega import config
 from mole_mega.checkpoint import files
-from mole_mega.checkpoint.base import MODEL_JSON, load_base, read_size
+from mole_mega.checkpoint.base import MODEL_JSON, load_base, model_entries, read_size
 from mole_mega.checkpoint.store import complete_checkpoints, load_weights
+from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
@@ -61,20 +64,34 @@ def find_trained(path: Path, base: Path | None = None) -> Trained:
 
 
 def build_trained(
-    trained: Trained, parallel: Parallel, layout: ParallelConfig, precision: Literal["fp32", "bf16"] | None = None
+    trained: Trained,
+    parallel: Parallel,
+    layout: ParallelConfig,
+    precision: Literal["fp32", "bf16", "stored"] | None = None,
 ) -> LLaVA:
     """This rank's part of the model under `layout`, weights loaded, in evaluation mode.
 
-    `precision` (None: the run's) is that of the whole model, adapters included.
+    `precision` (None: the run's) is that of the whole model. "stored" is for proofs: the model computes in fp32, and
+    the base's weights keep the dtypes that they are stored in, for the caller to widen as they are used.
     """
     run = replace(trained.run, parallel=layout)
     if precision is not None:
-        run = replace(run, train=replace(run.train, precision=precision))
+        run = replace(run, train=replace(run.train, precision="fp32" if precision == "stored" else precision))
     model = LLaVA(run, trained.size, parallel, adapters=trained.step is not None)
+    if precision == "stored":
+        _take_stored_dtypes(model, StoredTensors(trained.base))
     load_base(model, trained.base)
     if trained.step is not None:
         load_weights(model, trained.step)
     return model.eval()
+
+
+def _take_stored_dtypes(model: LLaVA, stored: StoredTensors) -> None:
+    parameters = dict(model.named_parameters())
+    for name, entry in model_entries(model, trainable=False).items():
+        if parameters[name].requires_grad:  # the projector, when the run trained it: it comes from the run
+            continue
+        parameters[name].data = torch.empty_like(parameters[name], dtype=stored.dtype(entry.key))
 
 
 def _run_of_base(base: Path) -> RunConfig:

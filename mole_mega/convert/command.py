@@ -1,28 +1,204 @@
-"""`mole-mega convert`: the command line of this room."""
+"""`mole-mega convert`: the command line of this room. Every conversion ends with the proof that it lost nothing."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from mole_mega.errors import quiet_libraries, report_errors
+from mole_mega.errors import CheckFailedError, ConfigError, ExitCode, quiet_libraries, report_errors
 
 
-def main(argv: list[str]) -> int:
-    """Parse, convert, say the hash. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="mole-mega convert", description="Checkpoints from Hugging Face.")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    to_megatron = kinds.add_parser("hf-to-megatron", help="a Hugging Face LLaVA becomes a base for training")
-    to_megatron.add_argument("--hf", type=Path, required=True, help="folder with config.json and safetensors")
-    to_megatron.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    to_megatron.add_argument("--dtype", choices=["fp32", "bf16"], help="default: as stored")
-    to_megatron.add_argument("--debug", action="store_true", help="show tracebacks")
-    args = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all kinds; `run` of the parsed ones is the function that does it."""
+    top = argparse.ArgumentParser(prog="mole-mega convert", description="Checkpoints to and from Hugging Face.")
+    kinds = top.add_subparsers(dest="kind", required=True)
+
+    hf = kinds.add_parser("hf-to-megatron", help="a Hugging Face LLaVA, or its parts, becomes a base for training")
+    hf.add_argument("--hf", type=Path, required=True, help="folder of a LLaVA, or of a Llama, with config.json")
+    hf.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    hf.add_argument("--dtype", choices=["fp32", "bf16"], help="default: as stored")
+    _add_parts(hf)
+    hf.add_argument("--image-token", default="<image>", help="what a tokenizer that has none is to call an image")
+    hf.add_argument("--seed", type=int, default=0, help="of a projector that starts fresh")
+    hf.set_defaults(run=_hf_to_megatron)
+
+    megatron = kinds.add_parser("megatron-to-hf", help="a base, a run or a step becomes a Hugging Face folder")
+    megatron.add_argument("--checkpoint", type=Path, required=True, help="a base, a run directory, or a step of one")
+    megatron.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    megatron.add_argument(
+        "--format",
+        choices=["mole", "peft", "merged"],
+        help="of a run: mole, a model with its experts and their code; peft, adapters; merged, where that is exact",
+    )
+    megatron.add_argument("--base", type=Path, help="where the run's base is now")
+    megatron.add_argument("--base-reference", help="format mole: load the base from this folder or hub name instead")
+    megatron.set_defaults(run=_megatron_to_hf)
+
+    peft = kinds.add_parser("peft-to-megatron", help="PEFT adapters become what checkpoint.init_from starts a run from")
+    peft.add_argument("--peft", type=Path, required=True, nargs="+", help="adapter folders, one an expert, or one")
+    peft.add_argument("--base", type=Path, required=True, help="the base that they are adapters of")
+    peft.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    peft.add_argument("--num-experts", type=int, help="copy one adapter to so many experts; default: plain LoRA")
+    peft.add_argument("--noise", type=float, default=0.0, help="on the copies, relative to each factor's own spread")
+    peft.add_argument("--attention-from", type=int, help="whose attention LoRA to take where adapters differ in it")
+    peft.add_argument("--seed", type=int, default=0)
+    peft.set_defaults(run=_peft_to_megatron)
+
+    verify = kinds.add_parser("verify", help="prove that a base or a run and a Hugging Face folder are the same model")
+    verify.add_argument("--checkpoint", type=Path, required=True, help="a base, a run directory, or a step of one")
+    verify.add_argument("--hf", type=Path, required=True, help="where the base came from, or an export")
+    verify.add_argument("--base", type=Path, help="where the run's base is now")
+    _add_parts(verify)
+    for axis in ("tensor", "pipeline", "expert"):
+        verify.add_argument(f"--{axis}", type=int, default=1, help=f"{axis}-parallel size of our side")
+    verify.add_argument("--nproc", type=int, default=1, help="processes to start on this host, under torchrun")
+    verify.set_defaults(run=_verify)
+
+    for kind in (hf, megatron, peft, verify):
+        kind.add_argument("--logits-limit", type=float, default=1e-5, metavar="SHARE", help=argparse.SUPPRESS)
+        kind.add_argument("--debug", action="store_true", help="show warnings and tracebacks")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, convert, prove. Returns the exit code: 3 when the proof fails."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
     with report_errors(debug=args.debug) as outcome:
         if not args.debug:
             quiet_libraries()
-        from mole_mega.convert.hf_import import import_hf
-
-        base_hash = import_hf(args.hf, args.out, args.dtype)
-        print(f"wrote {args.out}, hash {base_hash}")
+        if getattr(args, "nproc", 1) > 1:
+            outcome.code = _launch(argv, args.nproc)
+        else:
+            args.run(args)
     return outcome.code
+
+
+def _add_parts(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--vision-tower", type=Path, help="folder of the CLIP model, where --hf holds none")
+    command.add_argument("--projector", type=Path, help="mm_projector weights for a Llama; default: a fresh projector")
+
+
+def _hf_to_megatron(args: argparse.Namespace) -> None:
+    from mole_mega.checkpoint.trained import find_trained
+    from mole_mega.convert.hf_import import import_hf
+
+    base_hash = import_hf(
+        args.hf,
+        args.out,
+        args.dtype,
+        vision_tower=args.vision_tower,
+        projector=args.projector,
+        image_token=args.image_token,
+        seed=args.seed,
+    )
+    trained = find_trained(args.out)
+    _prove(args, args.out, lambda: _compare(args, trained, args.hf, args.vision_tower, args.projector))
+    print(f"wrote {args.out}, hash {base_hash}")
+
+
+def _megatron_to_hf(args: argparse.Namespace) -> None:
+    from mole_mega.checkpoint.trained import find_trained
+    from mole_mega.convert import hf_export, mole_folder, peft
+
+    trained = find_trained(args.checkpoint, args.base)
+    if trained.step is not None and args.format is None:
+        raise ConfigError(f"{args.checkpoint} has adapters: say how to write them, --format mole, peft or merged")
+    if trained.step is None and args.format is not None:
+        raise ConfigError(f"{args.checkpoint} is a base without adapters: it goes back as it came, without --format")
+    if args.base_reference is not None and args.format != "mole":
+        raise ConfigError("--base-reference is for --format mole")
+    if args.format == "mole":
+        exported = mole_folder.export_mole(trained, args.out, args.base_reference)
+    elif args.format == "peft":
+        exported = peft.export_peft(trained, args.out)
+    elif args.format == "merged":
+        exported = hf_export.export_merged(trained, args.out)
+    else:
+        exported = hf_export.export_base(trained, args.out)
+    for warning in exported.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if exported.merge is not None:
+        overall = exported.merge["overall"]
+        print(
+            f"merged: {overall['survived']:.4%} of the change (by norm) outlived the cast to the base's dtype; "
+            f"{overall['unchanged']:.2%} of the changed numbers are as before"
+        )
+    _prove(args, args.out, lambda: _compare(args, trained, args.out))
+    print(f"wrote {args.out}")
+
+
+def _peft_to_megatron(args: argparse.Namespace) -> None:
+    from mole_mega.convert.peft_import import peft_to_megatron
+
+    imported = peft_to_megatron(
+        args.peft,
+        args.base,
+        args.out,
+        num_experts=args.num_experts,
+        noise=args.noise,
+        seed=args.seed,
+        attention_from=args.attention_from,
+    )
+    print(f"wrote {args.out}: {imported}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from mole_mega.checkpoint.trained import find_trained
+
+    trained = find_trained(args.checkpoint, args.base)
+    checks = _compare(args, trained, args.hf, args.vision_tower, args.projector)
+    if checks is not None and not all(check.equal for check in checks):
+        raise CheckFailedError(f"{args.checkpoint} and {args.hf} are not the same model")
+
+
+def _compare(
+    args: argparse.Namespace,
+    trained: Any,
+    folder: Path,
+    vision_tower: Path | None = None,
+    projector: Path | None = None,
+) -> list[Any]:
+    """Verify and print the table; the rows."""
+    from mole_mega.config import ParallelConfig
+    from mole_mega.convert.verify import table, verify
+    from mole_mega.platform import parallel as platform
+
+    layout = ParallelConfig(**{axis: getattr(args, axis, 1) for axis in ("tensor", "pipeline", "expert")})
+    parallel = platform.initialize(layout, seed=0)
+    checks = verify(
+        trained, folder, parallel, layout, vision_tower=vision_tower, projector=projector, limit=args.logits_limit
+    )
+    if parallel.is_main:
+        print(table(checks))
+    platform.shutdown()
+    return checks
+
+
+def _prove(args: argparse.Namespace, out: Path, compare: Callable[[], list[Any]]) -> None:
+    """Run the proof; what fails it does not keep its name."""
+    failed = out.with_name(f"{out.name}.failed")
+    try:
+        checks = compare()
+    except BaseException:
+        out.rename(failed)
+        print(f"the proof did not come to its end: the folder is now {failed}", file=sys.stderr)
+        raise
+    if not all(check.equal for check in checks):
+        out.rename(failed)
+        raise CheckFailedError(f"the two sides differ: what was written is now {failed}")
+
+
+def _launch(argv: list[str], nproc: int) -> ExitCode | int:
+    from mole_mega.platform.launch import launch
+
+    index = next(i for i, word in enumerate(argv) if word.startswith("--nproc"))
+    rest = argv[:index] + argv[index + (1 if "=" in argv[index] else 2) :]
+    return launch("mole_mega.convert.command", rest, nproc)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

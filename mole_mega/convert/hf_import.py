@@ -1,67 +1,82 @@
-"""`mole-mega convert hf-to-megatron`: a Hugging Face LLaVA folder becomes a base checkpoint."""
+"""`mole-mega convert hf-to-megatron`: Hugging Face folders become a base checkpoint, a tensor at a time."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import os
+import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
-from mole_mega.checkpoint.base import save_base
+from mole_mega.checkpoint.base import write_base
 from mole_mega.checkpoint.files import CheckpointError
-from mole_mega.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
-from mole_mega.convert import llava_hf
-from mole_mega.convert.hf_config import size_from_config
-from mole_mega.convert.hf_files import CONFIG, HfTensors, extra_files, open_tensors
-from mole_mega.models.llava import LLaVA
+from mole_mega.checkpoint.stream import PendingTensor
+from mole_mega.config import ConfigError
+from mole_mega.convert import carried_files, llava_hf
+from mole_mega.convert.carried_files import IMAGE_TOKEN
+from mole_mega.convert.hf_files import CONFIG, HfTensors, extra_files
+from mole_mega.convert.hf_sources import Opened, open_source
+from mole_mega.convert.source import SOURCE_FILE
 from mole_mega.models.mcore_config import DTYPES
 from mole_mega.models.sizes import LlavaSize
-from mole_mega.platform import parallel as platform
-from mole_mega.platform.parallel import Parallel
 
 # Weights of the source that the model has no place for, kept in the base folder so that an export is whole again.
 UNUSED_FILE = "unused_hf.safetensors"
 
 
-def read_size(hf_dir: Path) -> LlavaSize:
+def read_size(hf_dir: Path, vision_tower: Path | None = None) -> LlavaSize:
     """The size of a Hugging Face LLaVA. Raises ConfigError naming file and key when it is not one that we can be."""
-    with open_tensors(hf_dir) as tensors:
-        return _size(hf_dir, tensors)
+    return open_source(hf_dir, vision_tower).size
 
 
-def import_hf(hf_dir: Path, out: Path, dtype: Literal["fp32", "bf16"] | None = None) -> str:
-    """Write the base checkpoint `out` from a Hugging Face folder; returns its hash. `out` must not exist.
+def import_hf(
+    hf_dir: Path,
+    out: Path,
+    dtype: Literal["fp32", "bf16"] | None = None,
+    *,
+    vision_tower: Path | None = None,
+    projector: Path | None = None,
+    image_token: str = IMAGE_TOKEN,
+    seed: int = 0,
+) -> str:
+    """Write the base checkpoint `out`; returns its hash. `out` must not exist.
 
+    `hf_dir` is a LLaVA as transformers or as the first LLaVA code saves it, or a Llama. `vision_tower` is the folder of
+    its CLIP, where `hf_dir` holds none; `projector` a file of that code's `mm_projector` weights for a Llama, without
+    which a projector is initialised by `seed`. `image_token` is what a tokenizer of the latter two calls an image.
     `dtype` None keeps the precision that each tensor is stored in (fp16 too: models of either precision load it).
-    Raises ConfigError, one line that names file and tensor or key; nothing is left behind then.
+
+    Raises ConfigError, one line that names file and tensor or key; nothing is left behind then. Holds a few tensors in
+    memory, never the model.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; choose another folder or remove it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"conversion runs on one process, started on {os.environ['WORLD_SIZE']}")
+    opened = open_source(hf_dir, vision_tower, projector, seed)
+    if opened.kind == "llava_hf" and image_token != IMAGE_TOKEN:
+        raise ConfigError(f"{hf_dir / CONFIG} says which token is the image's; {image_token!r} cannot be given")
+    check_names(hf_dir, opened.tensors, opened.size)
+    check_shapes(opened.tensors, opened.size)
     precision = None if dtype is None else DTYPES[dtype]
-    with open_tensors(hf_dir) as tensors, _alone() as parallel:
-        size = _size(hf_dir, tensors)
-        check_names(hf_dir, tensors, size)
-        model = _empty_model(size, parallel)
-        fill(model, tensors, precision)
-        with tempfile.TemporaryDirectory() as scratch:
-            files = [*extra_files(hf_dir), *_write_unused(Path(scratch), tensors, size, precision)]
-            return save_base(model, out, files)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch, size = Path(folder), opened.size
+        if opened.kind == "llava_hf":
+            files = extra_files(hf_dir)
+        else:
+            size, files = carried_files.gather(hf_dir, vision_tower, size, image_token, scratch)
+        _say_passed_over(opened, vision_tower)
+        opened.source().write(scratch)
+        files = [*files, scratch / SOURCE_FILE, *_write_unused(scratch, opened.tensors, size, precision)]
+        return write_base(size, pending_tensors(opened.tensors, size, precision), out, files)
 
 
 def check_names(hf_dir: Path, tensors: HfTensors, size: LlavaSize) -> None:
-    """Raise ConfigError unless the folder's tensors are those of the table: none unknown, none missing."""
+    """Raise ConfigError unless the tensors are those of the table: none unknown, none missing."""
     used = {name: row.ours for row in llava_hf.rows(size) for name in row.hf}
     weights = {*used, *llava_hf.unused_names(size)}
     known = weights.union(llava_hf.computed_names(size))
@@ -71,7 +86,7 @@ def check_names(hf_dir: Path, tensors: HfTensors, size: LlavaSize) -> None:
         if name not in known:
             raise ConfigError(f"{tensors.where(name)} is not a tensor of this model")
         if name in weights:
-            tensors.check_dtype(name)
+            tensors.dtype(name)
     for name, ours in used.items():
         if name not in tensors:
             raise ConfigError(f"{hf_dir} has no tensor {name}; {ours} is made of it")
@@ -79,37 +94,31 @@ def check_names(hf_dir: Path, tensors: HfTensors, size: LlavaSize) -> None:
         _check_tied(tensors)
 
 
-def fill(model: LLaVA, tensors: HfTensors, precision: torch.dtype | None) -> None:
-    """Put every tensor into the model, one at a time; `precision` None keeps the stored one.
-
-    Raises ConfigError naming a tensor of the wrong shape, before any data is read.
-    """
-    rules = llava_hf.rules_by_name(model.size)
-    parameters = dict(model.named_parameters())
-    rows = list(llava_hf.rows(model.size))
-    without = parameters.keys() ^ {row.ours for row in rows}
-    assert not without, f"the model and the name table differ in {sorted(without)}"
-    for row in rows:
-        expected = rules[row.rule].to_hf(torch.empty_like(parameters[row.ours], device="meta"))
-        for name, part in zip(row.hf, expected, strict=True):
-            if tensors.shape(name) != tuple(part.shape):
-                raise ConfigError(
-                    f"{tensors.where(name)} has shape {list(tensors.shape(name))}, {CONFIG} makes it {list(part.shape)}"
-                )
-    for row in rows:
-        tensor = rules[row.rule].to_ours(*(tensors.read(name) for name in row.hf))
-        parameters[row.ours].data = _owned(tensor, precision)
+def check_shapes(tensors: HfTensors, size: LlavaSize) -> None:
+    """Raise ConfigError naming a tensor of another shape than the config makes it."""
+    for name, shape in llava_hf.hf_shapes(size).items():
+        if name in tensors and tensors.shape(name) != shape:
+            raise ConfigError(
+                f"{tensors.where(name)} has shape {list(tensors.shape(name))}, {CONFIG} makes it {list(shape)}"
+            )
 
 
-def _size(hf_dir: Path, tensors: HfTensors) -> LlavaSize:
-    if llava_hf.EMBEDDING not in tensors:
-        # the config says better than a missing tensor that this is another model
-        size_from_config(hf_dir / CONFIG, vocab_size=1)
-        raise ConfigError(f"{hf_dir} has no tensor {llava_hf.EMBEDDING}")
-    shape = tensors.shape(llava_hf.EMBEDDING)
-    if len(shape) != 2 or not shape[0]:
-        raise ConfigError(f"{tensors.where(llava_hf.EMBEDDING)} has shape {list(shape)}, not [vocabulary, hidden]")
-    return size_from_config(hf_dir / CONFIG, vocab_size=shape[0])
+def pending_tensors(
+    tensors: HfTensors, size: LlavaSize, precision: torch.dtype | None = None
+) -> dict[str, PendingTensor]:
+    """Every tensor of ours, read and rearranged when it is asked for; `precision` None keeps the stored one."""
+    rules = llava_hf.rules_by_name(size)
+    shapes = llava_hf.hf_shapes(size)
+
+    def read(row: llava_hf.Row) -> torch.Tensor:
+        return _in_precision(rules[row.rule].to_ours(*(tensors.read(name) for name in row.hf)), precision)
+
+    def pending(row: llava_hf.Row) -> PendingTensor:
+        ours = rules[row.rule].to_ours(*(torch.empty(shapes[name], device="meta") for name in row.hf))
+        stored = functools.reduce(torch.promote_types, (tensors.dtype(name) for name in row.hf))
+        return PendingTensor(tuple(ours.shape), precision or stored, functools.partial(read, row))
+
+    return {row.ours: pending(row) for row in llava_hf.rows(size)}
 
 
 def _check_tied(tensors: HfTensors) -> None:
@@ -120,39 +129,22 @@ def _check_tied(tensors: HfTensors) -> None:
         )
 
 
-def _empty_model(size: LlavaSize, parallel: Parallel) -> LLaVA:
-    """The base alone, its weights not yet there; bf16 because `fill` replaces them all anyway."""
-    run = RunConfig(
-        run_dir="",
-        model=ModelConfig(base=""),
-        train=TrainConfig(steps=1, precision="bf16"),
-        data=DataConfig(sources=(), max_length=2),
-    )
-    return LLaVA(run, size, parallel, adapters=False)
-
-
 def _write_unused(folder: Path, tensors: HfTensors, size: LlavaSize, precision: torch.dtype | None) -> list[Path]:
-    kept = {name: _owned(tensors.read(name), precision) for name in llava_hf.unused_names(size) if name in tensors}
+    kept = {
+        name: _in_precision(tensors.read(name), precision).clone(memory_format=torch.contiguous_format)
+        for name in llava_hf.unused_names(size)
+        if name in tensors
+    }
     if not kept:
         return []
     save_file(kept, folder / UNUSED_FILE, metadata={"format": "pt"})
     return [folder / UNUSED_FILE]
 
 
-def _owned(tensor: torch.Tensor, precision: torch.dtype | None) -> torch.Tensor:
-    """A contiguous copy that shares no memory with the file."""
-    return tensor.to(precision or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+def _in_precision(tensor: torch.Tensor, precision: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(precision or tensor.dtype)
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[Parallel]:
-    """The process groups of one process, left again unless they were there before."""
-    was_there = dist.is_initialized()
-    parallel = platform.initialize(ParallelConfig(), seed=0)
-    try:
-        if parallel.world_size > 1:
-            raise ConfigError(f"conversion runs on one process, started on {parallel.world_size}")
-        yield parallel
-    finally:
-        if not was_there:
-            platform.shutdown()
+def _say_passed_over(opened: Opened, vision_tower: Path | None) -> None:
+    if opened.num_passed_over:
+        print(f"passed over {opened.num_passed_over} tensors of {vision_tower} that read text", file=sys.stderr)

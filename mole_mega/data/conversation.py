@@ -21,11 +21,15 @@ IGNORE_INDEX = -100
 # between the generation marks. The space before the answer stays outside of them: many tokenizers give a leading space
 # no place in the text, and a mark that begins on it would be lost (see `_with_leading_space`).
 VICUNA_CHAT_TEMPLATE = (
+    # a text, or the list of parts that chat interfaces send
+    "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
     '{{ "A chat between a curious user and an artificial intelligence assistant. '
     "The assistant gives helpful, detailed, and polite answers to the user's questions. \" }}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] | trim + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' }}{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + words(message['content']) | trim + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' }}{% generation %}{{ words(message['content']) | trim + eos_token }}{% endgeneration %}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )

@@ -74,6 +74,9 @@ class LLaVA(MegatronModule):
             share_embeddings_and_output_weights=size.language.tied_embeddings,
             position_embedding_type="rope",
             rotary_base=size.language.rope_theta,
+            rope_scaling=size.language.rope_scaling == "llama3",
+            rope_scaling_factor=size.language.rope_factor,
+            seq_len_interpolation_factor=size.language.rope_factor if size.language.rope_scaling == "linear" else None,
             # images are spliced in first
             scatter_embedding_sequence_parallel=False,
             pg_collection=parallel.groups,

@@ -6,8 +6,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mole_mega.config import ConfigError
+
+# What Megatron-Core's Llama 3 scaling is made for, under transformers' names; only its factor can be chosen.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,11 @@ class VisionSize:
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageSize:
-    """A Llama/Vicuna decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention when num_kv_heads < num_heads."""
+    """A Llama/Vicuna decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention when num_kv_heads < num_heads.
+
+    `rope_scaling` stretches positions by `rope_factor`: all of them ("linear"), or as Llama 3.1 does for a context of
+    8192 ("llama3": `LLAMA3_ROPE`).
+    """
 
     num_layers: int
     hidden_size: int
@@ -48,6 +56,8 @@ class LanguageSize:
     head_dim: int | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: Literal["linear", "llama3"] | None = None
+    rope_factor: float = 1.0
     tied_embeddings: bool = False
 
     @property

@@ -1,8 +1,11 @@
 """A Hugging Face LLaVA imported as a base is the same model, whatever its shape, layout and precision."""
 
 import dataclasses
+import hashlib
 import json
+import resource
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mole_mega.checkpoint import base
-from mole_mega.checkpoint.files import MANIFEST
+from mole_mega.checkpoint import base, stream
+from mole_mega.checkpoint.files import MANIFEST, CheckpointError, folder_hash
+from mole_mega.checkpoint.stream import NUM_FILES, PendingTensor, write_tensors
 from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from mole_mega.convert import hf_config, llava_hf
-from mole_mega.convert.hf_import import UNUSED_FILE, import_hf, read_size
+from mole_mega.convert.hf_files import SafetensorsShard, open_tensors
+from mole_mega.convert.hf_import import UNUSED_FILE, import_hf, pending_tensors, read_size
+from mole_mega.convert.source import SOURCE_FILE, Source
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import SIZES, LlavaSize
 from mole_mega.platform import parallel as platform
@@ -29,6 +35,10 @@ TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "vocab_size": 64, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "pad_token_id": 1,
 }  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 3e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 SHAPES: dict[str, tuple[dict, dict, dict]] = {  # changes to the decoder, the tower and the whole
     "multi-head": ({}, {}, {}),
     "grouped-query": ({"num_attention_heads": 8, "num_key_value_heads": 2}, {}, {}),
@@ -37,6 +47,8 @@ SHAPES: dict[str, tuple[dict, dict, dict]] = {  # changes to the decoder, the to
     "odd vocabulary": ({"vocab_size": 67}, {"num_attention_heads": 2}, {}),
     "tied": ({"tie_word_embeddings": True, "num_key_value_heads": 2}, {}, {"tie_word_embeddings": True}),
     "last tower layer": ({}, {}, {"vision_feature_layer": -1}),
+    "linear rope": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, {}, {}),
+    "llama3 rope": ({"rope_parameters": LLAMA3, "num_key_value_heads": 2}, {}, {}),
     "first tower layer": ({}, {}, {"vision_feature_layer": 1}),
 }
 
@@ -292,7 +304,7 @@ def test_tokenizer_processor_and_generation_files_come_along(source, parallel, t
     assert not (tmp_path / "base" / "README.md").exists()
 
 
-def test_import_starts_and_leaves_its_own_process_group(source, tmp_path):
+def test_import_needs_no_process_group(source, tmp_path):
     platform.shutdown()
     try:
         import_hf(source, tmp_path / "base")
@@ -313,8 +325,8 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the two that name the writing itself."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".metadata", MANIFEST)}
+    """Every file but those that say how the source was stored."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (SOURCE_FILE, MANIFEST)}
 
 
 def stored_bytes(folder: Path) -> int:
@@ -334,7 +346,9 @@ def test_the_table_names_every_tensor_of_transformers_model(source):
 
 def test_defaults_are_those_of_transformers():
     configs = {"": LlavaConfig(), "text_config": LlamaConfig(), "vision_config": CLIPVisionConfig()}
-    for section, defaults in hf_config.DEFAULTS.items():
+    assert configs.keys() == hf_config.DEFAULTS.keys() - {hf_config.ORIGINAL}
+    for section in configs:
+        defaults = hf_config.DEFAULTS[section]
         for key, value in defaults.items():
             assert getattr(configs[section], key) == value, (section, key)
     assert configs["text_config"].rope_parameters["rope_theta"] == hf_config.DEFAULT_ROPE_THETA
@@ -449,7 +463,14 @@ BAD = {
     "config cut short": (cut("config.json", 40), "config.json is not JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json must hold a mapping"),
     "another model": (top(model_type="llava_next"), "config.json describes 'llava_next'"),
-    "the first LLaVA code's": (top(architectures=["LlavaLlamaForCausalLM"]), "LlavaLlamaForCausalLM"),
+    "the first LLaVA code's": (
+        top(architectures=["LlavaLlamaForCausalLM"]),
+        "no tensor .* under any name of a LlavaLlamaForCausalLM",
+    ),
+    "unknown architecture": (
+        top(architectures=["LlavaNext"]),
+        r"'llava' with architectures \['LlavaNext'\]; supported",
+    ),
     "quantized": (top(quantization_config={"bits": 4}), "quantization_config"),
     "no decoder": (top(text_config=None), "text_config must be a mapping"),
     "class token kept": (top(vision_feature_select_strategy="full"), "vision_feature_select_strategy is 'full'"),
@@ -465,10 +486,27 @@ BAD = {
     "attention biases": (text(attention_bias=True), "text_config.attention_bias"),
     "mlp biases": (text(mlp_bias=True), "text_config.mlp_bias"),
     "rope scaling": (
-        text(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
-        "text_config.rope_parameters is of type 'llama3'",
+        text(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}),
+        "text_config.rope_parameters is of type 'yarn'",
     ),
-    "older rope scaling": (text(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is of type 'linear'"),
+    "older rope scaling": (text(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling is of type 'dynamic'"),
+    "rope scaling without factor": (text(rope_scaling={"type": "linear"}), "rope_scaling.factor must be a number"),
+    "rope scaling that shrinks": (text(rope_scaling={"type": "linear", "factor": 0.5}), "factor must be .*got 0.5"),
+    **{
+        f"llama3 {key}": (
+            text(rope_parameters=LLAMA3 | {key: 2}),
+            f"text_config.rope_parameters.{key} is 2; only .* is supported",
+        )
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    },
+    "llama3 without its numbers": (
+        text(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
+        "low_freq_factor is None; only 1.0",
+    ),
+    "two rope scalings": (
+        text(rope_parameters=LLAMA3, rope_scaling={"type": "linear", "factor": 2.0}),
+        "rope_scaling differ",
+    ),
     "rope of many kinds": (text(rope_parameters={"full": {"rope_theta": 1e4}}), "rope_parameters must be one flat"),
     "partial rope": (text(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "rope base": (text(rope_parameters={"rope_theta": "big"}), "rope_theta must be a number above 0, got 'big'"),
@@ -533,9 +571,160 @@ def test_an_existing_folder_is_not_overwritten(source, parallel, tmp_path):
     assert not list((tmp_path / "base").iterdir())
 
 
-def test_a_tensor_that_the_table_forgets_is_named(source, parallel, tmp_path, monkeypatch):
-    monkeypatch.setattr(llava_hf, "LANGUAGE", llava_hf.LANGUAGE[:1])
-    forgotten = copy(source, tmp_path / "hf")
-    edit_tensors(forgotten, lambda t: t.pop("language_model.model.norm.weight"))
-    with pytest.raises(AssertionError, match=r"language_model\.decoder\.final_layernorm\.weight"):
-        import_hf(forgotten, tmp_path / "base")
+# ---- the folder that comes of it
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_table_is_the_model(shape, parallel, tmp_path):
+    """Names and shapes that the import writes, without building a model, are those of the model that loads them."""
+    size = read_size(save_hf(tmp_path / "hf", shape))
+    written = pending_tensors(open_tensors(tmp_path / "hf"), size)
+    model = dict(build_ours(size, parallel).named_parameters())
+    assert {name: tensor.shape for name, tensor in written.items()} == {n: tuple(p.shape) for n, p in model.items()}
+    stored = {llava_hf.canonical_name(n): tuple(p.shape) for n, p in build_hf(*SHAPES[shape]).state_dict().items()}
+    shapes = llava_hf.hf_shapes(size)
+    assert shapes == {name: stored[name] for name in shapes}
+    assert stored.keys() - shapes.keys() == ({llava_hf.OUTPUT} if size.language.tied_embeddings else set())
+
+
+def test_every_tensor_is_recorded_with_the_hash_of_its_bytes(source, parallel, tmp_path):
+    import_hf(source, tmp_path / "base", "bf16")
+    state = load_ours(tmp_path / "base", parallel, precision="bf16").state_dict()
+    records = json.loads((tmp_path / "base" / "tensors.json").read_text())
+    assert records.keys() == {name for name in state if not name.endswith("_extra_state")}
+    for name, record in records.items():
+        raw = b"".join(bits.to_bytes(2, "little") for bits in state[name].flatten().view(torch.uint16).tolist())
+        expected = {"shape": list(state[name].shape), "dtype": "bfloat16", "sha256": hashlib.sha256(raw).hexdigest()}
+        assert record == expected, name
+
+
+def test_a_model_saved_is_recorded_as_one_imported(source, parallel, tmp_path):
+    import_hf(source, tmp_path / "a")
+    base.save_base(load_ours(tmp_path / "a", parallel), tmp_path / "b")
+    assert (tmp_path / "a" / "tensors.json").read_bytes() == (tmp_path / "b" / "tensors.json").read_bytes()
+
+
+@pytest.mark.parametrize("max_shard_size", ["40KB", "1GB"])
+def test_where_each_tensor_was_stored_is_remembered(max_shard_size, parallel, tmp_path):
+    build_hf(*SHAPES["grouped-query"]).half().save_pretrained(tmp_path / "hf", max_shard_size=max_shard_size)
+    import_hf(tmp_path / "hf", tmp_path / "base", "fp32")
+    source = Source.read(tmp_path / "base")
+    assert source is not None and source.kind == "llava_hf"
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert [stored.file for stored in source.tensors.values()] == [f.name for f in files for _ in load_file(f)]
+    for name, stored in source.tensors.items():
+        assert stored.name in load_file(tmp_path / "hf" / stored.file)
+        assert llava_hf.canonical_name(stored.name) == name
+        assert (stored.folder, stored.dtype) == ("model", "float16")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    assert source.index_metadata == ({"model": json.loads(index.read_text())["metadata"]} if len(files) > 1 else {})
+
+
+def test_a_base_that_was_not_imported_has_no_source(parallel, tmp_path):
+    base.save_base(build_ours(SIZES["tiny"], parallel), tmp_path / "base")
+    assert Source.read(tmp_path / "base") is None
+
+
+def test_one_source_gives_one_hash(source, tmp_path):
+    copy(source, tmp_path / "elsewhere")
+    hashes = {import_hf(source, tmp_path / "a"), import_hf(tmp_path / "elsewhere", tmp_path / "b")}
+    assert hashes == {folder_hash(tmp_path / "a")}
+    edit_tensors(tmp_path / "elsewhere", lambda t: t[GATE].mul_(2))
+    assert import_hf(tmp_path / "elsewhere", tmp_path / "c") not in hashes
+
+
+# ---- a tensor at a time
+
+
+def test_few_tensors_are_held_at_a_time(tmp_path):
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def read() -> torch.Tensor:
+        nonlocal most
+        tensor = torch.zeros(1000)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    write_tensors(tmp_path, {f"t{i}": PendingTensor((1000,), torch.float32, read) for i in range(50)})
+    assert 1 <= most <= 2 * NUM_FILES
+    assert torch.serialization.get_crc32_options()  # as it was
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ConfigError("gone"), OSError(5, "Input/output error")])
+def test_an_error_midway_leaves_nothing(error, source, tmp_path, monkeypatch):
+    reads = 0
+    read = SafetensorsShard.read
+
+    def fail_late(self, name):
+        nonlocal reads
+        reads += 1
+        if reads == 40:
+            raise error
+        return read(self, name)
+
+    monkeypatch.setattr(SafetensorsShard, "read", fail_late)
+    with pytest.raises(type(error) if not isinstance(error, OSError) else ConfigError):
+        import_hf(source, tmp_path / "base")
+    assert not list(tmp_path.iterdir())
+    assert torch.serialization.get_crc32_options()
+    monkeypatch.undo()
+    import_hf(source, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "from_bytes", "shown"), [(True, 1, True), (False, 1, False), (True, None, False)]
+)
+def test_progress_is_shown_on_a_terminal_and_for_big_work(
+    is_terminal, from_bytes, shown, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    if from_bytes:
+        monkeypatch.setattr(stream, "SHOW_PROGRESS_FROM", from_bytes)
+    write_tensors(tmp_path, {"t": PendingTensor((1000,), torch.float32, lambda: torch.ones(1000))})
+    assert ("4.00k/4.00k" in capsys.readouterr().err) == shown
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 100 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(source, small_files, tmp_path):
+    with pytest.raises(CheckpointError, match=r"^writing .*base failed: File too large \([0-9.]+ MiB free"):
+        import_hf(source, tmp_path / "base")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [10, 10_000])
+def test_a_full_disk_is_told_in_the_disks_words(width, small_files, tmp_path):
+    """Tensors that the file's buffer holds, and such that go past it."""
+    tensors = {f"t{i}": PendingTensor((width,), torch.float32, lambda: torch.ones(width)) for i in range(300)}
+    with pytest.raises(OSError, match="File too large"):
+        write_tensors(tmp_path, tensors)
+
+
+def test_conversion_runs_on_one_process(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="runs on one process, started on 2"):
+        import_hf(source, tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vision_tower": Path("clip")}, "holds a vision tower itself"),
+        ({"projector": Path("mm_projector.bin")}, "holds a projector itself"),
+        ({"image_token": "<picture>"}, "config.json says which token is the image's; '<picture>' cannot be given"),
+        ({"seed": 3}, "seed 3 is of no use"),
+    ],
+    ids=str,
+)
+def test_options_of_no_use_are_refused(options, message, source, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        import_hf(source, tmp_path / "base", **options)

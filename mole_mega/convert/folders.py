@@ -1,0 +1,168 @@
+"""The Hugging Face folder beside a base or a run: what it should hold, what it holds, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mole_mega.checkpoint.trained import Trained
+from mole_mega.config import ConfigError
+from mole_mega.convert import llava_hf, peft
+from mole_mega.convert.hf_export import BaseTensors, merged_tensors
+from mole_mega.convert.hf_files import CONFIG, HfTensors, open_shard, open_shards, open_tensors, read_json
+from mole_mega.convert.hf_sources import open_source
+from mole_mega.convert.hf_writer import LazyTensor
+from mole_mega.convert.llava_config import llava_config
+from mole_mega.convert.mole_folder import MODELING_FILE, mole_tensors
+
+Tensors = Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """`tensors`: {part: (expected, found)}; `models`: {name: (the one expert that it runs, or None; its loader)}. Names
+    are empty where there is one."""
+
+    tensors: dict[str, tuple[Tensors, Tensors]]
+    models: Mapping[str, tuple[int | None, Callable[[], Any]]]
+
+
+def find_counterpart(
+    trained: Trained, folder: Path, vision_tower: Path | None = None, projector: Path | None = None
+) -> Counterpart:
+    """What `folder` is to a base or a run, by its content: for a base, what it was made of or was written back to; for
+    a run, an export of one of the three formats. Raises ConfigError when it is none of them."""
+    if trained.step is None:
+        return _of_base(trained, folder, vision_tower, projector)
+    if vision_tower is not None or projector is not None:
+        raise ConfigError(f"{folder} is compared with a run: a vision tower or projector of its own cannot be given")
+    if (folder / peft.MOLE_JSON).is_file() or (folder / peft.ADAPTER_CONFIG).is_file():
+        return _of_peft(trained, folder)
+    model_type = read_json(folder / CONFIG).get("model_type")
+    if model_type == "llava_mole":
+        return _of_mole(trained, folder)
+    if model_type == "llava":
+        return _of_merged(trained, folder)
+    raise ConfigError(f"{folder / CONFIG} describes {model_type!r}: no export of a run")
+
+
+def _of_base(trained: Trained, folder: Path, vision_tower: Path | None, projector: Path | None) -> Counterpart:
+    parts = {name: folder / name for name in ("language", "vision", "projector")}
+    if not (folder / CONFIG).is_file() and parts["language"].is_dir():
+        # written back to the folders that it came from
+        folder, vision_tower = parts["language"], vision_tower or parts["vision"]
+    opened = open_source(folder, vision_tower, projector)
+    base = BaseTensors(trained.base, trained.size)
+    computed = set(llava_hf.computed_names(trained.size))
+    found = {name: _of_folder(opened.tensors, name) for name in opened.tensors if name not in computed}
+    expected = {name: base.lazy(name) for name in base.placed()}
+    if opened.fresh_projector:
+        found = {name: tensor for name, tensor in found.items() if name in expected}
+    if opened.kind == "llava_hf":
+        load = partial(_load_whole, folder)
+    else:
+        everything = {name: base.lazy(name) for name in base.placed(as_it_came=False)}
+        load = partial(_assemble, trained, everything | found)
+    return Counterpart({"": (expected, found)}, {"": (None, load)})
+
+
+def _of_merged(trained: Trained, folder: Path) -> Counterpart:
+    opened = open_tensors(folder)
+    found = {name: _of_folder(opened, name) for name in opened}
+    return Counterpart({"": (merged_tensors(trained), found)}, {"": (None, partial(_load_whole, folder))})
+
+
+def _of_mole(trained: Trained, folder: Path) -> Counterpart:
+    if not is_our_code(folder):
+        raise ConfigError(f"{folder} does not hold the {MODELING_FILE} that an export writes: its code is not run")
+    reference = read_json(folder / CONFIG).get("base_model_name_or_path")
+    expected = mole_tensors(trained, with_base=reference is None)
+    return Counterpart({"": (expected, _raw(folder))}, {"": (None, partial(_load_mole, folder))})
+
+
+def _of_peft(trained: Trained, folder: Path) -> Counterpart:
+    if not (folder / peft.MOLE_JSON).is_file():
+        only = peft.adapter_tensors(trained), _raw_file(folder / peft.ADAPTER_WEIGHTS)
+        return Counterpart({"": only}, {"": (None, partial(_load_peft, trained, folder))})
+    assert trained.adapter is not None
+    parts: dict[str, tuple[Tensors, Tensors]] = {}
+    models: dict[str, tuple[int | None, Callable[[], Any]]] = {}
+    for expert in range(trained.adapter.num_experts):
+        name = peft.expert_folder(expert)
+        parts[name] = peft.adapter_tensors(trained, expert), _raw_file(folder / name / peft.ADAPTER_WEIGHTS)
+        models[name] = expert, partial(_load_peft, trained, folder / name)
+    parts["router"] = peft.router_tensors(trained), _raw_file(folder / peft.ROUTER_WEIGHTS)
+    return Counterpart(parts, models)
+
+
+def is_our_code(folder: Path) -> bool:
+    """Whether the Python in a folder is, byte for byte, the file that an export writes."""
+    ours, theirs = Path(__file__).with_name(MODELING_FILE), list(folder.glob("*.py"))
+    return [path.name for path in theirs] == [ours.name] and theirs[0].read_bytes() == ours.read_bytes()
+
+
+def _of_folder(tensors: HfTensors, name: str) -> LazyTensor:
+    return LazyTensor(tensors.shape(name), tensors.dtype(name), lambda: tensors.read(name))
+
+
+def _raw(folder: Path) -> Tensors:
+    """Every tensor of a folder's files, under the names in them."""
+    return {name: tensor for shard in open_shards(folder) for name, tensor in _raw_file(shard.path).items()}
+
+
+def _raw_file(path: Path) -> Tensors:
+    shard = open_shard(path)
+    return {
+        name: LazyTensor(info.shape, info.dtype or torch.uint8, partial(shard.read, name))
+        for name, info in shard.tensors.items()
+    }
+
+
+def _load_whole(folder: Path) -> Any:
+    from transformers import LlavaForConditionalGeneration
+
+    return _load(LlavaForConditionalGeneration, folder)
+
+
+def _load_mole(folder: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return _load(AutoModelForImageTextToText, folder, trust_remote_code=True)
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return kind.from_pretrained(folder, dtype="auto", local_files_only=True, **options).eval()
+
+
+def _load_peft(trained: Trained, folder: Path) -> Any:
+    from peft import PeftModel
+
+    base = BaseTensors(trained.base, trained.size)
+    tensors = {name: base.lazy(name) for name in base.placed(as_it_came=False)}
+    return PeftModel.from_pretrained(_assemble(trained, tensors), folder).eval()
+
+
+def _assemble(trained: Trained, tensors: Tensors) -> Any:
+    """A transformers LLaVA of tensors by the table's names."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        None,
+        config=LlavaConfig(**llava_config(trained.base, trained.size)),
+        state_dict={name: tensor.read() for name, tensor in tensors.items()},
+        dtype=reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()}),
+        output_loading_info=True,
+    )
+    model, info = loaded  # which the signature does not say
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise ConfigError(f"transformers' model and the folder differ in {wrong[0]}")
+    return model.eval()

@@ -1,0 +1,197 @@
+"""The proof that a conversion lost nothing: names, bytes, logits, and the expert of every token.
+
+Bytes show that every tensor came over; that each stands where it belongs is shown by both models' answers to one batch,
+theirs computed by transformers (and PEFT), ours by Megatron-Core under the layout of the processes that ask.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from torch import Tensor
+
+from mole_mega.checkpoint.base import model_entries
+from mole_mega.checkpoint.tensors import StoredTensors
+from mole_mega.checkpoint.trained import Trained, build_trained
+from mole_mega.config import ConfigError, ParallelConfig
+from mole_mega.convert import probe
+from mole_mega.convert.folders import Counterpart, find_counterpart
+from mole_mega.convert.hf_writer import LazyTensor
+from mole_mega.errors import CheckFailedError
+from mole_mega.models.llava import LLaVA
+from mole_mega.platform.parallel import Parallel
+
+# Largest difference of logits in fp32, as a share of the largest logit.
+LOGITS_LIMIT = 1e-5
+_PAD_TO = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table: what was compared, how much of it, what came out, and whether it is equal."""
+
+    what: str
+    compared: str
+    found: str
+    equal: bool
+
+
+def verify(
+    trained: Trained,
+    folder: Path,
+    parallel: Parallel,
+    layout: ParallelConfig,
+    *,
+    vision_tower: Path | None = None,
+    projector: Path | None = None,
+    limit: float = LOGITS_LIMIT,
+) -> list[Check]:
+    """Compare a base, or a run, with a Hugging Face folder of whatever kind: where it came from, or an export of it.
+
+    All ranks call it and get the same rows. `vision_tower` and `projector` as for the import. Raises ConfigError, on
+    all ranks, when the folder is none of these.
+    """
+    asked = probe.make_probe(trained.size, _PAD_TO * parallel.tp_size)
+    theirs: _Theirs | str = ""
+    if parallel.is_main:
+        try:
+            theirs = _ask_them(find_counterpart(trained, folder, vision_tower, projector), asked)
+        except (ConfigError, CheckFailedError) as error:
+            theirs = str(error)
+    box = [theirs]
+    if parallel.world_size > 1:
+        dist.broadcast_object_list(box)
+    theirs = box[0]
+    if isinstance(theirs, str):
+        raise ConfigError(theirs)
+    gc.collect()
+    model = build_trained(trained, parallel, layout, "stored")
+    checks = list(theirs.checks)
+    if parallel.world_size > 1:
+        checks.append(_check_layout(model, trained))
+    for answer in theirs.answers:
+        ours = probe.ask_megatron(model, asked, answer.expert)
+        checks.append(_check_logits(answer, ours.logits, limit))
+        if answer.choices is not None:
+            checks.append(_check_choices(answer.choices, ours.choices, asked.mask))
+    return checks
+
+
+def table(checks: list[Check]) -> str:
+    """The rows for people."""
+    head = ("check", "compared", "found", "")
+    rows = [head, *((c.what, c.compared, c.found, "equal" if c.equal else "DIFFERS") for c in checks)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+@dataclass(frozen=True)
+class _TheirAnswer:
+    """Logits [B, S, V]; `choices` {layer: [B, S]} where their model routes; `expert` when it runs that one alone."""
+
+    name: str
+    logits: Tensor
+    choices: dict[int, Tensor] | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    checks: list[Check]
+    answers: list[_TheirAnswer] = field(default_factory=list)
+
+
+def _ask_them(counterpart: Counterpart, asked: probe.Probe) -> _Theirs:
+    checks = []
+    for name, (expected, found) in counterpart.tensors.items():
+        checks += compare_tensors(name, expected, found)
+    answers = []
+    for name, (expert, load) in counterpart.models.items():
+        model = load()
+        logits = probe.ask_transformers(model, asked)
+        choices = None
+        if hasattr(model, "expert_choices"):
+            choices = {layer: choice.view(asked.tokens.shape).cpu() for layer, choice in model.expert_choices().items()}
+        answers.append(_TheirAnswer(name, logits, choices or None, expert))
+        del model
+    return _Theirs(checks, answers)
+
+
+def compare_tensors(name: str, expected: Mapping[str, LazyTensor], found: Mapping[str, LazyTensor]) -> list[Check]:
+    """Names both ways, then the bytes of every tensor that both have."""
+    label = f"{name}: " if name else ""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    said = [
+        f"{len(names)} {what}, first {names[0]}"
+        for names, what in ((missing, "missing"), (unknown, "unknown"))
+        if names
+    ]
+    names = Check(f"{label}names", f"{len(expected):,} tensors", "; ".join(said) or "all matched", not said)
+    both = [key for key in expected if key in found]
+    different = [key for key in both if not _same(expected[key], found[key])]
+    size = sum(found[key].num_bytes for key in both)
+    said = [f"{len(different)} differ, first {different[0]}"] if different else ["identical bytes"]
+    return [names, Check(f"{label}tensors", f"{len(both):,} tensors, {size / 1e9:.3g} GB", said[0], not different)]
+
+
+def _same(expected: LazyTensor, found: LazyTensor) -> bool:
+    if (expected.shape, expected.dtype) != (found.shape, found.dtype):
+        return False
+    ours, theirs = (tensor.read().contiguous().reshape(-1).view(torch.uint8) for tensor in (expected, found))
+    return torch.equal(ours, theirs)
+
+
+def _check_logits(answer: _TheirAnswer, ours: Tensor, limit: float) -> Check:
+    scale, worst = float(answer.logits.abs().max()), float((answer.logits - ours).abs().max())
+    what = f"{answer.name}: logits" if answer.name else "logits"
+    places = int((answer.logits != 0).any(-1).sum())
+    # not `>`: a NaN is no equality
+    equal = worst <= limit * scale
+    return Check(
+        what, f"{places} places x {ours.shape[-1]:,}", f"{worst / scale:.1e} of the largest, limit {limit:.0e}", equal
+    )
+
+
+def _check_choices(theirs: dict[int, Tensor], ours: dict[int, Tensor], mask: Tensor) -> Check:
+    if theirs.keys() != ours.keys():
+        return Check("experts", "layers", f"theirs route in layers {sorted(theirs)}, ours in {sorted(ours)}", False)
+    different = sum(int((theirs[layer] != ours[layer])[mask].sum()) for layer in theirs)
+    total = int(mask.sum()) * len(theirs)
+    found = "the same for every token" if not different else f"{different} tokens go elsewhere"
+    return Check("experts", f"{int(mask.sum())} tokens x {len(theirs)} layers = {total:,}", found, not different)
+
+
+def _check_layout(model: LLaVA, trained: Trained) -> Check:
+    """Each rank's part of each tensor, as it is loaded, against that part of the stored one."""
+    folders = [StoredTensors(path) for path in (trained.step, trained.base) if path is not None]
+    entries = model_entries(model)
+    apply_factories(entries)  # gate and up, which one tensor of the model holds, are cut apart from one another
+    names, problems = set(), []
+    for entry in nested_values(entries):
+        stored = next((folder for folder in folders if entry.key in folder), None)
+        names.add(entry.key)
+        if stored is None:
+            problems.append(f"{entry.key} is in no checkpoint")
+            continue
+        place = tuple(slice(o, o + n) for o, n in zip(entry.global_offset, entry.local_shape, strict=True))
+        part = stored.read(entry.key)[place].to(entry.data.dtype)
+        # rows that pad the vocabulary are in no checkpoint
+        held = entry.data[tuple(slice(n) for n in part.shape)].cpu()
+        if not torch.equal(held, part):
+            problems.append(f"{entry.key} on rank {model.parallel.rank}")
+    everyone: list[Any] = [None] * model.parallel.world_size
+    dist.all_gather_object(everyone, (names, problems))
+    count = len(set().union(*(names for names, _ in everyone)))
+    problems = [problem for _, some in everyone for problem in some]
+    said = "every part as stored" if not problems else f"{len(problems)} differ, first {problems[0]}"
+    return Check("layout", f"{count:,} tensors on {model.parallel.world_size} ranks", said, not problems)

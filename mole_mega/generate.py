@@ -1,0 +1,235 @@
+"""mole-mega generate --model DIR --image F --prompt T: ask a trained or an exported model about images, greedily."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mole_mega.errors import ConfigError, quiet_libraries, report_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from mole_mega.checkpoint.trained import Trained
+    from mole_mega.models.llava import LLaVA
+
+
+class Model(Protocol):
+    """What `main` asks: a model, its tokenizer, the folder of its processor, and what else encodes a prompt for it."""
+
+    folder: Path
+    tokenizer: Any
+    image_token_id: int
+    places_per_image: int
+    max_length: int
+
+    def answer(self, prompt: torch.Tensor, pixels: torch.Tensor, max_new_tokens: int) -> list[int]:
+        """Greedy continuation of prompt int64 [S] with pixels [N, 3, h, w], up to a stop token, which is left out."""
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mole-mega generate",
+        description="Ask a model about images. The answer is greedy: the same from a run and from its export.",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a run, a step, a base, or an exported folder")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="an image file; may be given again")
+    parser.add_argument(
+        "--prompt", required=True, help="the question; images come first unless it says where, with <image>"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--base", type=Path, help="where the base is, if not where the run or the adapter says")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: the run's, or the export's")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run a modeling file that is not our own")
+    parser.add_argument("--json", action="store_true", help='print {"answer": text, "tokens": ids}')
+    parser.add_argument("--debug", action="store_true", help="show warnings and tracebacks")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, load, ask, print the answer. Returns the exit code."""
+    args = _parse(argv)
+    with report_errors(debug=args.debug) as outcome:
+        if not args.debug:
+            quiet_libraries()
+        if args.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+        answer, tokens = ask(_open(args), args.image, args.prompt, args.max_new_tokens)
+        print(json.dumps({"answer": answer, "tokens": tokens}) if args.json else answer)
+    return outcome.code
+
+
+def ask(model: Model, images: list[Path], prompt: str, max_new_tokens: int) -> tuple[str, list[int]]:
+    """The answer as text and as tokens, prompted as in training. Raises ConfigError for images that do not fit."""
+    import torch
+
+    from mole_mega.config import DataConfig
+    from mole_mega.data.conversation import Encoder
+    from mole_mega.data.image import ImageSpec, preprocess
+    from mole_mega.data.sources import IMAGE_MARK, BadSample, ImageRef
+
+    if IMAGE_MARK not in prompt:
+        prompt = f"{IMAGE_MARK}\n" * len(images) + prompt
+    if prompt.count(IMAGE_MARK) != len(images):
+        raise ConfigError(f"the prompt marks {prompt.count(IMAGE_MARK)} images with {IMAGE_MARK}, given {len(images)}")
+    encoder = Encoder(
+        model.tokenizer,
+        image_token_id=model.image_token_id,
+        places_per_image=model.places_per_image,
+        max_length=model.max_length,
+    )
+    spec = ImageSpec.from_processor_files(model.folder)
+    try:
+        limit = DataConfig.max_image_pixels
+        opened = [ImageRef(path, limit, "--image", path.name).open() for path in images]
+    except BadSample as error:
+        raise ConfigError(error.reason) from error
+    pixels = [preprocess(image, spec) for image in opened]
+    tokens = encoder.prompt([("user", prompt)])
+    if len(tokens) + max_new_tokens > model.max_length:
+        raise ConfigError(
+            f"prompt {len(tokens)} + --max-new-tokens {max_new_tokens} places exceed the context of {model.max_length}"
+        )
+    new = model.answer(
+        tokens, torch.stack(pixels) if pixels else torch.zeros(0, 3, spec.size, spec.size), max_new_tokens
+    )
+    return str(model.tokenizer.decode(new, skip_special_tokens=True)).strip(), new
+
+
+class MegatronModel:
+    """A base, a run or a step, on one process. Every new token costs a pass over the whole text so far."""
+
+    def __init__(self, trained: Trained, precision: Any) -> None:
+        from mole_mega.checkpoint.trained import build_trained
+        from mole_mega.config import ParallelConfig
+        from mole_mega.platform import parallel as platform
+
+        parallel = platform.initialize(ParallelConfig(), seed=0)
+        self.model: LLaVA = build_trained(trained, parallel, ParallelConfig(), precision)
+        size = trained.size
+        self.folder, self.image_token_id, self.places_per_image = (
+            trained.base, size.image_token_id, size.vision.num_places,
+        )  # fmt: skip
+        self.max_length = size.language.max_length
+        self.tokenizer = _tokenizer(trained.base)
+        self._stop_ids = _stop_ids(self.tokenizer, trained.base)
+
+    def answer(self, prompt: torch.Tensor, pixels: torch.Tensor, max_new_tokens: int) -> list[int]:
+        import torch
+
+        device = self.model.parallel.device
+        tokens, pixels = prompt[None].to(device), pixels.to(device)
+        image_mask = tokens == self.image_token_id
+        new: list[int] = []
+        for _ in range(max_new_tokens):
+            with torch.no_grad():
+                logits = self.model(
+                    tokens=tokens,
+                    position_ids=torch.arange(tokens.shape[1], device=device)[None],
+                    padding_mask=torch.ones_like(image_mask),
+                    image_mask=image_mask,
+                    pixels=pixels,
+                )
+            token = int(logits[0, -1].argmax())
+            if token in self._stop_ids:
+                break
+            new.append(token)
+            tokens = torch.nn.functional.pad(tokens, (0, 1), value=token)
+            # an image's place is one that the prompt holds: what the model writes is text
+            image_mask = torch.nn.functional.pad(image_mask, (0, 1), value=False)
+        return new
+
+
+class ExportedModel:
+    """A folder that transformers loads: an export of ours, or any LLaVA; a PEFT adapter with its base."""
+
+    def __init__(self, folder: Path, base: Path | None, precision: str | None, *, trust_remote_code: bool) -> None:
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        from mole_mega.convert.folders import is_our_code
+
+        disable_progress_bar()
+        dtype: Any = {"fp32": torch.float32, "bf16": torch.bfloat16, None: "auto"}[precision]
+        self.folder = folder
+        trust = False
+        if (folder / "adapter_config.json").is_file():
+            self.model, self.folder = _load_peft(folder, base, dtype)
+        else:
+            from transformers import AutoModelForImageTextToText
+
+            trust = trust_remote_code or is_our_code(folder)
+            self.model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust, local_files_only=True
+            )
+        self.model.eval()
+        config = self.model.config
+        self.image_token_id = config.image_token_id
+        self.places_per_image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        self.max_length = config.text_config.max_position_embeddings
+        self.tokenizer = _tokenizer(self.folder, trust_remote_code=trust)
+        self._stop_ids = _stop_ids(self.tokenizer, self.folder)
+
+    def answer(self, prompt: torch.Tensor, pixels: torch.Tensor, max_new_tokens: int) -> list[int]:
+        import torch
+
+        tokens = self.model.generate(
+            input_ids=prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            pixel_values=pixels.to(self.model.dtype) if len(pixels) else None,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self._stop_ids),
+            pad_token_id=min(self._stop_ids),
+        )[0, len(prompt) :].tolist()
+        return [token for token in tokens if token not in self._stop_ids]
+
+
+def _open(args: argparse.Namespace) -> Model:
+    folder: Path = args.model
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    is_ours = any((folder / name).exists() for name in ("model.json", "state.json", "checkpoints"))
+    if is_ours:
+        from mole_mega.checkpoint.trained import find_trained
+
+        return MegatronModel(find_trained(folder, args.base), args.precision)
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ConfigError(f"{folder} is neither a run, a step or a base nor an exported folder with a config.json")
+    return ExportedModel(folder, args.base, args.precision, trust_remote_code=args.trust_remote_code)
+
+
+def _load_peft(folder: Path, base: Path | None, dtype: Any) -> tuple[Any, Path]:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    base = base or Path(named or "")
+    if not (base / "config.json").is_file():
+        raise ConfigError(f"{folder} is an adapter on {named!r}, which is no folder here; say where it is with --base")
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, local_files_only=True)
+    return PeftModel.from_pretrained(model, folder), base
+
+
+def _tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no usable tokenizer: {' '.join(str(error).split())[:300]}") from error
+
+
+def _stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
+    """What ends an answer: the tokenizer's end of sequence, and what generation_config.json names."""
+    path = folder / "generation_config.json"
+    named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return frozenset(ids - {None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
