@@ -192,7 +192,7 @@ def _open(args: argparse.Namespace) -> Model:
     folder: Path = args.model
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder")
-    is_ours = any((folder / name).exists() for name in ("model.json", "state.json", "checkpoints"))
+    is_ours = any((folder / name).exists() for name in ("model.json", "state.json", "checkpoints", "adapter.yaml"))
     if is_ours:
         from mole_mega.checkpoint.trained import find_trained
 

@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 
 from mole_mega.checkpoint import files
-from mole_mega.checkpoint.stream import PendingTensor, describe_tensors, write_tensors
+from mole_mega.checkpoint.stream import LazyTensor, describe_tensors, write_tensors
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 
@@ -38,9 +38,7 @@ def model_entries(model: LLaVA, *, trainable: bool | None = None) -> ShardedStat
     }
 
 
-def write_base(
-    size: LlavaSize, tensors: Mapping[str, PendingTensor], out: Path, extra_files: Iterable[Path] = ()
-) -> str:
+def write_base(size: LlavaSize, tensors: Mapping[str, LazyTensor], out: Path, extra_files: Iterable[Path] = ()) -> str:
     """Write a base checkpoint from tensors read one by one; returns its hash. `out` must not exist. For one process.
 
     Raises CheckpointError when the disk refuses, and whatever reading a tensor raises; nothing is left behind then.

@@ -10,6 +10,7 @@ them. RNG states belong to a layout: another layout starts its dropout anew from
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from mole_mega import config as run_config
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import model_entries
-from mole_mega.checkpoint.stream import PendingTensor, write_tensors
+from mole_mega.checkpoint.stream import LazyTensor, write_tensors
 from mole_mega.config import AdapterConfig, RunConfig
 from mole_mega.platform.parallel import Parallel, seed_generators
 
@@ -191,19 +192,30 @@ def warm_start(model: DistributedDataParallel | Any, path: Path, adapter: Adapte
 def save_adapters(tensors: Mapping[str, torch.Tensor], adapter: AdapterConfig, folder: Path) -> None:
     """Write whole adapter tensors, by their checkpoint names, as something that `warm_start` reads."""
     pending = {
-        name: PendingTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)  # type: ignore[misc]
         for name, tensor in tensors.items()
     }
     write_tensors(folder, pending)
-    tree = {key: getattr(adapter, key) for key in ("method", "num_experts", "rank", "alpha", "dropout", "attention")}
+    tree = dataclasses.asdict(adapter)
     tree["layers"] = adapter.layers if adapter.layers == "all" else list(adapter.layers)
     (folder / ADAPTER_FILE).write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def read_adapter(folder: Path) -> AdapterConfig:
+    """What `save_adapters` was given. Raises CheckpointError when the file does not say it."""
+    path = folder / ADAPTER_FILE
+    try:
+        tree = yaml.safe_load(path.read_text())
+        layers = tree["layers"] if tree["layers"] == "all" else tuple(tree["layers"])
+        return AdapterConfig(**{**tree, "layers": layers})
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise files.CheckpointError(f"{path} does not describe adapters: {files.reason(error)}") from error
 
 
 def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
     """What the tensors' names and shapes do not show, or show late: above all the scale alpha / rank."""
     if (path / ADAPTER_FILE).is_file():
-        source = yaml.safe_load((path / ADAPTER_FILE).read_text())
+        source = vars(read_adapter(path))
     elif (path / "config.yaml").is_file():
         source = vars(run_config.load(path / "config.yaml").adapter)
     else:

@@ -45,7 +45,7 @@ SHOW_PROGRESS_FROM = 2**30  # bytes
 
 
 @dataclass(frozen=True)
-class PendingTensor:
+class LazyTensor:
     """A tensor that `read` brings into memory: on the CPU, of this shape and dtype. Several threads call `read`."""
 
     shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class TensorRecord:
         return TensorRecord(list(tensor.shape), str(tensor.dtype).removeprefix("torch."), digest)
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, PendingTensor]) -> None:
+def write_tensors(folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write a distributed checkpoint and its `tensors.json` into an existing folder.
 
     Raises what a tensor's `read` raises, and OSError; the folder is then left as it is.
@@ -107,7 +107,7 @@ def describe_tensors(folder: Path) -> None:
 class _Work(contextlib.AbstractContextManager["_Work"]):
     """What the threads share: the tensors, the progress, and the word to stop."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, PendingTensor]) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, LazyTensor]) -> None:
         self.folder, self.tensors, self.stop = folder, tensors, threading.Event()
         total = sum(tensor.num_bytes for tensor in tensors.values())
         hidden = total < SHOW_PROGRESS_FROM or not sys.stderr.isatty()
@@ -163,7 +163,7 @@ class _File(io.BufferedWriter):
             raise self.disk_error or OSError(str(error)) from error
 
 
-def _split(tensors: Mapping[str, PendingTensor]) -> dict[str, list[str]]:
+def _split(tensors: Mapping[str, LazyTensor]) -> dict[str, list[str]]:
     """{file: tensors}: runs of the given order, of about equal bytes, so that a source is read from front to back."""
     total = sum(tensor.num_bytes for tensor in tensors.values())
     files: dict[str, list[str]] = {f"__0_{index}.distcp": [] for index in range(NUM_FILES)}
@@ -176,7 +176,7 @@ def _split(tensors: Mapping[str, PendingTensor]) -> dict[str, list[str]]:
     return files
 
 
-def _write_metadata(folder: Path, tensors: Mapping[str, PendingTensor], places: Mapping[str, _StorageInfo]) -> None:
+def _write_metadata(folder: Path, tensors: Mapping[str, LazyTensor], places: Mapping[str, _StorageInfo]) -> None:
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {COMMON_STATE: BytesStorageMetadata()}
     storage = {MetadataIndex(COMMON_STATE): places[COMMON_STATE]}
     for name, tensor in tensors.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mole_mega.checkpoint import files
 
@@ -24,7 +25,7 @@ class StoredTensors:
         files.verify(folder, alone=True)
         files.refuse_unsafe(folder)
         self.folder = folder
-        self._reader = FileSystemReader(folder)
+        self._reader = _Reader(folder)
         entries = self._reader.read_metadata().state_dict_metadata
         self._tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -49,3 +50,14 @@ class StoredTensors:
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
         load({name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
+
+
+class _Reader(FileSystemReader):
+    """Reads the metadata once, and not again for every tensor."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata

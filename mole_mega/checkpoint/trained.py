@@ -12,7 +12,7 @@ import torch
 from mole_mega import config
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import MODEL_JSON, load_base, model_entries, read_size
-from mole_mega.checkpoint.store import complete_checkpoints, load_weights
+from mole_mega.checkpoint.store import ADAPTER_FILE, complete_checkpoints, load_weights, read_adapter, warm_start
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from mole_mega.models.llava import LLaVA
@@ -37,8 +37,8 @@ class Trained:
 
 
 def find_trained(path: Path, base: Path | None = None) -> Trained:
-    """What `path` names: a base folder, a run directory (its newest complete step), or a step folder. `base` says where
-    the base is now, if it is no longer where the run had it.
+    """What `path` names: a base folder, a run directory (its newest complete step), a step, or converted adapters.
+    `base` says where the base is, if it is no longer where the run had it; converted adapters need it.
 
     Raises ConfigError when the path is none of these, or the base is not the one that the run was trained on.
     """
@@ -47,6 +47,8 @@ def find_trained(path: Path, base: Path | None = None) -> Trained:
             raise ConfigError(f"{path} is a base itself; another base cannot be given")
         size = read_size(path)
         return Trained(path, None, _run_of_base(path), size)
+    if (path / ADAPTER_FILE).is_file():
+        return _converted(path, base)
     step = path
     if not (path / "state.json").is_file():
         steps = complete_checkpoints(path / "checkpoints")
@@ -81,9 +83,21 @@ def build_trained(
     if precision == "stored":
         _take_stored_dtypes(model, StoredTensors(trained.base))
     load_base(model, trained.base)
-    if trained.step is not None:
+    if trained.step is not None and (trained.step / ADAPTER_FILE).is_file():
+        warm_start(model, trained.step, run.adapter)  # they need not have routers
+    elif trained.step is not None:
         load_weights(model, trained.step)
     return model.eval()
+
+
+def _converted(path: Path, base: Path | None) -> Trained:
+    if base is None:
+        raise ConfigError(f"{path} holds adapters without the base that they are of; say where it is with --base")
+    size, stored = read_size(base), StoredTensors(path)
+    has_projector = any(name.startswith("vision_projection.") for name in stored)
+    run = _run_of_base(base)
+    run = replace(run, adapter=read_adapter(path), train=replace(run.train, projector=has_projector))
+    return Trained(base, path, run, size)
 
 
 def _take_stored_dtypes(model: LLaVA, stored: StoredTensors) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mole_mega.errors import CheckFailedError, ConfigError, ExitCode, quiet_libraries, report_errors
+
+if TYPE_CHECKING:
+    from mole_mega.checkpoint.trained import Trained
+    from mole_mega.convert.folders import Counterpart
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
     megatron.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     megatron.add_argument(
         "--format",
-        choices=["mole", "peft", "merged"],
-        help="of a run: mole, a model with its experts and their code; peft, adapters; merged, where that is exact",
+        choices=["mole", "peft", "merged", "llava"],
+        help="of a run: mole, a model with its experts and their code; peft, adapters; merged, where that is exact; "
+        "of a base: llava, one LlavaForConditionalGeneration; default: as it came",
     )
     megatron.add_argument("--base", type=Path, help="where the run's base is now")
     megatron.add_argument("--base-reference", help="format mole: load the base from this folder or hub name instead")
@@ -84,6 +90,7 @@ def _add_parts(command: argparse.ArgumentParser) -> None:
 
 def _hf_to_megatron(args: argparse.Namespace) -> None:
     from mole_mega.checkpoint.trained import find_trained
+    from mole_mega.convert.folders import find_counterpart
     from mole_mega.convert.hf_import import import_hf
 
     base_hash = import_hf(
@@ -96,19 +103,20 @@ def _hf_to_megatron(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     trained = find_trained(args.out)
-    _prove(args, args.out, lambda: _compare(args, trained, args.hf, args.vision_tower, args.projector))
+    _prove(args, trained, lambda: find_counterpart(trained, args.hf, args.vision_tower, args.projector))
     print(f"wrote {args.out}, hash {base_hash}")
 
 
 def _megatron_to_hf(args: argparse.Namespace) -> None:
     from mole_mega.checkpoint.trained import find_trained
     from mole_mega.convert import hf_export, mole_folder, peft
+    from mole_mega.convert.folders import find_counterpart
 
     trained = find_trained(args.checkpoint, args.base)
     if trained.step is not None and args.format is None:
         raise ConfigError(f"{args.checkpoint} has adapters: say how to write them, --format mole, peft or merged")
-    if trained.step is None and args.format is not None:
-        raise ConfigError(f"{args.checkpoint} is a base without adapters: it goes back as it came, without --format")
+    if (trained.step is None) != (args.format in (None, "llava")):
+        raise ConfigError(f"{args.checkpoint} is {'a run' if trained.step else 'a base'}: no --format {args.format}")
     if args.base_reference is not None and args.format != "mole":
         raise ConfigError("--base-reference is for --format mole")
     if args.format == "mole":
@@ -117,6 +125,8 @@ def _megatron_to_hf(args: argparse.Namespace) -> None:
         exported = peft.export_peft(trained, args.out)
     elif args.format == "merged":
         exported = hf_export.export_merged(trained, args.out)
+    elif args.format == "llava":
+        exported = hf_export.export_llava(trained, args.out)
     else:
         exported = hf_export.export_base(trained, args.out)
     for warning in exported.warnings:
@@ -127,11 +137,13 @@ def _megatron_to_hf(args: argparse.Namespace) -> None:
             f"merged: {overall['survived']:.4%} of the change (by norm) outlived the cast to the base's dtype; "
             f"{overall['unchanged']:.2%} of the changed numbers are as before"
         )
-    _prove(args, args.out, lambda: _compare(args, trained, args.out))
+    _prove(args, trained, lambda: find_counterpart(trained, args.out))
     print(f"wrote {args.out}")
 
 
 def _peft_to_megatron(args: argparse.Namespace) -> None:
+    from mole_mega.checkpoint.trained import find_trained
+    from mole_mega.convert.folders import adapters_counterpart
     from mole_mega.convert.peft_import import peft_to_megatron
 
     imported = peft_to_megatron(
@@ -143,53 +155,63 @@ def _peft_to_megatron(args: argparse.Namespace) -> None:
         seed=args.seed,
         attention_from=args.attention_from,
     )
-    print(f"wrote {args.out}: {imported}")
+    if args.noise:
+        print("the experts were given noise: they are no longer the adapter, and are not compared with it")
+    else:
+        trained = find_trained(args.out, args.base)
+        _prove(args, trained, lambda: adapters_counterpart(trained, args.peft, imported.filled))
+    print(f"wrote {args.out}: start a run from it with {_settings(imported.adapter, args.out)}")
+    started_anew = [*(["the routers"] if not imported.has_router and imported.adapter.method == "mole" else [])]
+    started_anew += ["the projector (the base's)"] if not imported.has_projector else []
+    if started_anew:
+        print(f"not in the adapters, so that a run starts them by itself: {' and '.join(started_anew)}")
+    if imported.filled:
+        print(f"filled with fresh factors (B = 0): {len(imported.filled)} modules, first {imported.filled[0]}")
+
+
+def _settings(adapter: Any, out: Path) -> str:
+    """What a run's config has to say to start from converted adapters."""
+    keys = ("method", "num_experts", "rank", "alpha") if adapter.method == "mole" else ("method", "rank", "alpha")
+    return " ".join([f"checkpoint.init_from={out}", *(f"adapter.{key}={getattr(adapter, key)}" for key in keys)])
 
 
 def _verify(args: argparse.Namespace) -> None:
     from mole_mega.checkpoint.trained import find_trained
+    from mole_mega.convert.folders import find_counterpart
 
     trained = find_trained(args.checkpoint, args.base)
-    checks = _compare(args, trained, args.hf, args.vision_tower, args.projector)
-    if checks is not None and not all(check.equal for check in checks):
+    if not _compare(args, trained, lambda: find_counterpart(trained, args.hf, args.vision_tower, args.projector)):
         raise CheckFailedError(f"{args.checkpoint} and {args.hf} are not the same model")
 
 
-def _compare(
-    args: argparse.Namespace,
-    trained: Any,
-    folder: Path,
-    vision_tower: Path | None = None,
-    projector: Path | None = None,
-) -> list[Any]:
-    """Verify and print the table; the rows."""
+def _compare(args: argparse.Namespace, trained: Trained, find: Callable[[], Counterpart]) -> bool:
+    """Verify and print the table; whether all of it is equal."""
     from mole_mega.config import ParallelConfig
     from mole_mega.convert.verify import table, verify
     from mole_mega.platform import parallel as platform
 
     layout = ParallelConfig(**{axis: getattr(args, axis, 1) for axis in ("tensor", "pipeline", "expert")})
     parallel = platform.initialize(layout, seed=0)
-    checks = verify(
-        trained, folder, parallel, layout, vision_tower=vision_tower, projector=projector, limit=args.logits_limit
-    )
+    checks = verify(trained, find, parallel, layout, limit=args.logits_limit)
     if parallel.is_main:
         print(table(checks))
     platform.shutdown()
-    return checks
+    return all(check.equal for check in checks)
 
 
-def _prove(args: argparse.Namespace, out: Path, compare: Callable[[], list[Any]]) -> None:
-    """Run the proof; what fails it does not keep its name."""
-    failed = out.with_name(f"{out.name}.failed")
+def _prove(args: argparse.Namespace, trained: Trained, find: Callable[[], Counterpart]) -> None:
+    """Run the proof of what was written; what fails it does not keep its name."""
+    failed = args.out.with_name(f"{args.out.name}.failed")
+    is_equal = False
     try:
-        checks = compare()
-    except BaseException:
-        out.rename(failed)
-        print(f"the proof did not come to its end: the folder is now {failed}", file=sys.stderr)
-        raise
-    if not all(check.equal for check in checks):
-        out.rename(failed)
-        raise CheckFailedError(f"the two sides differ: what was written is now {failed}")
+        is_equal = _compare(args, trained, find)
+    finally:
+        if not is_equal:
+            shutil.rmtree(failed, ignore_errors=True)
+            args.out.rename(failed)
+            print(f"not proved equal: what was written is now {failed}", file=sys.stderr)
+    if not is_equal:
+        raise CheckFailedError("the two sides differ")
 
 
 def _launch(argv: list[str], nproc: int) -> ExitCode | int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.trained import Trained
 from mole_mega.config import ConfigError
 from mole_mega.convert import llava_hf, peft
-from mole_mega.convert.hf_export import BaseTensors, merged_tensors
+from mole_mega.convert.hf_export import BaseTensors, llava_tensors, merged_tensors
 from mole_mega.convert.hf_files import CONFIG, HfTensors, open_shard, open_shards, open_tensors, read_json
 from mole_mega.convert.hf_sources import open_source
-from mole_mega.convert.hf_writer import LazyTensor
 from mole_mega.convert.llava_config import llava_config
 from mole_mega.convert.mole_folder import MODELING_FILE, mole_tensors
+from mole_mega.convert.peft_import import table_name
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -26,10 +27,11 @@ Tensors = Mapping[str, LazyTensor]
 @dataclass(frozen=True)
 class Counterpart:
     """`tensors`: {part: (expected, found)}; `models`: {name: (the one expert that it runs, or None; its loader)}. Names
-    are empty where there is one."""
+    are empty where there is one. `rounded`: its weights are sums, rounded to a dtype of so large an epsilon."""
 
     tensors: dict[str, tuple[Tensors, Tensors]]
     models: Mapping[str, tuple[int | None, Callable[[], Any]]]
+    rounded: float = 0.0
 
 
 def find_counterpart(
@@ -58,23 +60,37 @@ def _of_base(trained: Trained, folder: Path, vision_tower: Path | None, projecto
         folder, vision_tower = parts["language"], vision_tower or parts["vision"]
     opened = open_source(folder, vision_tower, projector)
     base = BaseTensors(trained.base, trained.size)
-    computed = set(llava_hf.computed_names(trained.size))
-    found = {name: _of_folder(opened.tensors, name) for name in opened.tensors if name not in computed}
-    expected = {name: base.lazy(name) for name in base.placed()}
-    if opened.fresh_projector:
-        found = {name: tensor for name, tensor in found.items() if name in expected}
-    if opened.kind == "llava_hf":
-        load = partial(_load_whole, folder)
+    is_whole = opened.kind == "llava_hf"
+    if is_whole and base.source is not None and base.source.kind != "llava_hf":
+        expected = llava_tensors(trained)  # its parts, written as one model
     else:
-        everything = {name: base.lazy(name) for name in base.placed(as_it_came=False)}
-        load = partial(_assemble, trained, everything | found)
+        expected = {name: base.as_stored(name) for name in base.placed()}
+    left_out = set(llava_hf.computed_names(trained.size))
+    if opened.fresh_projector:
+        left_out |= {name for name in opened.tensors if name not in expected}
+    # an import may have been asked for another dtype: what is compared is what came of it
+    found = {
+        name: _of_folder(opened.tensors, name, expected[name].dtype if name in expected else None)
+        for name in opened.tensors
+        if name not in left_out
+    }
+    if is_whole:
+        dtypes = {tensor.dtype for tensor in expected.values()}
+        load = partial(_load_whole, folder, dtype=dtypes.pop() if len(dtypes) == 1 else "auto")
+    else:
+        # transformers needs more rows than the source has, where the image token is behind its vocabulary
+        theirs = {name: tensor for name, tensor in found.items() if name not in (llava_hf.EMBEDDING, llava_hf.OUTPUT)}
+        load = partial(_assemble, trained, llava_tensors(trained) | theirs)
     return Counterpart({"": (expected, found)}, {"": (None, load)})
 
 
 def _of_merged(trained: Trained, folder: Path) -> Counterpart:
-    opened = open_tensors(folder)
+    expected, opened = merged_tensors(trained), open_tensors(folder)
     found = {name: _of_folder(opened, name) for name in opened}
-    return Counterpart({"": (merged_tensors(trained), found)}, {"": (None, partial(_load_whole, folder))})
+    # sums in fp32 are no more rounded than what our model adds up
+    epsilons = [torch.finfo(tensor.dtype).eps for tensor in expected.values() if tensor.dtype != torch.float32]
+    models = {"": (None, partial(_load_whole, folder))}
+    return Counterpart({"": (expected, found)}, models, rounded=max(epsilons, default=0.0))
 
 
 def _of_mole(trained: Trained, folder: Path) -> Counterpart:
@@ -100,14 +116,41 @@ def _of_peft(trained: Trained, folder: Path) -> Counterpart:
     return Counterpart(parts, models)
 
 
+def adapters_counterpart(trained: Trained, folders: Sequence[Path], filled: Collection[str] = ()) -> Counterpart:
+    """The PEFT adapters that `trained` was converted from, an expert each, or one for all; `filled` are modules that
+    they do not have."""
+    assert trained.adapter is not None
+    num_experts = trained.adapter.num_experts if trained.adapter.method == "mole" else 1
+    if len(folders) == 1 and (folders[0] / peft.MOLE_JSON).is_file():
+        return _of_peft(trained, folders[0])
+    parts: dict[str, tuple[Tensors, Tensors]] = {}
+    models: dict[str, tuple[int | None, Callable[[], Any]]] = {}
+    for expert in range(num_experts):
+        folder = folders[expert % len(folders)]
+        name = "" if num_experts == 1 else f"expert {expert}"
+        stored = _raw_file(folder / peft.ADAPTER_WEIGHTS)
+        found = {peft.PREFIX + table_name(key): tensor for key, tensor in stored.items()}
+        expected = {
+            key: tensor
+            for key, tensor in peft.adapter_tensors(trained, expert).items()
+            if key.removeprefix(peft.PREFIX).rpartition(".lora_")[0] not in filled
+        }
+        parts[name] = expected, found
+        if found.keys() == stored.keys():  # an adapter of a decoder alone does not load on a LLaVA
+            models[name] = None if num_experts == 1 else expert, partial(_load_peft, trained, folder)
+    return Counterpart(parts, models)
+
+
 def is_our_code(folder: Path) -> bool:
     """Whether the Python in a folder is, byte for byte, the file that an export writes."""
     ours, theirs = Path(__file__).with_name(MODELING_FILE), list(folder.glob("*.py"))
     return [path.name for path in theirs] == [ours.name] and theirs[0].read_bytes() == ours.read_bytes()
 
 
-def _of_folder(tensors: HfTensors, name: str) -> LazyTensor:
-    return LazyTensor(tensors.shape(name), tensors.dtype(name), lambda: tensors.read(name))
+def _of_folder(tensors: HfTensors, name: str, dtype: torch.dtype | None = None) -> LazyTensor:
+    """A tensor of a folder, in a dtype or as it is stored."""
+    as_read = dtype or tensors.dtype(name)
+    return LazyTensor(tensors.shape(name), as_read, lambda: tensors.read(name).to(as_read))
 
 
 def _raw(folder: Path) -> Tensors:
@@ -123,10 +166,10 @@ def _raw_file(path: Path) -> Tensors:
     }
 
 
-def _load_whole(folder: Path) -> Any:
+def _load_whole(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     from transformers import LlavaForConditionalGeneration
 
-    return _load(LlavaForConditionalGeneration, folder)
+    return _load(LlavaForConditionalGeneration, folder, dtype=dtype)
 
 
 def _load_mole(folder: Path) -> Any:
@@ -135,34 +178,38 @@ def _load_mole(folder: Path) -> Any:
     return _load(AutoModelForImageTextToText, folder, trust_remote_code=True)
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
+def _load(kind: Any, folder: Path | None, **options: Any) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return kind.from_pretrained(folder, dtype="auto", local_files_only=True, **options).eval()
+    loaded = kind.from_pretrained(
+        folder, **{"dtype": "auto", "local_files_only": True, "output_loading_info": True} | options
+    )
+    model, info = loaded
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise ConfigError(f"transformers' model and {folder or 'the folder'} differ in {wrong[0]}")
+    return model.eval()
 
 
 def _load_peft(trained: Trained, folder: Path) -> Any:
     from peft import PeftModel
 
-    base = BaseTensors(trained.base, trained.size)
-    tensors = {name: base.lazy(name) for name in base.placed(as_it_came=False)}
-    return PeftModel.from_pretrained(_assemble(trained, tensors), folder).eval()
+    model = _assemble(trained, llava_tensors(trained))
+    model.model.multi_modal_projector.float()  # the adapter's own would be rounded to the dtype of the base's
+    return PeftModel.from_pretrained(model, folder).eval()
 
 
 def _assemble(trained: Trained, tensors: Tensors) -> Any:
     """A transformers LLaVA of tensors by the table's names."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+    config = llava_config(trained.base, trained.size)
+    config["text_config"]["vocab_size"] = tensors[llava_hf.EMBEDDING].shape[0]
+    return _load(
+        LlavaForConditionalGeneration,
         None,
-        config=LlavaConfig(**llava_config(trained.base, trained.size)),
+        config=LlavaConfig(**config),
         state_dict={name: tensor.read() for name, tensor in tensors.items()},
         dtype=reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()}),
-        output_loading_info=True,
     )
-    model, info = loaded  # which the signature does not say
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise ConfigError(f"transformers' model and the folder differ in {wrong[0]}")
-    return model.eval()

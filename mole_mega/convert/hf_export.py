@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.checkpoint.trained import Trained
 from mole_mega.config import ConfigError
@@ -21,8 +22,9 @@ from mole_mega.convert.adapter_names import adapter_rows
 from mole_mega.convert.carried_files import SOURCE_CONFIG
 from mole_mega.convert.hf_files import CONFIG, PROCESSOR_FILES, TOKENIZER_FILES, SafetensorsShard, extra_files
 from mole_mega.convert.hf_import import UNUSED_FILE
-from mole_mega.convert.hf_writer import LazyTensor, copy_files, new_folder, write_tensors
+from mole_mega.convert.hf_writer import copy_files, new_folder, write_tensors
 from mole_mega.convert.llava_config import llava_config
+from mole_mega.convert.serving import write_serving_files
 from mole_mega.convert.source import SOURCE_FILE, Source, Stored
 from mole_mega.models.sizes import LlavaSize
 
@@ -55,8 +57,7 @@ def export_base(trained: Trained, out: Path) -> Exported:
     A base that was not imported comes out as transformers 5 saves a `LlavaForConditionalGeneration`. Raises ConfigError
     for a run, which has more than a base.
     """
-    if trained.step is not None:
-        raise ConfigError(f"{trained.step} has adapters; say how they are to be written, by --format")
+    _refuse_run(trained)
     base = BaseTensors(trained.base, trained.size)
     placed = base.placed()
     with new_folder(out) as folder:
@@ -66,6 +67,26 @@ def export_base(trained: Trained, out: Path) -> Exported:
         else:
             _copy_whole(base, folder)
     return Exported(warnings=missing_files(trained.base))
+
+
+def export_llava(trained: Trained, out: Path) -> Exported:
+    """Write a base, whatever it came as, as one `LlavaForConditionalGeneration`; `out` must not exist.
+
+    Raises ConfigError for a run.
+    """
+    _refuse_run(trained)
+    base = BaseTensors(trained.base, trained.size)
+    placed, tensors = _whole_model(base)
+    with new_folder(out) as folder:
+        _write_tensors(base, placed, tensors, folder)
+        copy_files([path for path in extra_files(base.base) if path.name != CONFIG], folder)
+        _write_json(folder / CONFIG, _config(base))
+    return Exported((*missing_files(trained.base), *_more_rows(trained.size)))
+
+
+def llava_tensors(trained: Trained) -> dict[str, LazyTensor]:
+    """What `export_llava` writes, by the table's names."""
+    return _whole_model(BaseTensors(trained.base, trained.size))[1]
 
 
 def export_merged(trained: Trained, out: Path) -> Exported:
@@ -78,19 +99,12 @@ def export_merged(trained: Trained, out: Path) -> Exported:
     check_one_expert(trained)
     base, report = BaseTensors(trained.base, trained.size), MergeReport()
     placed, tensors = _merged_model(base, trained, report)
-    num_rows = _num_rows(trained.size)
     with new_folder(out) as folder:
         _write_tensors(base, placed, tensors, folder)
-        _copy_whole(base, folder, num_rows)
+        write_serving_files(base.base, base.size, folder)
+        _write_json(folder / CONFIG, _config(base))
         _write_json(folder / MERGE_REPORT, report.to_dict())
-    warnings = missing_files(trained.base)
-    if num_rows != trained.size.language.vocab_size:
-        warnings += (
-            f"the image token {trained.size.image_token_id} is behind the vocabulary of "
-            f"{trained.size.language.vocab_size}, where transformers' LLaVA would not find it: the embedding and the "
-            "output layer end with copies of their first row",
-        )
-    return Exported(warnings, report.to_dict())
+    return Exported((*missing_files(trained.base), *_more_rows(trained.size)), report.to_dict())
 
 
 def merged_tensors(trained: Trained) -> dict[str, LazyTensor]:
@@ -98,6 +112,11 @@ def merged_tensors(trained: Trained) -> dict[str, LazyTensor]:
     check_one_expert(trained)
     _, tensors = _merged_model(BaseTensors(trained.base, trained.size), trained, MergeReport())
     return tensors
+
+
+def _refuse_run(trained: Trained) -> None:
+    if trained.step is not None:
+        raise ConfigError(f"{trained.step} has adapters; say how they are to be written, by --format")
 
 
 def check_one_expert(trained: Trained) -> None:
@@ -162,8 +181,6 @@ class BaseTensors:
         if name in self._unused:
             return self._unused[name]
         raise ConfigError(f"{self.base / SOURCE_FILE} names {name}, which the base does not hold")
-
-    _lazy = as_stored
 
     def placed(self, *, as_it_came: bool = True) -> dict[str, Stored]:
         """Where each tensor goes: where it came from, or (`as_it_came` False, or not known) where transformers 5 would
@@ -231,14 +248,36 @@ def _survival(moved: float, asked: float, unchanged: int, changed: int) -> dict[
 def _merged_model(
     base: BaseTensors, trained: Trained, report: MergeReport
 ) -> tuple[dict[str, Stored], dict[str, LazyTensor]]:
-    """({table name: where it goes}, {table name: tensor}) of a base with what a run trained on it."""
-    # a decoder and a tower that came apart are one model after training
+    """`_whole_model` of a base with what a run trained on it."""
+    placed, tensors = _whole_model(base)
+    return placed, tensors | _with_all_rows(dict(_merged(base, trained, report)), trained.size)
+
+
+def _whole_model(base: BaseTensors) -> tuple[dict[str, Stored], dict[str, LazyTensor]]:
+    """({table name: where it goes}, {table name: tensor}): a decoder and a tower that came apart as one model."""
     placed = base.placed(as_it_came=base.source is not None and base.source.kind == "llava_hf")
-    tensors = {name: base.lazy(name) for name in placed} | dict(_merged(base, trained, report))
-    for name in (llava_hf.EMBEDDING, llava_hf.OUTPUT):
-        if name in tensors:
-            tensors[name] = _with_rows(tensors[name], _num_rows(trained.size))
-    return placed, tensors
+    return placed, _with_all_rows({name: base.lazy(name) for name in placed}, base.size)
+
+
+def _with_all_rows(tensors: dict[str, LazyTensor], size: LlavaSize) -> dict[str, LazyTensor]:
+    both = (llava_hf.EMBEDDING, llava_hf.OUTPUT)
+    return {name: _with_rows(t, _num_rows(size)) if name in both else t for name, t in tensors.items()}
+
+
+def _config(base: BaseTensors) -> dict[str, Any]:
+    """Of the whole model, as `_whole_model` writes it."""
+    config = llava_config(base.base, base.size)
+    config["text_config"]["vocab_size"] = _num_rows(base.size)
+    return config
+
+
+def _more_rows(size: LlavaSize) -> tuple[str, ...]:
+    if _num_rows(size) == size.language.vocab_size:
+        return ()
+    return (
+        f"the image token {size.image_token_id} is behind the vocabulary of {size.language.vocab_size}, where "
+        "transformers' LLaVA would not find it: the embedding and the output layer end with copies of their first row",
+    )
 
 
 def _num_rows(size: LlavaSize) -> int:
@@ -318,15 +357,11 @@ def _write_tensors(
         )
 
 
-def _copy_whole(base: BaseTensors, out: Path, num_rows: int | None = None) -> None:
-    """The files that go with one whole model; `num_rows` when its vocabulary is not what the base's config says."""
+def _copy_whole(base: BaseTensors, out: Path) -> None:
+    """The files that go with one whole model."""
     copy_files(extra_files(base.base), out)
-    config = llava_config(base.base, base.size)
-    if num_rows not in (None, base.size.language.vocab_size):
-        config["text_config"]["vocab_size"] = num_rows
-        (out / CONFIG).unlink(missing_ok=True)
     if not (out / CONFIG).exists():
-        _write_json(out / CONFIG, config)
+        _write_json(out / CONFIG, llava_config(base.base, base.size))
 
 
 def _copy_apart(base: BaseTensors, out: Path, parts: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mole_mega.checkpoint.base import write_base
 from mole_mega.checkpoint.files import CheckpointError
-from mole_mega.checkpoint.stream import PendingTensor
+from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.config import ConfigError
 from mole_mega.convert import carried_files, llava_hf
 from mole_mega.convert.carried_files import IMAGE_TOKEN
@@ -103,9 +103,7 @@ def check_shapes(tensors: HfTensors, size: LlavaSize) -> None:
             )
 
 
-def pending_tensors(
-    tensors: HfTensors, size: LlavaSize, precision: torch.dtype | None = None
-) -> dict[str, PendingTensor]:
+def pending_tensors(tensors: HfTensors, size: LlavaSize, precision: torch.dtype | None = None) -> dict[str, LazyTensor]:
     """Every tensor of ours, read and rearranged when it is asked for; `precision` None keeps the stored one."""
     rules = llava_hf.rules_by_name(size)
     shapes = llava_hf.hf_shapes(size)
@@ -113,10 +111,10 @@ def pending_tensors(
     def read(row: llava_hf.Row) -> torch.Tensor:
         return _in_precision(rules[row.rule].to_ours(*(tensors.read(name) for name in row.hf)), precision)
 
-    def pending(row: llava_hf.Row) -> PendingTensor:
+    def pending(row: llava_hf.Row) -> LazyTensor:
         ours = rules[row.rule].to_ours(*(torch.empty(shapes[name], device="meta") for name in row.hf))
         stored = functools.reduce(torch.promote_types, (tensors.dtype(name) for name in row.hf))
-        return PendingTensor(tuple(ours.shape), precision or stored, functools.partial(read, row))
+        return LazyTensor(tuple(ours.shape), precision or stored, functools.partial(read, row))
 
     return {row.ours: pending(row) for row in llava_hf.rows(size)}
 

@@ -14,17 +14,13 @@ import torch
 from tqdm import tqdm
 
 from mole_mega.checkpoint import files
-from mole_mega.checkpoint.stream import PendingTensor
+from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.convert.hf_files import INDEX, TORCH_INDEX, WEIGHTS
 
 # What transformers cuts checkpoints at.
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_ALIGN = 8
-
-
-# A tensor whose shape and dtype are known, and whose data `read` fetches when it is to be written.
-LazyTensor = PendingTensor
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.checkpoint.trained import Trained
 from mole_mega.config import AdapterConfig, ConfigError
 from mole_mega.convert.adapter_names import adapter_rows
 from mole_mega.convert.hf_export import BaseTensors, Exported, missing_files, trained_projector
 from mole_mega.convert.hf_files import CONFIG
-from mole_mega.convert.hf_writer import LazyTensor, copy_files, new_folder, write_tensors
+from mole_mega.convert.hf_writer import copy_files, new_folder, write_tensors
 from mole_mega.convert.llava_config import llava_config
 from mole_mega.convert.serving import write_serving_files
 
@@ -50,7 +51,7 @@ def mole_tensors(trained: Trained, *, with_base: bool = True) -> dict[str, LazyT
     if with_base:
         base = BaseTensors(trained.base, trained.size)
         # as the base stores them, whatever its source did: that is what the run was trained on
-        tensors = {name: base._lazy(name) for name in base.placed(as_it_came=False)}
+        tensors = {name: base.as_stored(name) for name in base.placed(as_it_came=False)}
     step = StoredTensors(trained.step)
     names = trained_projector(step)
     for row in adapter_rows(trained.adapter, trained.size):

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.checkpoint.trained import Trained
 from mole_mega.config import AdapterConfig, ConfigError
 from mole_mega.convert.adapter_names import AdapterRow, adapter_rows
 from mole_mega.convert.hf_export import Exported, trained_projector
 from mole_mega.convert.hf_files import CONFIG, read_json
-from mole_mega.convert.hf_writer import LazyTensor, new_folder, write_tensors
+from mole_mega.convert.hf_writer import new_folder, write_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -126,7 +126,7 @@ class PeftLora:
         places = {row.hf[0]: row.ours for row in llava_hf.PROJECTOR}
         shapes = _linear_shapes(size)
         for stored, tensor in _read_tensors(path):
-            name = _table_name(stored)
+            name = table_name(stored)
             module, dot, kind = name.removesuffix(".weight").rpartition(".lora_")
             if name in places:
                 projector[places[name]] = tensor
@@ -217,7 +217,7 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, shard.read(name).clone()
 
 
-def _table_name(stored: str) -> str:
+def table_name(stored: str) -> str:
     """The table's name of a tensor in a PEFT file; an adapter of a decoder alone names it without the rest."""
     name = llava_hf.canonical_name(stored.removeprefix(PREFIX))
     return (

@@ -24,11 +24,12 @@ from transformers import LlavaForConditionalGeneration
 
 from mole_mega.checkpoint import base as bases
 from mole_mega.checkpoint import files
+from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.trained import find_trained
 from mole_mega.config import AdapterConfig, ConfigError, ParallelConfig
 from mole_mega.convert.hf_export import MERGE_REPORT, export_base, export_merged
 from mole_mega.convert.hf_import import import_hf
-from mole_mega.convert.hf_writer import LazyTensor, new_folder, write_tensors
+from mole_mega.convert.hf_writer import new_folder, write_tensors
 from mole_mega.platform import parallel as platform
 
 LORA = AdapterConfig(method="lora", rank=4, alpha=6.0)

@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mole_mega.checkpoint import base, stream
 from mole_mega.checkpoint.files import MANIFEST, CheckpointError, folder_hash
-from mole_mega.checkpoint.stream import NUM_FILES, PendingTensor, write_tensors
+from mole_mega.checkpoint.stream import NUM_FILES, LazyTensor, write_tensors
 from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from mole_mega.convert import hf_config, llava_hf
 from mole_mega.convert.hf_files import SafetensorsShard, open_tensors
@@ -647,7 +647,7 @@ def test_few_tensors_are_held_at_a_time(tmp_path):
         most = max(most, len(alive))
         return tensor
 
-    write_tensors(tmp_path, {f"t{i}": PendingTensor((1000,), torch.float32, read) for i in range(50)})
+    write_tensors(tmp_path, {f"t{i}": LazyTensor((1000,), torch.float32, read) for i in range(50)})
     assert 1 <= most <= 2 * NUM_FILES
     assert torch.serialization.get_crc32_options()  # as it was
 
@@ -682,7 +682,7 @@ def test_progress_is_shown_on_a_terminal_and_for_big_work(
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
     if from_bytes:
         monkeypatch.setattr(stream, "SHOW_PROGRESS_FROM", from_bytes)
-    write_tensors(tmp_path, {"t": PendingTensor((1000,), torch.float32, lambda: torch.ones(1000))})
+    write_tensors(tmp_path, {"t": LazyTensor((1000,), torch.float32, lambda: torch.ones(1000))})
     assert ("4.00k/4.00k" in capsys.readouterr().err) == shown
 
 
@@ -704,7 +704,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(source, small_files, tmp_pat
 @pytest.mark.parametrize("width", [10, 10_000])
 def test_a_full_disk_is_told_in_the_disks_words(width, small_files, tmp_path):
     """Tensors that the file's buffer holds, and such that go past it."""
-    tensors = {f"t{i}": PendingTensor((width,), torch.float32, lambda: torch.ones(width)) for i in range(300)}
+    tensors = {f"t{i}": LazyTensor((width,), torch.float32, lambda: torch.ones(width)) for i in range(300)}
     with pytest.raises(OSError, match="File too large"):
         write_tensors(tmp_path, tensors)
 
