@@ -89,8 +89,10 @@ def verify(folder: Path, *, alone: bool = False) -> None:
     extra = {path.name for path in folder.iterdir()} - entries.keys() - {MANIFEST}
     if extra:
         problem = f"{folder / min(extra)} is not in the manifest"
-    for name, expected in sorted(entries.items())[rank::world]:
-        problem = problem or _compare(folder / name, expected)
+    mine = sorted(entries.items())[rank::world]
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        found = pool.map(lambda entry: _compare(folder / entry[0], entry[1]), mine)
+    problem = problem or next(filter(None, found), "")
     problems = [problem]
     if world > 1:
         problems = [""] * world

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -54,12 +54,9 @@ def find_counterpart(
 
 
 def _of_base(trained: Trained, folder: Path, vision_tower: Path | None, projector: Path | None) -> Counterpart:
-    parts = {name: folder / name for name in ("language", "vision", "projector")}
-    if not (folder / CONFIG).is_file() and parts["language"].is_dir():
-        # written back to the folders that it came from
-        folder, vision_tower = parts["language"], vision_tower or parts["vision"]
-    opened = open_source(folder, vision_tower, projector)
     base = BaseTensors(trained.base, trained.size)
+    folder, vision_tower, projector = _parts_of(base, folder, vision_tower, projector)
+    opened = open_source(folder, vision_tower, projector)
     is_whole = opened.kind == "llava_hf"
     if is_whole and base.source is not None and base.source.kind != "llava_hf":
         expected = llava_tensors(trained)  # its parts, written as one model
@@ -75,8 +72,7 @@ def _of_base(trained: Trained, folder: Path, vision_tower: Path | None, projecto
         if name not in left_out
     }
     if is_whole:
-        dtypes = {tensor.dtype for tensor in expected.values()}
-        load = partial(_load_whole, folder, dtype=dtypes.pop() if len(dtypes) == 1 else "auto")
+        load = partial(_load_whole, folder, _widest(expected.values()))
     else:
         # transformers needs more rows than the source has, where the image token is behind its vocabulary
         theirs = {name: tensor for name, tensor in found.items() if name not in (llava_hf.EMBEDDING, llava_hf.OUTPUT)}
@@ -84,12 +80,26 @@ def _of_base(trained: Trained, folder: Path, vision_tower: Path | None, projecto
     return Counterpart({"": (expected, found)}, {"": (None, load)})
 
 
+def _parts_of(
+    base: BaseTensors, folder: Path, vision_tower: Path | None, projector: Path | None
+) -> tuple[Path, Path | None, Path | None]:
+    """The folders of a source whose parts came apart, where it was written back to a folder each inside `folder`."""
+    files = {stored.folder: stored.file for stored in base.source.tensors.values()} if base.source else {}
+    if "vision" in files and (folder / "vision").is_dir():
+        vision_tower = vision_tower or folder / "vision"
+    if "projector" in files and (folder / "projector").is_dir():
+        projector = projector or folder / "projector" / files["projector"]
+    if not (folder / CONFIG).is_file() and (folder / "language").is_dir():
+        folder = folder / "language"
+    return folder, vision_tower, projector
+
+
 def _of_merged(trained: Trained, folder: Path) -> Counterpart:
     expected, opened = merged_tensors(trained), open_tensors(folder)
     found = {name: _of_folder(opened, name) for name in opened}
     # sums in fp32 are no more rounded than what our model adds up
     epsilons = [torch.finfo(tensor.dtype).eps for tensor in expected.values() if tensor.dtype != torch.float32]
-    models = {"": (None, partial(_load_whole, folder))}
+    models = {"": (None, partial(_load_whole, folder, _widest(expected.values())))}
     return Counterpart({"": (expected, found)}, models, rounded=max(epsilons, default=0.0))
 
 
@@ -98,7 +108,9 @@ def _of_mole(trained: Trained, folder: Path) -> Counterpart:
         raise ConfigError(f"{folder} does not hold the {MODELING_FILE} that an export writes: its code is not run")
     reference = read_json(folder / CONFIG).get("base_model_name_or_path")
     expected = mole_tensors(trained, with_base=reference is None)
-    return Counterpart({"": (expected, _raw(folder))}, {"": (None, partial(_load_mole, folder))})
+    # its config may have the base rounded to the run's precision; routers are in fp32 in any case
+    dtype = _widest(tensor for name, tensor in mole_tensors(trained).items() if ".router." not in name)
+    return Counterpart({"": (expected, _raw(folder))}, {"": (None, partial(_load_mole, folder, dtype))})
 
 
 def _of_peft(trained: Trained, folder: Path) -> Counterpart:
@@ -166,16 +178,21 @@ def _raw_file(path: Path) -> Tensors:
     }
 
 
-def _load_whole(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+def _widest(tensors: Iterable[LazyTensor]) -> torch.dtype:
+    """The dtype that rounds none of them."""
+    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+
+
+def _load_whole(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import LlavaForConditionalGeneration
 
     return _load(LlavaForConditionalGeneration, folder, dtype=dtype)
 
 
-def _load_mole(folder: Path) -> Any:
+def _load_mole(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForImageTextToText
 
-    return _load(AutoModelForImageTextToText, folder, trust_remote_code=True)
+    return _load(AutoModelForImageTextToText, folder, dtype=dtype, trust_remote_code=True)
 
 
 def _load(kind: Any, folder: Path | None, **options: Any) -> Any:
@@ -183,7 +200,7 @@ def _load(kind: Any, folder: Path | None, **options: Any) -> Any:
 
     disable_progress_bar()
     loaded = kind.from_pretrained(
-        folder, **{"dtype": "auto", "local_files_only": True, "output_loading_info": True} | options
+        folder, local_files_only=True, output_loading_info=True, **options
     )
     model, info = loaded
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
@@ -211,5 +228,5 @@ def _assemble(trained: Trained, tensors: Tensors) -> Any:
         None,
         config=LlavaConfig(**config),
         state_dict={name: tensor.read() for name, tensor in tensors.items()},
-        dtype=reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()}),
+        dtype=_widest(tensors.values()),
     )
