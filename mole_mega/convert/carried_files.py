@@ -17,8 +17,9 @@ from mole_mega.convert.hf_files import CONFIG, PROCESSOR_FILES, TOKENIZER_FILES,
 from mole_mega.models.sizes import LlavaSize
 
 IMAGE_TOKEN = "<image>"
-# The source's own `config.json`, where the base has another: a base is described as a `LlavaForConditionalGeneration`.
-SOURCE_CONFIG = "source_config.json"
+# The source's own `config.json`, and its tower's, where the base has another: a base is described as a
+# `LlavaForConditionalGeneration`.
+SOURCE_CONFIG, SOURCE_VISION_CONFIG = "source_config.json", "source_vision_config.json"
 GENERATION = "generation_config.json"
 # What OpenAI trained its CLIP models with.
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -41,6 +42,9 @@ def gather(
     (scratch / CONFIG).write_text(json.dumps(llava_config(size, **ids), indent=2) + "\n")
     shutil.copyfile(hf_dir / CONFIG, scratch / SOURCE_CONFIG)
     own = [scratch / CONFIG, scratch / SOURCE_CONFIG]
+    if vision_tower is not None:
+        shutil.copyfile(vision_tower / CONFIG, scratch / SOURCE_VISION_CONFIG)
+        own.append(scratch / SOURCE_VISION_CONFIG)
     return size, [
         *own,
         *extra_files(hf_dir, (GENERATION,)),

@@ -19,7 +19,7 @@ from mole_mega.checkpoint.trained import Trained
 from mole_mega.config import ConfigError
 from mole_mega.convert import llava_hf
 from mole_mega.convert.adapter_names import adapter_rows
-from mole_mega.convert.carried_files import SOURCE_CONFIG
+from mole_mega.convert.carried_files import SOURCE_CONFIG, SOURCE_VISION_CONFIG
 from mole_mega.convert.hf_files import CONFIG, PROCESSOR_FILES, TOKENIZER_FILES, SafetensorsShard, extra_files
 from mole_mega.convert.hf_import import UNUSED_FILE
 from mole_mega.convert.hf_writer import copy_files, new_folder, write_tensors
@@ -372,9 +372,7 @@ def _copy_apart(base: BaseTensors, out: Path, parts: Collection[str]) -> None:
     vision = _folder_of(out, "vision") if "vision" in parts else language
     copy_files(extra_files(base.base, PROCESSOR_FILES), vision)
     if vision != language:
-        # of the tower's own config the base keeps what it says, not the file
-        config = {"architectures": ["CLIPVisionModel"], **llava_config(base.base, base.size)["vision_config"]}
-        _write_json(vision / CONFIG, config)
+        shutil.copyfile(base.base / SOURCE_VISION_CONFIG, vision / CONFIG)
 
 
 def _folder_of(out: Path, part: str) -> Path:

@@ -211,6 +211,8 @@ def test_parts_come_back_apart(kind, num_files, whole, tmp_path):
     assert back == expected
     assert (language / "config.json").read_bytes() == (hf / "config.json").read_bytes()
     assert (language / "generation_config.json").read_text() == "{}"
+    if "tower" not in kind:
+        assert (out / "vision" / "config.json").read_bytes() == (clip / "config.json").read_bytes()
     options = {key: out / key.removesuffix("_tower") for key in options}
     if kind == "llama":
         options["projector"] /= "mine.bin"
