@@ -151,6 +151,8 @@ class Bench:
         else:
             output, _ = self.layer(self.x)
         output.backward(self.grad)
+        for router in self.routers:  # as at the end of a step whose global batch is this one micro-batch
+            router.sums.balance_gradient(router.sums.counts_E / router.sums.tokens)
         return output
 
     def renew(self, seed: int) -> None:

@@ -59,22 +59,32 @@ class RouterSums:
     ) -> None:
         """`product_dtype`: p_j p_k and x are rounded to it for the one big GEMM, [P, T] x [T, H] a micro-batch, and so
         is that GEMM's result, before it is added up over micro-batches in fp32. With bf16 (where x is bf16 anyway) the
-        balance gradient is off by about 1e-3 of its norm; with 64 experts fp32 would cost half a bf16 MLP."""
+        balance gradient is off by about 1e-3 of its norm; with 64 experts fp32 would cost half a bf16 MLP.
+
+        With many experts that GEMM costs, and its sums are as large as the tokens themselves. So tokens are only kept
+        (no copy: their x is an activation of the layer) until they would take more memory than the sums."""
         self.balance, self.z, self.product_dtype = balance and num_experts > 1, z, product_dtype
         self.first_P, self.second_P = torch.triu_indices(num_experts, num_experts, offset=1, device=device)
         self.tokens = torch.zeros((), device=device)
         self.counts_E = torch.zeros(num_experts, device=device)
         self.probs_E = torch.zeros(num_experts, device=device)
         self.z_sum = torch.zeros((), device=device)
-        self.pairs_PX = torch.zeros(len(self.first_P) if self.balance else 0, hidden_size + 1, device=device)
+        num_pairs = len(self.first_P) if self.balance else 0
+        self.pairs_PX = torch.zeros(num_pairs, hidden_size + 1, device=device)
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # x [T, H] and probabilities [T, E], 0 at padding
+        self._has_pairs = False
+        self._most_kept = (num_pairs + num_experts) * torch.float32.itemsize // product_dtype.itemsize
         self.z_grads_EX = torch.zeros(num_experts if z else 0, hidden_size + 1, device=device)
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.tokens, self.counts_E, self.probs_E, self.z_sum, self.pairs_PX, self.z_grads_EX]
 
     def clear(self) -> None:
+        self._kept.clear()
         for tensor in self.tensors():
-            tensor.zero_()
+            if tensor is not self.pairs_PX or self._has_pairs:  # what was never written needs no memory
+                tensor.zero_()
+        self._has_pairs = False
 
     @torch.no_grad()
     def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TE: torch.Tensor,
@@ -88,12 +98,9 @@ class RouterSums:
         self.probs_E += probs.sum(0)
         self.z_sum += lse.square().sum()
         if self.balance:
-            pairs_PT, x = self._pairs(probs_TE, probs), x_TH.to(self.product_dtype)
-            if self.product_dtype == torch.float32:
-                self.pairs_PX[:, :-1].addmm_(pairs_PT, x)
-            else:
-                self.pairs_PX[:, :-1] += pairs_PT @ x
-            self.pairs_PX[:, -1] += pairs_PT.sum(1, dtype=torch.float32)
+            self._kept.append((x_TH, probs))
+            if sum(len(x) for x, _ in self._kept) > self._most_kept:
+                self._sum_pairs()
         if self.z:
             slope_TE = 2 * lse[:, None] * probs
             self.z_grads_EX[:, :-1].addmm_(slope_TE.T, x_TH.to(torch.float32))
@@ -110,16 +117,33 @@ class RouterSums:
         signs_EP = gap_P.new_zeros(len(share_E), len(gap_P))
         signs_EP[self.first_P, pair_P] = gap_P
         signs_EP[self.second_P, pair_P] = -gap_P
-        return signs_EP @ self.pairs_PX
+        gradient_EX = signs_EP @ self.pairs_PX
+        for x_TH, probs_TE in self._kept:
+            slope_TE = probs_TE * (share_E - (probs_TE @ share_E)[:, None])
+            gradient_EX[:, :-1] += slope_TE.T @ x_TH.to(torch.float32)
+            gradient_EX[:, -1] += slope_TE.sum(0)
+        return gradient_EX
 
-    def _pairs(self, a_TE: torch.Tensor, b_TE: torch.Tensor) -> torch.Tensor:
-        """a_j b_k of each pair j < k, [P, T], rounded once. By rows of [E, T]: gathering columns is slow."""
-        a_ET, b_ET = a_TE.T.contiguous(), b_TE.T.contiguous()
-        pairs_PT = torch.empty(len(self.first_P), a_ET.shape[1], dtype=self.product_dtype, device=a_ET.device)
+    def _sum_pairs(self) -> None:
+        """Let go of the tokens kept, for their sums."""
+        for x_TH, probs_TE in self._kept:
+            pairs_PT, x = self._pairs(probs_TE), x_TH.to(self.product_dtype)
+            if self.product_dtype == torch.float32:
+                self.pairs_PX[:, :-1].addmm_(pairs_PT, x)
+            else:
+                self.pairs_PX[:, :-1] += pairs_PT @ x
+            self.pairs_PX[:, -1] += pairs_PT.sum(1, dtype=torch.float32)
+        self._kept.clear()
+        self._has_pairs = True
+
+    def _pairs(self, probs_TE: torch.Tensor) -> torch.Tensor:
+        """p_j p_k of each pair j < k, [P, T], rounded once. By rows of [E, T]: gathering columns is slow."""
+        probs_ET = probs_TE.T.contiguous()
+        pairs_PT = torch.empty(len(self.first_P), probs_ET.shape[1], dtype=self.product_dtype, device=probs_ET.device)
         start = 0
-        for j in range(len(a_ET) - 1):
-            stop = start + len(a_ET) - 1 - j
-            torch.mul(a_ET[j], b_ET[j + 1 :], out=pairs_PT[start:stop])
+        for j in range(len(probs_ET) - 1):
+            stop = start + len(probs_ET) - 1 - j
+            torch.mul(probs_ET[j], probs_ET[j + 1 :], out=pairs_PT[start:stop])
             start = stop
         return pairs_PT
 

@@ -170,10 +170,13 @@ class Naive:
         return balance, torch.stack(z).mean()
 
 
+@pytest.mark.parametrize("most_kept", [0, 150, 10**6], ids=["pairs summed", "some tokens kept", "all kept"])
 @pytest.mark.parametrize("scope", ["layer", "model"])
-def test_the_balance_and_z_loss_and_their_gradients_are_the_formulas(make_model, scope):
+def test_the_balance_and_z_loss_and_their_gradients_are_the_formulas(make_model, scope, most_kept, monkeypatch):
     # gate none: the routers' gradient is that of these losses alone
     model = make_model(gate="none", balance_scope=scope)
+    for router in model.routers():
+        monkeypatch.setattr(router.sums, "_most_kept", most_kept)
     naive = Naive(model)
     result, gradients = model.step(cut(2))
     balance, z = naive.losses(scope)

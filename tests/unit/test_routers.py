@@ -60,9 +60,10 @@ def summed(x_TH, weight_EH, bias_E, valid_T, cuts: Sequence[int]) -> RouterSums:
     return sums
 
 
-@pytest.fixture(params=[2, 3, 5], ids="E={}".format)
+@pytest.fixture(params=[2, 3, 5, 7, 12], ids="E={}".format)
 def tokens(request, rng):
-    """40 tokens of which about a third is padding, and a router for them."""
+    """40 tokens of which about a third is padding, and a router for them. With 7 experts some tokens are kept and not
+    summed, with 12 all."""
     num_experts = request.param
     return SimpleNamespace(
         x_TH=torch.randn(40, HIDDEN, generator=rng),
@@ -113,17 +114,20 @@ def test_the_statistics_are_those_of_the_valid_tokens(tokens, cuts):
 
 def test_what_padding_holds_changes_no_bit(tokens):
     other_TH = torch.where(tokens.valid_T[:, None], tokens.x_TH, 1e3 * tokens.x_TH.flip(0))
-    one, other = (
-        summed(x, tokens.weight_EH, tokens.bias_E, tokens.valid_T, [40]).tensors() for x in (tokens.x_TH, other_TH)
-    )
+    share_E = torch.arange(len(tokens.bias_E)).float()
+    sums = [summed(x, tokens.weight_EH, tokens.bias_E, tokens.valid_T, [40]) for x in (tokens.x_TH, other_TH)]
+    one, other = ([*s.tensors(), s.balance_gradient(share_E)] for s in sums)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_clear_forgets_everything(tokens):
     sums = summed(tokens.x_TH, tokens.weight_EH, tokens.bias_E, tokens.valid_T, [40])
-    assert all(tensor.abs().sum() > 0 for tensor in sums.tensors())
+    share_E = torch.arange(len(tokens.bias_E)).float()
+    assert all(tensor.abs().sum() > 0 for tensor in sums.tensors() if tensor is not sums.pairs_PX)
+    assert sums.balance_gradient(share_E).abs().sum() > 0
     sums.clear()
     assert all(tensor.abs().sum() == 0 for tensor in sums.tensors())
+    assert sums.balance_gradient(share_E).abs().sum() == 0
 
 
 def test_bf16_inputs_are_summed_in_fp32(tokens):
