@@ -8,7 +8,8 @@ import torch
 from commands import kill_before_step, read_checkpoint, read_rows, terminate_before_step
 
 # as between layouts anywhere (DESIGN 6.1): what a tensor-parallel sum rounds differently, Adam magnifies
-WEIGHT_TOLERANCE = 1e-4
+# of a tensor's norm, and of any one weight
+WEIGHT_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-4, 1e-6
 KILLED, STOPPED_ON_SIGNAL = -9, 75
 
 
@@ -95,7 +96,7 @@ def test_recompute_draws_the_dropout_that_the_first_pass_drew(train, tmp_path):
 
 
 # fp32 and without dropout, whose draws belong to a layout; small steps, as Adam magnifies rounding by their size
-EXACT = {"adapter": {"dropout": 0.0}, "train": {"lr": 0.0003}}
+EXACT = {"adapter": {"dropout": 0.0}, "train": {"lr": 0.0001}}
 FOUR = {"tensor": 2, "expert": 2}
 
 
@@ -130,9 +131,8 @@ def test_a_checkpoint_goes_on_under_another_layout(train, tmp_path, straight, fi
         counts = ("step", "tokens", "loss_tokens", "lr")
         assert {key: row[key] for key in counts} == {key: expected[key] for key in counts}
     measured = read_checkpoint(tmp_path / "split/checkpoints/step_6")
-    worst = max(
-        (float((measured[name] - tensor).norm() / tensor.norm()), name)
-        for name, tensor in weights.items()
-        if not name.startswith("optimizer.")
-    )
-    assert worst[0] <= WEIGHT_TOLERANCE
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("optimizer.")}
+    differences = {name: (measured[name] - tensor) for name, tensor in weights.items()}
+    assert max(float(difference.abs().max()) for difference in differences.values()) <= ABSOLUTE_TOLERANCE
+    relative = {name: float(differences[name].norm() / tensor.norm()) for name, tensor in weights.items()}
+    assert max(relative.values()) <= WEIGHT_TOLERANCE
