@@ -179,7 +179,8 @@ class ExportedModel:
         tokens = self.model.generate(
             input_ids=prompt[None],
             attention_mask=torch.ones_like(prompt[None]),
-            pixel_values=pixels.to(self.model.dtype) if len(pixels) else None,
+            # given as None it is taken for an image
+            **({"pixel_values": pixels.to(self.model.dtype)} if len(pixels) else {}),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(self._stop_ids),

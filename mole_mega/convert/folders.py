@@ -199,9 +199,7 @@ def _load(kind: Any, folder: Path | None, **options: Any) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    loaded = kind.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, **options
-    )
+    loaded = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     model, info = loaded
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
