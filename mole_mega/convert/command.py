@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,17 +94,18 @@ def _hf_to_megatron(args: argparse.Namespace) -> None:
     from mole_mega.convert.folders import find_counterpart
     from mole_mega.convert.hf_import import import_hf
 
-    base_hash = import_hf(
-        args.hf,
-        args.out,
-        args.dtype,
-        vision_tower=args.vision_tower,
-        projector=args.projector,
-        image_token=args.image_token,
-        seed=args.seed,
-    )
-    trained = find_trained(args.out)
-    _prove(args, trained, lambda: find_counterpart(trained, args.hf, args.vision_tower, args.projector))
+    with _proved(args.out) as unproved:
+        base_hash = import_hf(
+            args.hf,
+            unproved,
+            args.dtype,
+            vision_tower=args.vision_tower,
+            projector=args.projector,
+            image_token=args.image_token,
+            seed=args.seed,
+        )
+        trained = find_trained(unproved)
+        _prove(args, trained, lambda: find_counterpart(trained, args.hf, args.vision_tower, args.projector))
     print(f"wrote {args.out}, hash {base_hash}")
 
 
@@ -119,25 +121,24 @@ def _megatron_to_hf(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.checkpoint} is {'a run' if trained.step else 'a base'}: no --format {args.format}")
     if args.base_reference is not None and args.format != "mole":
         raise ConfigError("--base-reference is for --format mole")
-    if args.format == "mole":
-        exported = mole_folder.export_mole(trained, args.out, args.base_reference)
-    elif args.format == "peft":
-        exported = peft.export_peft(trained, args.out)
-    elif args.format == "merged":
-        exported = hf_export.export_merged(trained, args.out)
-    elif args.format == "llava":
-        exported = hf_export.export_llava(trained, args.out)
-    else:
-        exported = hf_export.export_base(trained, args.out)
-    for warning in exported.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if exported.merge is not None:
-        overall = exported.merge["overall"]
-        print(
-            f"merged: {overall['survived']:.4%} of the change (by norm) outlived the cast to the base's dtype; "
-            f"{overall['unchanged']:.2%} of the changed numbers are as before"
-        )
-    _prove(args, trained, lambda: find_counterpart(trained, args.out))
+    export: dict[str | None, Callable[[Path], hf_export.Exported]] = {
+        "mole": lambda out: mole_folder.export_mole(trained, out, args.base_reference),
+        "peft": lambda out: peft.export_peft(trained, out),
+        "merged": lambda out: hf_export.export_merged(trained, out),
+        "llava": lambda out: hf_export.export_llava(trained, out),
+        None: lambda out: hf_export.export_base(trained, out),
+    }
+    with _proved(args.out) as unproved:
+        exported = export[args.format](unproved)
+        for warning in exported.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if exported.merge is not None:
+            overall = exported.merge["overall"]
+            print(
+                f"merged: {overall['survived']:.4%} of the change (by norm) outlived the cast to the base's dtype; "
+                f"{overall['unchanged']:.2%} of the changed numbers are as before"
+            )
+        _prove(args, trained, lambda: find_counterpart(trained, unproved))
     print(f"wrote {args.out}")
 
 
@@ -146,20 +147,21 @@ def _peft_to_megatron(args: argparse.Namespace) -> None:
     from mole_mega.convert.folders import adapters_counterpart
     from mole_mega.convert.peft_import import peft_to_megatron
 
-    imported = peft_to_megatron(
-        args.peft,
-        args.base,
-        args.out,
-        num_experts=args.num_experts,
-        noise=args.noise,
-        seed=args.seed,
-        attention_from=args.attention_from,
-    )
-    if args.noise:
-        print("the experts were given noise: they are no longer the adapter, and are not compared with it")
-    else:
-        trained = find_trained(args.out, args.base)
-        _prove(args, trained, lambda: adapters_counterpart(trained, args.peft, imported.filled))
+    with _proved(args.out) as unproved:
+        imported = peft_to_megatron(
+            args.peft,
+            args.base,
+            unproved,
+            num_experts=args.num_experts,
+            noise=args.noise,
+            seed=args.seed,
+            attention_from=args.attention_from,
+        )
+        if args.noise:
+            print("the experts were given noise: they are no longer the adapter, and are not compared with it")
+        else:
+            trained = find_trained(unproved, args.base)
+            _prove(args, trained, lambda: adapters_counterpart(trained, args.peft, imported.filled))
     print(f"wrote {args.out}: start a run from it with {_settings(imported.adapter, args.out)}")
     started_anew = [*(["the routers"] if not imported.has_router and imported.adapter.method == "mole" else [])]
     started_anew += ["the projector (the base's)"] if not imported.has_projector else []
@@ -200,18 +202,27 @@ def _compare(args: argparse.Namespace, trained: Trained, find: Callable[[], Coun
 
 
 def _prove(args: argparse.Namespace, trained: Trained, find: Callable[[], Counterpart]) -> None:
-    """Run the proof of what was written; what fails it does not keep its name."""
-    failed = args.out.with_name(f"{args.out.name}.failed")
-    is_equal = False
-    try:
-        is_equal = _compare(args, trained, find)
-    finally:
-        if not is_equal:
-            shutil.rmtree(failed, ignore_errors=True)
-            args.out.rename(failed)
-            print(f"not proved equal: what was written is now {failed}", file=sys.stderr)
-    if not is_equal:
+    if not _compare(args, trained, find):
         raise CheckFailedError("the two sides differ")
+
+
+@contextlib.contextmanager
+def _proved(out: Path) -> Iterator[Path]:
+    """Where to write what becomes `out` once it is proved, in the same block. What a block that raises has written
+    stays as `out.failed`; what a killed one has, under a name that nobody takes for a result."""
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another folder or remove it")
+    unproved, failed = out.with_name(f".{out.name}.unproved"), out.with_name(f"{out.name}.failed")
+    shutil.rmtree(unproved, ignore_errors=True)
+    try:
+        yield unproved
+    except BaseException:
+        if unproved.exists():
+            shutil.rmtree(failed, ignore_errors=True)
+            unproved.rename(failed)
+            print(f"not proved equal: what was written is now {failed}", file=sys.stderr)
+        raise
+    unproved.rename(out)
 
 
 def _launch(argv: list[str], nproc: int) -> ExitCode | int:

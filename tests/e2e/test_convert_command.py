@@ -269,6 +269,13 @@ def interrupt_the_proof(rank):
     probe.ask_transformers = lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(10)
 
 
+def kill_the_proof(rank):
+    """For `prepare`: SIGKILL as the other model is asked."""
+    from mole_mega.convert import probe
+
+    probe.ask_transformers = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
 IMPORT = ("hf-to-megatron", "--hf", EXAMPLE_BASE, "--out")
 
 
@@ -282,9 +289,16 @@ def test_a_kill_while_writing_leaves_what_is_no_base_and_no_hindrance(convert, t
     kill = partial(signal_while_writing, 40, signal.SIGKILL)
     assert convert(*IMPORT, tmp_path / "base", prepare=kill)[0] == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    assert left.name == ".base.incomplete"
+    assert left.name == "..base.unproved.incomplete"
     code, text = convert("megatron-to-hf", "--checkpoint", left, "--out", tmp_path / "out")
     assert code == INPUT_ERROR and one_line(text)
+    assert convert(*IMPORT, tmp_path / "base")[0] == 0
+    assert names(tmp_path) == {"base"}
+
+
+def test_a_kill_during_the_proof_leaves_no_base(convert, tmp_path):
+    assert convert(*IMPORT, tmp_path / "base", prepare=kill_the_proof)[0] == -signal.SIGKILL
+    assert names(tmp_path) == {".base.unproved"}
     assert convert(*IMPORT, tmp_path / "base")[0] == 0
     assert names(tmp_path) == {"base"}
 
