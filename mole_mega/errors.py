@@ -6,6 +6,7 @@ import contextlib
 import enum
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -55,6 +56,7 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
     except Exception as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training answers it by saving, which is over
             time.sleep(5)
         if debug:
             traceback.print_exc()
@@ -67,6 +69,11 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
         outcome.code = (
             ExitCode.CHECK_FAILED if failed_check else ExitCode.INPUT_ERROR if input_error else ExitCode.OUR_FAULT
         )
+        if "RANK" in os.environ:
+            # An ordinary exit takes down the process group's threads, which now and then aborts (SIGABRT, code 250).
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(outcome.code)
 
 
 def quiet_libraries() -> None:

@@ -41,7 +41,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--prompt", required=True, help="the question; images come first unless it says where, with <image>"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--base", type=Path, help="where the base is, if not where the run or the adapter says")
+    parser.add_argument("--base", type=Path, help="where the base is, if not where the run or adapter says")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: the run's, or the export's")
     parser.add_argument("--trust-remote-code", action="store_true", help="run a modeling file that is not our own")
     parser.add_argument("--json", action="store_true", help='print {"answer": text, "tokens": ids}')
@@ -148,25 +148,21 @@ class ExportedModel:
 
     def __init__(self, folder: Path, base: Path | None, precision: str | None, *, trust_remote_code: bool) -> None:
         import torch
-        from transformers.utils.logging import disable_progress_bar
+        from transformers import GenerationConfig
 
-        from mole_mega.convert.folders import is_our_code
+        from mole_mega.convert.folders import is_our_code, load_exported
 
-        disable_progress_bar()
         dtype: Any = {"fp32": torch.float32, "bf16": torch.bfloat16, None: "auto"}[precision]
-        self.folder = folder
-        trust = False
+        trust = trust_remote_code or is_our_code(folder)
         if (folder / "adapter_config.json").is_file():
             self.model, self.folder = _load_peft(folder, base, dtype)
         else:
-            from transformers import AutoModelForImageTextToText
-
-            trust = trust_remote_code or is_our_code(folder)
-            self.model = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust, local_files_only=True
-            )
-        self.model.eval()
+            self.model, self.folder = load_exported(folder, dtype, trust_remote_code=trust), folder
+        # plainly greedy, as the run answers: no penalties that the folder may name
+        self.model.generation_config = GenerationConfig()
         config = self.model.config
+        if getattr(config, "image_token_id", None) is None:
+            raise ConfigError(f"{folder} is no LLaVA: its config names no image token")
         self.image_token_id = config.image_token_id
         self.places_per_image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         self.max_length = config.text_config.max_position_embeddings
@@ -204,15 +200,20 @@ def _open(args: argparse.Namespace) -> Model:
 
 
 def _load_peft(folder: Path, base: Path | None, dtype: Any) -> tuple[Any, Path]:
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
+    """(model, the base's folder): the base is a Hugging Face folder, or one of ours."""
+    from mole_mega.convert.folders import load_adapter, load_base, load_exported
 
     named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     base = base or Path(named or "")
     if not (base / "config.json").is_file():
-        raise ConfigError(f"{folder} is an adapter on {named!r}, which is no folder here; say where it is with --base")
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, local_files_only=True)
-    return PeftModel.from_pretrained(model, folder), base
+        which = f"an adapter on {named!r}, which is no folder here" if named else "an adapter that names no base"
+        raise ConfigError(f"{folder} is {which}; say where it is with --base")
+    if (base / "model.json").is_file():
+        model = load_base(base)
+        model = model if dtype == "auto" else model.to(dtype)
+    else:
+        model = load_exported(base, dtype)
+    return load_adapter(model, folder), base
 
 
 def _tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

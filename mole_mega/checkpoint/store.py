@@ -41,8 +41,10 @@ from mole_mega.platform.parallel import Parallel, seed_generators
 
 # What converted adapters say of themselves; a step has its run's `config.yaml`.
 ADAPTER_FILE = "adapter.yaml"
-_LATEST = "latest"
+LATEST = "latest"
 _STEP = re.compile(r"step_(\d+)")
+# What adapters are: under another value, the same tensors compute something else, or do not fit.
+_ADAPTER_KEYS = ("method", "num_experts", "rank", "alpha", "gate", "router_bias", "attention", "layers")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class CheckpointStore:
                 (folder / "config.yaml").write_text(run_config.dump(self.run))
                 (folder / "state.json").write_text(json.dumps(vars(state) | {"layout": self._layout()}) + "\n")
                 files.publish(folder, final)
-                _write_atomically(self.folder / _LATEST, final.name)
+                _write_atomically(self.folder / LATEST, final.name)
                 for old in self.complete()[: -self.run.checkpoint.keep]:
                     # under its own name, what a kill leaves of it would pass for complete, or stay for good
                     shutil.rmtree(old.rename(self.folder / f".{old.name}.removed"))
@@ -102,7 +104,7 @@ class CheckpointStore:
         Raises CheckpointError when the one that `latest` names is not complete: going on from an older one, or anew,
         would quietly repeat what was trained already.
         """
-        found, pointer = self.complete(), self.folder / _LATEST
+        found, pointer = self.complete(), self.folder / LATEST
         if pointer.exists():
             named = self.folder / pointer.read_text().strip()
             if named not in found:
@@ -133,6 +135,21 @@ class CheckpointStore:
             seed_generators(self.run.train.seed + tree["step"])
         return RunState(**tree)
 
+    def changes_since(self, path: Path) -> list[str]:
+        """What this run trains otherwise than the one that wrote `path`, "key old -> new" each.
+
+        Only what training depends on: neither where nor how often something is written, nor the layout, nor `steps`
+        itself; but the end of the learning rate's schedule, which may follow `steps`.
+        """
+        old, new = _training_keys(run_config.load(path / "config.yaml")), _training_keys(self.run)
+        changes = []
+        for key, value in new.items():
+            if value != old.get(key, value):
+                change = key if key == "data.sources" else f"{key} {old[key]} -> {value}"
+                follows = key == "train.schedule_steps" and self.run.train.schedule_steps is None
+                changes.append(f"{change} (follows train.steps, which moves the learning rates)" if follows else change)
+        return changes
+
     def _layout(self) -> dict[str, int]:
         p = self.parallel
         return {"tensor": p.tp_size, "pipeline": p.pp_size, "expert": p.ep_size, "world": p.world_size}
@@ -140,20 +157,30 @@ class CheckpointStore:
     def _check_compatible(self, path: Path) -> None:
         """A run goes on only with the adapters, precision and optimizer that it began with."""
         old = run_config.load(path / "config.yaml")
-        for where, ours, theirs in (
-            *((f"adapter.{k}", getattr(self.run.adapter, k), getattr(old.adapter, k))
-              for k in ("method", "num_experts", "rank", "router_bias", "attention", "layers")),
-            *((f"train.{k}", getattr(self.run.train, k), getattr(old.train, k))
-              for k in ("precision", "distributed_optimizer", "projector")),
-        ):  # fmt: skip
-            if ours != theirs:
-                raise files.CheckpointError(f"{path} was written with {where} = {theirs}, this run has {ours}")
+        _check_same_keys(path, old, self.run, ("precision", "distributed_optimizer", "projector"))
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints below a `checkpoints` folder, oldest first."""
     found = [p for p in folder.glob("step_*") if _STEP.fullmatch(p.name) and (p / files.MANIFEST).exists()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def check_trained_with(path: Path, run: RunConfig, base_hash: str) -> None:
+    """Check that a step's adapters are what a run's config says, on the same base. Raises CheckpointError with both
+    values: where only the meaning of the tensors differs, loading them would not show it."""
+    files.read_manifest(path)
+    if not (path / "state.json").is_file():
+        raise files.CheckpointError(f"{path} is no step of a run: it has no state.json")
+    try:
+        trained_on = json.loads((path / "state.json").read_text())["base_hash"]
+    except (ValueError, KeyError) as error:
+        raise files.CheckpointError(f"{path / 'state.json'} does not say what the run was trained on") from error
+    if trained_on != base_hash:
+        raise files.CheckpointError(
+            f"{path} was trained on a base with hash {trained_on}; {run.model.base} has {base_hash}"
+        )
+    _check_same_keys(path, run_config.load(path / "config.yaml"), run, ("projector",))
 
 
 def load_weights(model: DistributedDataParallel | Any, path: Path) -> None:
@@ -227,6 +254,25 @@ def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
         same = math.isclose(ours, theirs, rel_tol=1e-6) if key == "alpha" else ours == theirs
         if not same:
             raise files.CheckpointError(f"{path} was made with adapter.{key} = {theirs}, this run has {ours}")
+
+
+def _check_same_keys(path: Path, old: RunConfig, new: RunConfig, train_keys: tuple[str, ...]) -> None:
+    for section, keys in (("adapter", _ADAPTER_KEYS), ("train", train_keys)):
+        for key in keys:
+            ours, theirs = getattr(getattr(new, section), key), getattr(getattr(old, section), key)
+            if ours != theirs:
+                raise files.CheckpointError(f"{path} was written with {section}.{key} = {theirs}, this run has {ours}")
+
+
+def _training_keys(run: RunConfig) -> dict[str, Any]:
+    """{"section.key": value} of what training depends on, the schedule's end resolved."""
+    sections = {"adapter": run.adapter, "train": run.train, "data": run.data}
+    keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
+    keys["train.schedule_steps"] = run.train.schedule_steps or run.train.steps
+    if run.train.schedule == "constant":
+        del keys["train.schedule_steps"]
+    del keys["train.steps"], keys["data.validation"]
+    return keys
 
 
 def _stored_weights(path: Path) -> set[str]:

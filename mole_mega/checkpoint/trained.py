@@ -12,7 +12,14 @@ import torch
 from mole_mega import config
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import MODEL_JSON, load_base, model_entries, read_size
-from mole_mega.checkpoint.store import ADAPTER_FILE, complete_checkpoints, load_weights, read_adapter, warm_start
+from mole_mega.checkpoint.store import (
+    ADAPTER_FILE,
+    LATEST,
+    complete_checkpoints,
+    load_weights,
+    read_adapter,
+    warm_start,
+)
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from mole_mega.models.llava import LLaVA
@@ -42,6 +49,8 @@ def find_trained(path: Path, base: Path | None = None) -> Trained:
 
     Raises ConfigError when the path is none of these, or the base is not the one that the run was trained on.
     """
+    if path.name == LATEST and path.is_file():
+        path = path.parent / path.read_text().strip()
     if (path / MODEL_JSON).is_file():
         if base is not None:
             raise ConfigError(f"{path} is a base itself; another base cannot be given")

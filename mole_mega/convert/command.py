@@ -92,6 +92,7 @@ def _add_parts(command: argparse.ArgumentParser) -> None:
 def _hf_to_megatron(args: argparse.Namespace) -> None:
     from mole_mega.checkpoint.trained import find_trained
     from mole_mega.convert.folders import find_counterpart
+    from mole_mega.convert.hf_export import missing_files
     from mole_mega.convert.hf_import import import_hf
 
     with _proved(args.out) as unproved:
@@ -105,6 +106,8 @@ def _hf_to_megatron(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
         trained = find_trained(unproved)
+        for warning in missing_files(unproved):
+            print(f"warning: {warning}", file=sys.stderr)
         _prove(args, trained, lambda: find_counterpart(trained, args.hf, args.vision_tower, args.projector))
     print(f"wrote {args.out}, hash {base_hash}")
 
@@ -135,8 +138,8 @@ def _megatron_to_hf(args: argparse.Namespace) -> None:
         if exported.merge is not None:
             overall = exported.merge["overall"]
             print(
-                f"merged: {overall['survived']:.4%} of the change (by norm) outlived the cast to the base's dtype; "
-                f"{overall['unchanged']:.2%} of the changed numbers are as before"
+                f"merged: the change that the base's dtype took has {overall['survived']:.4g} of the norm of the "
+                f"trained one; {overall['unchanged']:.2%} of the numbers that this changes stayed as they were"
             )
         _prove(args, trained, lambda: find_counterpart(trained, unproved))
     print(f"wrote {args.out}")
@@ -173,8 +176,14 @@ def _peft_to_megatron(args: argparse.Namespace) -> None:
 
 def _settings(adapter: Any, out: Path) -> str:
     """What a run's config has to say to start from converted adapters."""
-    keys = ("method", "num_experts", "rank", "alpha") if adapter.method == "mole" else ("method", "rank", "alpha")
-    return " ".join([f"checkpoint.init_from={out}", *(f"adapter.{key}={getattr(adapter, key)}" for key in keys)])
+    keys = ["method", "rank", "alpha", "attention", "layers"]
+    if adapter.method == "mole":
+        keys += ["num_experts", "gate", "router_bias"]
+    values = {key: getattr(adapter, key) for key in keys}
+    if adapter.layers != "all":
+        values["layers"] = f"[{','.join(map(str, adapter.layers))}]"
+    settings = [f"adapter.{key}={str(value).lower()}" for key, value in values.items()]
+    return " ".join([f"checkpoint.init_from={out}", *settings])
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -212,6 +221,9 @@ def _proved(out: Path) -> Iterator[Path]:
     stays as `out.failed`; what a killed one has, under a name that nobody takes for a result."""
     if out.exists():
         raise ConfigError(f"{out} exists; choose another folder or remove it")
+    for folder in out.absolute().parents:
+        if (folder / "manifest.json").is_file():
+            raise ConfigError(f"{out} lies in the checkpoint {folder}, which must stay as it is; choose another folder")
     unproved, failed = out.with_name(f".{out.name}.unproved"), out.with_name(f"{out.name}.failed")
     shutil.rmtree(unproved, ignore_errors=True)
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 import torch
 
 from mole_mega.checkpoint.stream import LazyTensor
-from mole_mega.checkpoint.trained import Trained
+from mole_mega.checkpoint.trained import Trained, find_trained
 from mole_mega.config import ConfigError
 from mole_mega.convert import llava_hf, peft
 from mole_mega.convert.hf_export import BaseTensors, llava_tensors, merged_tensors
-from mole_mega.convert.hf_files import CONFIG, HfTensors, open_shard, open_shards, open_tensors, read_json
+from mole_mega.convert.hf_files import CONFIG, HfTensors, extra_files, open_shard, open_shards, open_tensors, read_json
 from mole_mega.convert.hf_sources import open_source
 from mole_mega.convert.llava_config import llava_config
 from mole_mega.convert.mole_folder import MODELING_FILE, mole_tensors
 from mole_mega.convert.peft_import import table_name
+from mole_mega.convert.serving import write_serving_files
 
 Tensors = Mapping[str, LazyTensor]
 
@@ -27,11 +29,15 @@ Tensors = Mapping[str, LazyTensor]
 @dataclass(frozen=True)
 class Counterpart:
     """`tensors`: {part: (expected, found)}; `models`: {name: (the one expert that it runs, or None; its loader)}. Names
-    are empty where there is one. `rounded`: its weights are sums, rounded to a dtype of so large an epsilon."""
+    are empty where there is one. `files`: {name: (expected, found)} beside the weights. `cast`: what the base was asked
+    to hold in another dtype, as it came. `rounded`: the model of that name has sums for weights, rounded to a dtype of
+    so large an epsilon."""
 
     tensors: dict[str, tuple[Tensors, Tensors]]
     models: Mapping[str, tuple[int | None, Callable[[], Any]]]
-    rounded: float = 0.0
+    files: Mapping[str, tuple[bytes | None, bytes | None]] = field(default_factory=dict)
+    cast: Mapping[str, LazyTensor] = field(default_factory=dict)
+    rounded: Mapping[str, float] = field(default_factory=dict)
 
 
 def find_counterpart(
@@ -77,7 +83,16 @@ def _of_base(trained: Trained, folder: Path, vision_tower: Path | None, projecto
         # transformers needs more rows than the source has, where the image token is behind its vocabulary
         theirs = {name: tensor for name, tensor in found.items() if name not in (llava_hf.EMBEDDING, llava_hf.OUTPUT)}
         load = partial(_assemble, trained, llava_tensors(trained) | theirs)
-    return Counterpart({"": (expected, found)}, {"": (None, load)})
+    cast = {
+        name: _of_folder(opened.tensors, name)
+        for name, tensor in found.items()
+        if tensor.dtype != opened.tensors.dtype(name)
+    }
+    files: Mapping[str, tuple[bytes | None, bytes | None]] = {}
+    if is_whole and base.source is not None:
+        came_whole = base.source.kind == "llava_hf"
+        files = _compare_files(base.base if came_whole else _serving_files(trained), folder)
+    return Counterpart({"": (expected, found)}, {"": (None, load)}, files, cast)
 
 
 def _parts_of(
@@ -95,12 +110,22 @@ def _parts_of(
 
 
 def _of_merged(trained: Trained, folder: Path) -> Counterpart:
+    if trained.adapter is not None and trained.adapter.method == "mole" and trained.adapter.num_experts > 1:
+        raise ConfigError(
+            f"{folder} is a plain LLaVA: {trained.step} has {trained.adapter.num_experts} experts a layer, which no "
+            "one weight holds"
+        )
     expected, opened = merged_tensors(trained), open_tensors(folder)
     found = {name: _of_folder(opened, name) for name in opened}
+    models: dict[str, tuple[int | None, Callable[[], Any]]] = {
+        "": (None, partial(_load_whole, folder, _widest(expected.values())))
+    }
     # sums in fp32 are no more rounded than what our model adds up
     epsilons = [torch.finfo(tensor.dtype).eps for tensor in expected.values() if tensor.dtype != torch.float32]
-    models = {"": (None, partial(_load_whole, folder, _widest(expected.values())))}
-    return Counterpart({"": (expected, found)}, models, rounded=max(epsilons, default=0.0))
+    if epsilons:  # the sums must be right before they are rounded: rounded ones would hide a small mistake
+        models["not rounded"] = None, partial(_assemble, trained, merged_tensors(trained, torch.float32))
+    files = _compare_files(_serving_files(trained), folder)
+    return Counterpart({"": (expected, found)}, models, files, rounded={"": max(epsilons, default=0.0)})
 
 
 def _of_mole(trained: Trained, folder: Path) -> Counterpart:
@@ -110,13 +135,13 @@ def _of_mole(trained: Trained, folder: Path) -> Counterpart:
     expected = mole_tensors(trained, with_base=reference is None)
     # its config may have the base rounded to the run's precision; routers are in fp32 in any case
     dtype = _widest(tensor for name, tensor in mole_tensors(trained).items() if ".router." not in name)
-    return Counterpart({"": (expected, _raw(folder))}, {"": (None, partial(_load_mole, folder, dtype))})
+    files = _compare_files(_serving_files(trained), folder)
+    return Counterpart({"": (expected, _raw(folder))}, {"": (None, partial(_load_mole, folder, dtype))}, files)
 
 
 def _of_peft(trained: Trained, folder: Path) -> Counterpart:
     if not (folder / peft.MOLE_JSON).is_file():
-        only = peft.adapter_tensors(trained), _raw_file(folder / peft.ADAPTER_WEIGHTS)
-        return Counterpart({"": only}, {"": (None, partial(_load_peft, trained, folder))})
+        return adapters_counterpart(trained, [folder])
     assert trained.adapter is not None
     parts: dict[str, tuple[Tensors, Tensors]] = {}
     models: dict[str, tuple[int | None, Callable[[], Any]]] = {}
@@ -151,6 +176,22 @@ def adapters_counterpart(trained: Trained, folders: Sequence[Path], filled: Coll
         if found.keys() == stored.keys():  # an adapter of a decoder alone does not load on a LLaVA
             models[name] = None if num_experts == 1 else expert, partial(_load_peft, trained, folder)
     return Counterpart(parts, models)
+
+
+def _serving_files(trained: Trained) -> dict[str, bytes]:
+    """What an export of a model trained on this base carries beside weights and config."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_serving_files(trained.base, trained.size, Path(scratch))
+        return {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
+
+
+def _compare_files(expected: Path | dict[str, bytes], folder: Path) -> dict[str, tuple[bytes | None, bytes | None]]:
+    """(expected, found) of every file that a base or an export carries along."""
+    if isinstance(expected, Path):
+        expected = {path.name: path.read_bytes() for path in extra_files(expected)}
+    found = {path.name: path.read_bytes() for path in extra_files(folder)}
+    names = (expected.keys() | found.keys()) - ({CONFIG} - expected.keys())  # an export's own config is in its proof
+    return {name: (expected.get(name), found.get(name)) for name in sorted(names)}
 
 
 def is_our_code(folder: Path) -> bool:
@@ -196,23 +237,59 @@ def _load_mole(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _load(kind: Any, folder: Path | None, **options: Any) -> Any:
+    """By transformers, everything in its place. Raises ConfigError, one line, for whatever is not."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    loaded = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    where = folder or "the folder"
+    try:
+        loaded = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # what a broken folder makes the libraries raise is anything
+        raise ConfigError(f"transformers cannot load {where}: {' '.join(str(error).split())[:300]}") from error
     model, info = loaded
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
-        raise ConfigError(f"transformers' model and {folder or 'the folder'} differ in {wrong[0]}")
+        raise ConfigError(f"transformers' model and {where} differ in {wrong[0]}")
     return model.eval()
 
 
-def _load_peft(trained: Trained, folder: Path) -> Any:
-    from peft import PeftModel
+def load_exported(folder: Path, dtype: torch.dtype | str = "auto", *, trust_remote_code: bool = False) -> Any:
+    """A LLaVA's folder, ours or any other. Code in it runs if it is our own, or trusted. Raises ConfigError."""
+    from transformers import AutoModelForImageTextToText
 
+    trust = trust_remote_code or is_our_code(folder)
+    if not trust and "auto_map" in read_json(folder / CONFIG):
+        raise ConfigError(f"{folder} brings code that is not ours; it runs with --trust-remote-code only")
+    return _load(AutoModelForImageTextToText, folder, dtype=dtype, trust_remote_code=trust)
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """A PEFT adapter onto its model. Raises ConfigError when a tensor of either side has no partner."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    stored = _raw_file(folder / peft.ADAPTER_WEIGHTS).keys()
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # as above
+        raise ConfigError(f"PEFT cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    different = sorted(stored ^ get_peft_model_state_dict(adapted).keys())
+    if different:
+        raise ConfigError(f"PEFT's model and {folder} differ in {different[0]}")
+    return adapted.eval()
+
+
+def load_base(base: Path) -> Any:
+    """Our base as transformers' LLaVA."""
+    trained = find_trained(base)
+    return _assemble(trained, llava_tensors(trained))
+
+
+def _load_peft(trained: Trained, folder: Path) -> Any:
     model = _assemble(trained, llava_tensors(trained))
     model.model.multi_modal_projector.float()  # the adapter's own would be rounded to the dtype of the base's
-    return PeftModel.from_pretrained(model, folder).eval()
+    return load_adapter(model, folder)
 
 
 def _assemble(trained: Trained, tensors: Tensors) -> Any:

@@ -79,7 +79,10 @@ def export_llava(trained: Trained, out: Path) -> Exported:
     placed, tensors = _whole_model(base)
     with new_folder(out) as folder:
         _write_tensors(base, placed, tensors, folder)
-        copy_files([path for path in extra_files(base.base) if path.name != CONFIG], folder)
+        if base.source is None or base.source.kind == "llava_hf":
+            copy_files([path for path in extra_files(base.base) if path.name != CONFIG], folder)
+        else:  # a tower's processor knows of no text
+            write_serving_files(base.base, base.size, folder)
         _write_json(folder / CONFIG, _config(base))
     return Exported((*missing_files(trained.base), *_more_rows(trained.size)))
 
@@ -107,10 +110,11 @@ def export_merged(trained: Trained, out: Path) -> Exported:
     return Exported((*missing_files(trained.base), *_more_rows(trained.size)), report.to_dict())
 
 
-def merged_tensors(trained: Trained) -> dict[str, LazyTensor]:
-    """What `export_merged` writes, by the table's names. Raises ConfigError as it does."""
+def merged_tensors(trained: Trained, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
+    """What `export_merged` writes, by the table's names, or the same sums cast to `dtype`. Raises ConfigError as it
+    does."""
     check_one_expert(trained)
-    _, tensors = _merged_model(BaseTensors(trained.base, trained.size), trained, MergeReport())
+    _, tensors = _merged_model(BaseTensors(trained.base, trained.size), trained, MergeReport(), dtype)
     return tensors
 
 
@@ -134,7 +138,7 @@ def check_one_expert(trained: Trained) -> None:
 def missing_files(base: Path) -> tuple[str, ...]:
     """A line for each kind of file that users of the model will look for and the base does not have."""
     return tuple(
-        f"{base} has no {kind} ({' or '.join(names)}): the export has none either"
+        f"there is no {kind} ({' or '.join(names)}): nobody can train from, or ask, what is written without one"
         for kind, names in (("tokenizer", _TOKENIZER), ("image processor", PROCESSOR_FILES))
         if not any((base / name).is_file() for name in names)
     )
@@ -246,11 +250,11 @@ def _survival(moved: float, asked: float, unchanged: int, changed: int) -> dict[
 
 
 def _merged_model(
-    base: BaseTensors, trained: Trained, report: MergeReport
+    base: BaseTensors, trained: Trained, report: MergeReport, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Stored], dict[str, LazyTensor]]:
     """`_whole_model` of a base with what a run trained on it."""
     placed, tensors = _whole_model(base)
-    return placed, tensors | _with_all_rows(dict(_merged(base, trained, report)), trained.size)
+    return placed, tensors | _with_all_rows(dict(_merged(base, trained, report, dtype)), trained.size)
 
 
 def _whole_model(base: BaseTensors) -> tuple[dict[str, Stored], dict[str, LazyTensor]]:
@@ -299,7 +303,9 @@ def _with_rows(table: LazyTensor, num_rows: int) -> LazyTensor:
     return LazyTensor((num_rows, *table.shape[1:]), table.dtype, read)
 
 
-def _merged(base: BaseTensors, trained: Trained, report: MergeReport) -> Iterator[tuple[str, LazyTensor]]:
+def _merged(
+    base: BaseTensors, trained: Trained, report: MergeReport, dtype: torch.dtype | None
+) -> Iterator[tuple[str, LazyTensor]]:
     """(table name, the tensor with what was trained) for every tensor that training changes."""
     assert trained.step is not None
     adapter, step = trained.run.adapter, StoredTensors(trained.step)
@@ -322,22 +328,26 @@ def _merged(base: BaseTensors, trained: Trained, report: MergeReport) -> Iterato
 
     for module in factors:
         name = f"{module}.weight"
-        yield name, _changed(name, base.lazy(name), functools.partial(lora_delta, module), report)
+        yield name, _changed(name, base.lazy(name), functools.partial(lora_delta, module), report, dtype)
     for name, ours in trained_projector(step).items():
-        yield name, _changed(name, base.lazy(name), functools.partial(projector_delta, name, ours), report)
+        yield name, _changed(name, base.lazy(name), functools.partial(projector_delta, name, ours), report, dtype)
 
 
-def _changed(name: str, weight: LazyTensor, delta: Callable[[], torch.Tensor], report: MergeReport) -> LazyTensor:
+def _changed(
+    name: str, weight: LazyTensor, delta: Callable[[], torch.Tensor], report: MergeReport, dtype: torch.dtype | None
+) -> LazyTensor:
+    dtype = dtype or weight.dtype
+
     def read() -> torch.Tensor:
         before, change = weight.read().float(), delta()
-        after = (before + change).to(weight.dtype)
+        after = (before + change).to(dtype)
         moved = after.float() - before
         if not math.isfinite(_norm(moved)):  # one pass that sees every entry
-            raise ConfigError(f"{name} with its adapters is not finite in {weight.dtype}")
+            raise ConfigError(f"{name} with its adapters is not finite in {dtype}")
         report.add(name, change, moved)
         return after
 
-    return LazyTensor(weight.shape, weight.dtype, read)
+    return LazyTensor(weight.shape, dtype, read)
 
 
 def _write_tensors(

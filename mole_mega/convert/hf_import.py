@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Literal
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from mole_mega.checkpoint.base import write_base
 from mole_mega.checkpoint.files import CheckpointError
@@ -60,6 +62,8 @@ def import_hf(
     opened = open_source(hf_dir, vision_tower, projector, seed)
     if opened.kind == "llava_hf" and image_token != IMAGE_TOKEN:
         raise ConfigError(f"{hf_dir / CONFIG} says which token is the image's; {image_token!r} cannot be given")
+    if opened.kind == "llava_hf":
+        _check_image_token(hf_dir, opened.size)
     check_names(hf_dir, opened.tensors, opened.size)
     check_shapes(opened.tensors, opened.size)
     precision = None if dtype is None else DTYPES[dtype]
@@ -73,6 +77,20 @@ def import_hf(
         opened.source().write(scratch)
         files = [*files, scratch / SOURCE_FILE, *_write_unused(scratch, opened.tensors, size, precision)]
         return write_base(size, pending_tensors(opened.tensors, size, precision), out, files)
+
+
+def _check_image_token(hf_dir: Path, size: LlavaSize) -> None:
+    """The config and the tokenizer must mean the same token, or a server puts images where the model sees text."""
+    token_id, vocab_size = size.image_token_id, size.language.vocab_size
+    if token_id >= vocab_size:
+        raise ConfigError(f"{hf_dir / CONFIG}: image_token_index {token_id} is behind the vocabulary of {vocab_size}")
+    path, known = hf_dir / "tokenizer.json", None
+    with contextlib.suppress(Exception):  # none, or a broken one: training will say so
+        known = Tokenizer.from_file(str(path)).token_to_id(IMAGE_TOKEN)
+    if known not in (None, token_id):
+        raise ConfigError(
+            f"{hf_dir / CONFIG}: image_token_index is {token_id}, {path.name} has {IMAGE_TOKEN} as {known}"
+        )
 
 
 def check_names(hf_dir: Path, tensors: HfTensors, size: LlavaSize) -> None:
@@ -146,3 +164,5 @@ def _in_precision(tensor: torch.Tensor, precision: torch.dtype | None) -> torch.
 def _say_passed_over(opened: Opened, vision_tower: Path | None) -> None:
     if opened.num_passed_over:
         print(f"passed over {opened.num_passed_over} tensors of {vision_tower} that read text", file=sys.stderr)
+    if opened.fresh_projector:
+        print("the projector starts fresh, from --seed: no --projector was given", file=sys.stderr)

@@ -34,6 +34,8 @@ def export_mole(trained: Trained, out: Path, base_reference: str | None = None) 
     if trained.adapter is None:
         raise ConfigError(f"{trained.base} is a base: it has no adapters to export")
     tensors = mole_tensors(trained, with_base=base_reference is None)
+    if base_reference is not None and Path(base_reference).is_dir():
+        base_reference = str(Path(base_reference).resolve())  # it is loaded from any folder
     config = _config(trained, trained.adapter, base_reference)
     with new_folder(out) as folder:
         write_tensors(folder, tensors)
@@ -55,6 +57,8 @@ def mole_tensors(trained: Trained, *, with_base: bool = True) -> dict[str, LazyT
     step = StoredTensors(trained.step)
     names = trained_projector(step)
     for row in adapter_rows(trained.adapter, trained.size):
+        if row.ours not in step:
+            raise ConfigError(f"{trained.step} does not hold {row.ours}: train a run from it first")
         names[f"{row.module}.{_SUFFIXES[row.kind]}"] = row.ours
     return tensors | {name: _lazy(step, ours) for name, ours in names.items()}
 

@@ -38,12 +38,18 @@ _PAD_TO = 8
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table: what was compared, how much of it, what came out, and whether it is equal."""
+    """One row of the table: what was compared, how much of it, what came out, and whether it is equal. `is_note` marks
+    a row that says what was asked for and compares nothing."""
 
     what: str
     compared: str
     found: str
     equal: bool
+    is_note: bool = False
+
+    @property
+    def verdict(self) -> str:
+        return "noted" if self.is_note else "equal" if self.equal else "DIFFERS"
 
 
 def verify(
@@ -78,7 +84,7 @@ def verify(
         checks.append(_check_layout(model, trained))
     for answer in theirs.answers:
         ours = probe.ask_megatron(model, asked, answer.expert)
-        checks.append(_check_logits(answer, ours.logits, max(limit, _ROUNDINGS * theirs.rounded)))
+        checks.append(_check_logits(answer, ours.logits, max(limit, _ROUNDINGS * theirs.rounded.get(answer.name, 0.0))))
         if answer.choices is not None:
             checks.append(_check_choices(answer.choices, ours.choices, asked.mask))
     return checks
@@ -87,7 +93,7 @@ def verify(
 def table(checks: list[Check]) -> str:
     """The rows for people."""
     head = ("check", "compared", "found", "")
-    rows = [head, *((c.what, c.compared, c.found, "equal" if c.equal else "DIFFERS") for c in checks)]
+    rows = [head, *((c.what, c.compared, c.found, c.verdict) for c in checks)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -108,13 +114,16 @@ class _TheirAnswer:
 class _Theirs:
     checks: list[Check]
     answers: list[_TheirAnswer]
-    rounded: float
+    rounded: Mapping[str, float]
 
 
 def _ask_them(counterpart: Counterpart, asked: probe.Probe) -> _Theirs:
     checks = []
     for name, (expected, found) in counterpart.tensors.items():
         checks += compare_tensors(name, expected, found)
+    checks += _note_cast(counterpart)
+    if counterpart.files:
+        checks.append(_check_files(counterpart.files))
     # a model of other names or shapes does not load: the rows so far say what is wrong
     is_whole = all(_shapes(expected) == _shapes(found) for expected, found in counterpart.tensors.values())
     answers = []
@@ -144,6 +153,26 @@ def compare_tensors(name: str, expected: Mapping[str, LazyTensor], found: Mappin
     size = sum(found[key].num_bytes for key in both)
     said = [f"{len(different)} differ, first {different[0]}"] if different else ["identical bytes"]
     return [names, Check(f"{label}tensors", f"{len(both):,} tensors, {size / 1e9:.3g} GB", said[0], not different)]
+
+
+def _note_cast(counterpart: Counterpart) -> list[Check]:
+    """An import may be asked for another dtype. The rows compare what came of it; this one says what it cost."""
+    found = {name: tensor for _, part in counterpart.tensors.values() for name, tensor in part.items()}
+    rounded, total, dtypes = 0, 0, set()
+    for name, source in counterpart.cast.items():
+        before, dtype = source.read(), found[name].dtype
+        rounded += int((before.to(dtype).to(before.dtype) != before).sum())
+        total += before.numel()
+        dtypes.add(f"{str(before.dtype).removeprefix('torch.')} to {str(dtype).removeprefix('torch.')}")
+    compared = f"{len(counterpart.cast):,} tensors cast, {', '.join(sorted(dtypes))}"
+    note = Check("cast", compared, f"{rounded:,} of {total:,} numbers rounded", equal=True, is_note=True)
+    return [note] if rounded else []
+
+
+def _check_files(files: Mapping[str, tuple[bytes | None, bytes | None]]) -> Check:
+    different = [name for name, (expected, found) in files.items() if expected != found]
+    found = f"{len(different)} differ, first {different[0]}" if different else "identical bytes"
+    return Check("files", f"{len(files)} beside the weights", found, not different)
 
 
 def _shapes(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ...]]:

@@ -51,7 +51,8 @@ class Encoder:
     """Turns conversations into tokens with a tokenizer's chat template.
 
     The tokenizer's own template is used if it takes plain text and marks the answers with their stop token as
-    generated; many LLaVA bases carry one that does not, then VICUNA_CHAT_TEMPLATE is used. `chat_template` tells which.
+    generated; many LLaVA bases carry one that does not, then VICUNA_CHAT_TEMPLATE is used. `chat_template` is the
+    one in use, `prompts` says for people which it is and why.
     Raises ConfigError for a tokenizer without a fast implementation or without an end-of-sequence token.
     """
 
@@ -83,10 +84,10 @@ class Encoder:
         self._special_ids = {*added, *self._tokenizer.all_special_ids}
         self._controls = sorted({*added.values(), *self._tokenizer.all_special_tokens} - {image_token})
         self.image_token_id, self.places_per_image, self.max_length = image_token_id, places_per_image, max_length
-        self.chat_template = VICUNA_CHAT_TEMPLATE
         own = self._tokenizer.chat_template
-        if isinstance(own, str) and self._fits(own):
-            self.chat_template = own
+        misfit = self._misfit(own)
+        self.chat_template = VICUNA_CHAT_TEMPLATE if misfit else own
+        self.prompts = f"Vicuna v1; {misfit}" if misfit else "the base's own template"
 
     def encode(self, sample: Sample) -> Example:
         """Tokens and labels of one conversation. Raises BadSample: too long, nothing to learn, control tokens in the
@@ -169,18 +170,25 @@ class Encoder:
         tokens = torch.where(is_image, self.image_token_id, ids_t).repeat_interleave(repeats)
         return tokens, torch.tensor(mask, dtype=torch.bool).repeat_interleave(repeats)
 
-    def _fits(self, template: str) -> bool:
-        """Whether a template shows plain-text messages and marks each answer, with a stop token, as generated."""
+    def _misfit(self, template: Any) -> str:
+        """Why a template cannot be used: it has to show plain-text messages and to mark each answer, with a stop token,
+        as generated. Empty when it does."""
         probe = tuple((role, f"probe{turn}") for turn, role in enumerate(("user", "assistant") * 2))
+        if not isinstance(template, str):  # none, or several by name
+            return "the base has no template of its own" if not template else "the base has more than one template"
         if "generation" not in template:
-            return False
+            return "the base's own template does not mark its answers"
         try:
             text = self._tokenizer.apply_chat_template(_as_chat(probe), chat_template=template, tokenize=False)
             ids, mask = self._tokens_and_mask(probe, template)
         except (TemplateError, TypeError):  # made for content of another form, such as lists of parts
-            return False
+            return "the base's own template does not take plain text"
+        if not all(word in text for _, word in probe):
+            return "the base's own template does not take plain text"
+        if _count_runs(mask) != 2:
+            return "the base's own template does not mark its answers"
         stops = sum(bool(m) and token in self._special_ids for token, m in zip(ids, mask, strict=True))
-        return all(word in text for _, word in probe) and _count_runs(mask) == 2 and stops >= 2
+        return "" if stops >= 2 else "the base's own template marks no stop token as part of its answers"
 
 
 def _as_chat(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Sequence
 
 from mole_mega.errors import ExitCode
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
-    """Run `python -m module` as `nproc` processes under torchrun on this host; returns the first failure's code."""
+    """Run `python -m module` as `nproc` processes under torchrun on this host; returns the first failure's code, or
+    what a signal to the launcher stands for."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
@@ -22,8 +24,8 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
         run(get_args_parser().parse_args(args))
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
-    except SignalException:
-        return (
-            ExitCode.STOPPED_ON_SIGNAL
-        )  # the launcher has passed the signal on, and the processes have saved and stopped
+    except SignalException as error:
+        # The launcher has passed the signal on. Only on SIGTERM do the processes save before they stop; any other ends
+        # them where they are, and the code is the shell's: 130 (INTERRUPTED) for Ctrl-C.
+        return ExitCode.STOPPED_ON_SIGNAL if error.sigval == signal.SIGTERM else 128 + error.sigval
     return ExitCode.DONE

@@ -21,6 +21,7 @@ from mole_mega.checkpoint.base import load_base, read_size
 from mole_mega.checkpoint.store import (
     CheckpointStore,
     RunState,
+    check_trained_with,
     complete_checkpoints,
     load_weights,
     trainable_entries,
@@ -97,6 +98,8 @@ def evaluate_checkpoint(run: RunConfig, parallel: Parallel, checkpoint: Path | N
     """`evaluation_row` of a checkpoint, or of the base alone, on the first samples of `data.validation`."""
     base = Path(run.model.base)
     size = read_size(base)
+    if checkpoint is not None:
+        check_trained_with(checkpoint, run, files.folder_hash(base))
     loader = build_run_loader(run, size, parallel)
     model = LLaVA(run, size, parallel, adapters=checkpoint is not None)
     load_base(model, base)
@@ -161,10 +164,17 @@ class Trainer:
                     self._save()
                 throughput.restart()
             if stop and step < run.train.steps:
-                self._say(f"stopped on a signal after step {step}, saved: run the same command again to go on")
+                left = "saved" if saved == step else f"skipped; last good checkpoint: {self.store.latest() or 'none'}"
+                self._say(f"stopped on a signal after step {step}, {left}: run the same command again to go on")
                 code = ExitCode.STOPPED_ON_SIGNAL
                 break
-        if code == ExitCode.DONE:
+        if code == ExitCode.DONE and self.state.bad_steps_in_row:
+            self._say(
+                f"stopped after step {self.state.step}, not saved: the last {self.state.bad_steps_in_row} steps had a "
+                f"loss or gradient that is not finite. Last good checkpoint: {self.store.latest() or 'none'}"
+            )
+            code = ExitCode.STOPPED_ITSELF
+        elif code == ExitCode.DONE:
             self._say(f"done: {self.state.step} steps, last checkpoint at step {saved} in {self.store.folder}")
         self._say_skipped_samples()
         self._say(f"peak memory of rank 0: {peak_memory_bytes() / 2**20:.0f} MiB")
@@ -212,6 +222,8 @@ class Trainer:
                     f"{self.base_hash}"
                 )
             self._say(f"going on after step {state.step} from {latest}")
+            if changes := self.store.changes_since(latest):
+                self._say(f"changed since {latest.name}: {', '.join(changes)}")
             return state
         if self.run.checkpoint.init_from:
             source = Path(self.run.checkpoint.init_from)
@@ -231,13 +243,16 @@ class Trainer:
         self._say(f"saved {path}")
 
     def _open_logs(self) -> tuple[MetricsFile | None, Board | None]:
-        if not self.parallel.is_main:
-            return None, None
-        folder = Path(self.run.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(run_config.dump(self.run))
-        board = Board(folder / "tensorboard", self.state.step) if self.run.monitor.tensorboard else None
-        return MetricsFile(folder / "metrics.jsonl", self.state.step), board
+        folder, metrics, board = Path(self.run.run_dir), None, None
+        with files.shared_disk_errors("writing", folder):
+            if self.parallel.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                if self.state.step < self.run.train.steps:  # else it says what the finished run was trained with
+                    (folder / "config.yaml").write_text(run_config.dump(self.run))
+                if self.run.monitor.tensorboard:
+                    board = Board(folder / "tensorboard", self.state.step)
+                metrics = MetricsFile(folder / "metrics.jsonl", self.state.step)
+        return metrics, board
 
     def _log(self, row: Row, metrics: MetricsFile | None, board: Board | None) -> None:
         if metrics is not None:
@@ -260,6 +275,7 @@ class Trainer:
             f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
             f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
+        self._say(f"prompts: {self.loader.encoder.prompts}")
 
     def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:
         """Raise CheckFailedError unless a gradient reached everything that it should reach: at the first step, and the

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -17,11 +18,13 @@ import safetensors.torch
 import torch
 from commands import limit_file_size, read_checkpoint, read_rows
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.store import complete_checkpoints
+from mole_mega.platform.launch import launch
 
-INPUT_ERROR, CHECK_FAILED, STOPPED_ITSELF = 2, 3, 4
+INPUT_ERROR, CHECK_FAILED, STOPPED_ITSELF, STOPPED_ON_SIGNAL, INTERRUPTED = 2, 3, 4, 75, 130
 
 
 def error_line(code, text):
@@ -293,6 +296,33 @@ def test_a_bad_step_is_skipped_counted_and_forgotten_after_a_good_one(write_run,
     assert [state["applied_steps"] for state in states] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_run_whose_last_steps_were_skipped_is_not_done_and_names_the_last_good_checkpoint(write_run, tmp_path, every):
+    run = write_run(train={"steps": 3, "max_bad_steps": 9}, checkpoint={"every": every})
+    code, text = commands.run([run], tmp_path / "log", prepare=partial(spoil_steps, (2, 3)))
+    assert code == STOPPED_ITSELF, text
+    assert "done" not in text
+    assert "stopped after step 3, not saved: the last 2 steps had a loss or gradient that is not finite" in text
+    last = f"{tmp_path}/run/checkpoints/step_1" if every else "none"
+    assert f"Last good checkpoint: {last}\n" in text
+    # without what spoilt them, the same command goes on
+    code, text = commands.run([run], tmp_path / "log")
+    assert code == 0, text
+    assert "done: 3 steps, last checkpoint at step 3" in text
+
+
+def test_a_signal_at_a_skipped_step_promises_no_checkpoint_of_it(write_run, tmp_path):
+    run = write_run(train={"steps": 3, "max_bad_steps": 9})
+    code, text = commands.run([run], tmp_path / "log", prepare=spoil_and_stop_at_the_first_step)
+    assert code == STOPPED_ON_SIGNAL, text
+    assert "stopped on a signal after step 1, skipped; last good checkpoint: none: run the same" in text
+
+
+def spoil_and_stop_at_the_first_step(rank):
+    spoil_steps((1,), rank)
+    commands.terminate_before_step(1, 0, rank)
+
+
 def spoil_steps(steps, rank):
     from mole_mega.data.loader import Loader
 
@@ -338,6 +368,57 @@ def test_a_mistake_is_one_line_and_nothing_is_started(write_run, tmp_path, mista
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def evaluate(trained, base, make_run, data, tmp_path_factory):
+    """evaluate(*arguments) scores the trained run's newest checkpoint: (code, text)."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    validation = [{"name": "text", "path": str(data / "text.json")}]
+    sources = {"sources": validation, "validation": validation}
+    run = make_run(folder, data=sources, validation={"samples": 2})
+
+    def run_it(*arguments):
+        return commands.run([run, f"run_dir={trained}", *arguments], folder / "log", module="mole_mega.evaluate")
+
+    return run_it
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "old"),
+    [
+        ("adapter.method", "lora", "mole"),
+        ("adapter.num_experts", 2, 4),
+        ("adapter.rank", 2, 4),
+        ("adapter.alpha", 16.0, 8.0),
+        ("adapter.gate", "none", "prob"),
+        ("adapter.router_bias", False, True),
+        ("adapter.attention", False, True),
+        ("adapter.layers", (0, 2), "all"),
+        ("train.projector", False, True),
+    ],
+)
+def test_a_checkpoint_is_not_scored_as_what_it_is_not(evaluate, key, value, old):
+    typed = {"(0, 2)": "[0, 2]"}.get(str(value), str(value))
+    line = error_line(*evaluate(f"{key}={typed}"))
+    assert f"step_2 was written with {key} = {old}, this run has {value}" in line
+
+
+def test_a_checkpoint_is_scored_on_its_own_base_alone(evaluate, base, trained, tmp_path):
+    code, text = evaluate()
+    assert code == 0, text
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    shutil.copyfile(base / "tokenizer.json", other / "added_tokens_copy.json")
+    seal(other)
+    line = error_line(*evaluate(f"model.base={other}"))
+    assert f"trained on a base with hash {files.folder_hash(base)}; {other} has {files.folder_hash(other)}" in line
+    assert f"{base} is no step of a run: it has no state.json" in error_line(*evaluate("--checkpoint", base))
+    assert "is not a complete checkpoint" in error_line(*evaluate("--checkpoint", trained))
+    # what a step's own parts say is not believed if they were altered
+    shutil.copytree(trained / "checkpoints/step_2", tmp_path / "step_2")
+    (tmp_path / "step_2/state.json").write_text("{")
+    assert "step_2/state.json does not say" in error_line(*evaluate("--checkpoint", tmp_path / "step_2"))
+
+
 def test_the_command_line_itself_says_one_line_and_exits_2(write_run):
     """The real command, which sees the mistake before it starts processes."""
     command = [Path(sys.executable).with_name("mole-mega"), "train", write_run(), "--nproc", "2", "train.step=3"]
@@ -359,3 +440,24 @@ def test_under_torchrun_an_error_that_all_ranks_meet_is_said_once(base, write_ru
     assert len(errors) == 1, result.stderr
     assert "was altered" in errors[0]
     assert "Traceback" not in result.stderr
+
+
+def test_under_torchrun_a_run_directory_that_one_rank_cannot_write_is_said_once(write_run):
+    """The real command line again: once training has begun, SIGTERM means to save, not to end."""
+    command = [Path(sys.executable).with_name("mole-mega"), "train", write_run(), "--nproc", "2", "run_dir=/proc/x"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == INPUT_ERROR, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: writing /proc/x failed: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, STOPPED_ON_SIGNAL), (signal.SIGINT, INTERRUPTED), (signal.SIGHUP, 128 + signal.SIGHUP)],
+)
+def test_only_a_signal_that_saves_ends_the_launcher_with_the_code_that_promises_it(monkeypatch, number, code):
+    def run(args):
+        raise SignalException("told to stop", number)
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    assert launch("mole_mega.train", [], 2) == code

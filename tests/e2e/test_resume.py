@@ -10,7 +10,7 @@ from commands import kill_before_step, read_checkpoint, read_rows, terminate_bef
 # as between layouts anywhere (DESIGN 6.1): what a tensor-parallel sum rounds differently, Adam magnifies
 # of a tensor's norm, and of any one weight
 WEIGHT_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-4, 1e-6
-KILLED, STOPPED_ON_SIGNAL = -9, 75
+INPUT_ERROR, KILLED, STOPPED_ON_SIGNAL = 2, -9, 75
 
 
 @pytest.fixture
@@ -87,6 +87,44 @@ def test_a_finished_run_that_is_started_again_does_nothing(train, tmp_path):
     assert "saved" not in text
     assert read_rows(tmp_path / "run") == rows
     assert (tmp_path / "run/checkpoints/step_2/manifest.json").read_bytes() == before
+
+
+def test_a_run_goes_on_only_with_the_adapters_that_it_began_with(train, tmp_path):
+    """What the tensors' shapes do not show, too; and a finished run keeps the config that it was trained with."""
+    sections = {"train": {"steps": 1}}
+    assert train("run", **sections)[0] == 0
+    config = (tmp_path / "run/config.yaml").read_bytes()
+    for key, value, old in (("rank", 8, 4), ("alpha", 16, 8.0), ("gate", "none", "prob")):
+        code, text = train("run", adapter={key: value}, **sections)
+        assert code == INPUT_ERROR, text
+        assert f"step_1 was written with adapter.{key} = {old}, this run has {value}" in text
+    code, text = train("run", train={"steps": 1, "lr": 1.0})
+    assert code == 0, text
+    assert (tmp_path / "run/config.yaml").read_bytes() == config
+
+
+def changed(text):
+    return [line for line in text.splitlines() if line.startswith("changed since")]
+
+
+def test_what_a_run_goes_on_with_otherwise_than_before_is_said(train, tmp_path, data):
+    first = {"steps": 1, "schedule_steps": 3}
+    assert train("run", train=first)[0] == 0
+    code, text = train("run", train=first | {"steps": 2}, monitor={"every": 2}, checkpoint={"keep": 3})
+    assert code == 0, text
+    assert changed(text) == []
+    code, text = train(
+        "run",
+        adapter={"balance_weight": 0.5},
+        train={"steps": 4, "lr": 0.001},
+        data={"sources": [{"name": "text", "path": str(data / "text.json")}]},
+    )
+    assert code == 0, text
+    assert changed(text) == [
+        "changed since step_2: adapter.balance_weight 0.01 -> 0.5, train.schedule_steps 3 -> 4 (follows train.steps, "
+        "which moves the learning rates), train.lr 0.003 -> 0.001, data.sources"
+    ]
+    assert "lr: 0.001" in (tmp_path / "run/config.yaml").read_text()
 
 
 def test_recompute_draws_the_dropout_that_the_first_pass_drew(train, tmp_path):

@@ -12,6 +12,8 @@ from mole_mega import config
 from mole_mega.checkpoint.store import trainable_entries
 from mole_mega.errors import CheckFailedError
 from mole_mega.models.llava import LLaVA
+from mole_mega.training import parity
+from mole_mega.training.parity import GRADIENT_TOLERANCE, WEIGHT_TOLERANCE
 from mole_mega.training.trainer import Trainer, describe_trainable
 
 CHECK_FAILED = 3
@@ -71,6 +73,15 @@ def test_the_trainable_set_is_said_whole_under_any_layout(write_run, tmp_path):
             assert f"trainable {group}: {numbers:,} numbers in {tensors} tensors\n" in text
         (tmp_path / "run/checkpoints/latest").unlink()
         (tmp_path / "run/checkpoints/step_1/manifest.json").unlink()
+
+
+def test_it_is_said_which_prompts_are_trained_on(make_trainer):
+    trainer = make_trainer()
+    trainer._announce()
+    assert "prompts: the base's own template\n" in trainer._out.getvalue()
+    trainer.loader.encoder.prompts = "Vicuna v1; why"
+    trainer._announce()
+    assert "prompts: Vicuna v1; why\n" in trainer._out.getvalue()
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -169,3 +180,39 @@ def test_the_projector_is_proved_at_the_first_step_with_an_image(make_trainer, d
     monkeypatch.undo()
     trainer._step(3)
     assert not trainer._unproved
+
+
+# --- how the proof that layouts agree measures ----------------------------------------------------------------------
+
+
+def compare(name, differs_by, hidden=64):
+    """The comparison of a record in which gradient `name`, a cancelling sum of norm 1e-3, is off by `differs_by`. The
+    router's weight sums the same terms uncancelled: its norm / sqrt(H) is 1."""
+    reference = {
+        "gradient/mlp.router.bias": torch.tensor([1e-3, 0.0]),
+        "gradient/mlp.router.weight": torch.ones(1, hidden),
+        "gradient/vision_projection.linear_fc1.bias": torch.tensor([1e-3, 0.0]),
+        "gradient/vision_projection.linear_fc1.weight": torch.ones(1, hidden),
+        "weight/mlp.router.bias": torch.tensor([1e-3, 0.0]),
+        "weight/mlp.router.weight": torch.ones(1, hidden),
+        "loss/0": torch.tensor([1.0]),
+    }
+    measured = {key: tensor.double() for key, tensor in reference.items()}
+    measured[name][0] += differs_by
+    return parity.compare(parity.Case("made", None, 2), reference, measured)
+
+
+def test_a_router_biass_gradient_is_measured_by_the_terms_that_cancel_in_it():
+    bias = "gradient/mlp.router.bias"
+    assert compare(bias, 0.9 * GRADIENT_TOLERANCE).equal
+    assert not compare(bias, 1.1 * GRADIENT_TOLERANCE).equal
+    # a sum that lacks a part, or counts one twice, is still far from equal
+    assert not compare(bias, 1e-3).equal
+    # whatever else there is has its own norm, in which 1e-5 of the weight's are a hundredth
+    assert not compare("gradient/vision_projection.linear_fc1.bias", 0.9 * GRADIENT_TOLERANCE).equal
+    assert not compare("weight/mlp.router.bias", 0.9 * WEIGHT_TOLERANCE).equal
+
+
+def test_the_table_of_layouts_says_what_equal_means():
+    lines = parity.table([compare("loss/0", 0.0)]).splitlines()
+    assert lines[-1].startswith("equal: at most 1e-05 from one process in loss and gradients, 1e-04 in weights")

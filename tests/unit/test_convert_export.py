@@ -168,7 +168,7 @@ def test_a_base_that_was_not_imported_loads_into_transformers(shape, base, paral
 def test_missing_tokenizer_and_processor_are_said_and_stop_nothing(base, tmp_path):
     exported = export_base(find_trained(base), tmp_path / "out")
     assert len(exported.warnings) == 2
-    assert all(str(base) in line and "\n" not in line for line in exported.warnings)
+    assert all("there is no" in line and "\n" not in line for line in exported.warnings)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mole_mega.checkpoint import base, stream
@@ -728,3 +730,14 @@ def test_conversion_runs_on_one_process(source, tmp_path, monkeypatch):
 def test_options_of_no_use_are_refused(options, message, source, tmp_path):
     with pytest.raises(ConfigError, match=message):
         import_hf(source, tmp_path / "base", **options)
+
+
+@pytest.mark.parametrize(("token", "says"), [(64, "is behind the vocabulary of 64"), (7, "has <image> as 5")])
+def test_an_image_token_that_the_tokenizer_or_the_vocabulary_does_not_have_is_refused(source, tmp_path, token, says):
+    folder = copy(source, tmp_path / "hf")
+    tokenizer = Tokenizer(WordLevel({str(number): number for number in range(5)} | {"<image>": 5}, unk_token="0"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    edit_config(folder, lambda config: config.update(image_token_index=token))
+    with pytest.raises(ConfigError, match=says):
+        import_hf(folder, tmp_path / "base")
+    assert not (tmp_path / "base").exists()

@@ -1,6 +1,7 @@
 """A proof is worth what it refuses: verify calls the same models equal, and names what is not."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from trained_llava import save_step, train
 
 from mole_mega.checkpoint.trained import Trained, build_trained, find_trained
 from mole_mega.config import AdapterConfig, ConfigError, ParallelConfig
-from mole_mega.convert import probe, rules, verify
+from mole_mega.convert import hf_export, probe, rules, verify
 from mole_mega.convert.folders import adapters_counterpart, find_counterpart
+from mole_mega.convert.hf_config import kind_of
 from mole_mega.convert.hf_export import export_base, export_llava, export_merged
 from mole_mega.convert.hf_import import import_hf
 from mole_mega.convert.mole_folder import MODELING_FILE, export_mole
@@ -157,7 +159,9 @@ def test_a_base_equals_what_it_was_made_of_and_what_it_is_written_to(kind, dtype
     export_llava(base, tmp_path / "llava")
     for folders in ([hf, *others], [tmp_path / "as it came"], [tmp_path / "llava"]):
         checks = compare(base, folders[0], alone, *folders[1:])
-        assert rows(checks) == ["names", "tensors", "logits"]
+        is_whole = (folders[0] / "config.json").is_file() and kind_of(folders[0] / "config.json") == "llava_hf"
+        expected = ["names", "tensors", *(["files"] if is_whole else []), "logits"]
+        assert [row for row in rows(checks) if row != "cast"] == expected
         assert not unequal(checks), folders
 
 
@@ -175,8 +179,8 @@ RUNS = {
     "peft, experts": ("peft", EXPERTS),
 }
 ROWS = {
-    "mole": ["names", "tensors", "logits", "experts"],
-    "merged": ["names", "tensors", "logits"],
+    "mole": ["names", "tensors", "files", "logits", "experts"],
+    "merged": ["names", "tensors", "files", "logits"],
     "peft": ["names", "tensors", "logits"],
     "peft, experts": [
         *(f"expert_{i}: {row}" for i in range(3) for row in ("names", "tensors")),
@@ -202,6 +206,8 @@ def test_a_run_equals_its_export(kind, stored, precision, bases, alone, tmp_path
     EXPORTS[format](trained, tmp_path / "out")
     checks = compare(trained, tmp_path / "out", alone)
     expected = ROWS.get(kind, ROWS[format])
+    if format == "merged" and stored == "bf16":  # the sums are proved before they are rounded too
+        expected = [*expected, "not rounded: logits"]
     assert rows(checks) == [row for row in expected if row != "experts" or adapter.method == "mole"]
     assert not unequal(checks)
 
@@ -548,3 +554,56 @@ def test_an_error_on_the_way_leaves_the_weights_as_they_were(side, bases, alone)
         ask(model, size)
     assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
     assert num_hooks(model) == hooks
+
+
+# ---- beside the weights
+
+
+def test_a_cast_that_was_asked_for_is_said_with_what_it_cost(bases, alone, tmp_path):
+    import_hf(bases["fp32"].parent / "hf", tmp_path / "base", "bf16")
+    (note,) = (
+        check
+        for check in compare(find_trained(tmp_path / "base"), bases["fp32"].parent / "hf", alone)
+        if check.what == "cast"
+    )
+    rounded, total = (int(word.replace(",", "")) for word in note.found.split() if word[0].isdigit())
+    assert "float32 to bfloat16" in note.compared and 0.9 * total < rounded <= total
+    assert note.verdict == "noted"
+
+
+@pytest.mark.parametrize("what", ["mole", "merged", "llava", "source"])
+@pytest.mark.parametrize("change", ["altered", "removed", "added"])
+def test_a_file_beside_the_weights_that_is_not_the_one_of_training_is_named(pairs, what, change, alone, tmp_path):
+    trained, folder = pairs[what]
+    spoiled = shutil.copytree(folder, tmp_path / "spoiled")
+    name = "generation_config.json"
+    path = spoiled / name
+    if change == "altered":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 7}))
+    elif change == "removed":
+        path.unlink()
+    else:
+        name = "chat_template.jinja"
+        (spoiled / name).write_text("{{ messages }}")
+    assert unequal(compare(trained, spoiled, alone)) == {"files": f"1 differ, first {name}"}
+
+
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+def test_a_merge_at_a_wrong_scale_differs_though_rounding_could_hide_it(
+    bases, stored, alone, tmp_path, monkeypatch
+):
+    """The exporter's own sums are what the bytes are compared with: the logits before rounding are not."""
+    trained, _ = train(bases[stored], tmp_path / "step_1", alone, LORA)
+    changed = hf_export._changed
+    monkeypatch.setattr(
+        hf_export, "_changed", lambda name, weight, delta, *rest: changed(name, weight, lambda: 1.001 * delta(), *rest)
+    )
+    export_merged(trained, tmp_path / "out")
+    differing = unequal(compare(trained, tmp_path / "out", alone))
+    assert ("not rounded: logits" if stored == "bf16" else "logits") in differing
+    assert "tensors" not in differing
+
+
+def test_experts_against_a_plain_llava_is_a_question_that_is_refused(bases, pairs, alone):
+    with pytest.raises(ConfigError, match=r"is a plain LLaVA: .* has 3 experts a layer"):
+        compare(pairs["mole"][0], bases["fp32"].parent / "hf", alone)

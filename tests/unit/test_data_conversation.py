@@ -157,23 +157,33 @@ FOR_PARTS = (
 )
 
 
+UNMARKED = OWN.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
 @pytest.mark.parametrize(
-    ("template", "used"),
+    ("template", "misfit"),
     [
-        (None, False),
-        (OWN, True),
-        (OWN.replace("{% generation %}", "").replace("{% endgeneration %}", ""), False),
-        (OWN.replace(" + eos_token", ""), False),
-        (FOR_PARTS, False),
-        ("{% generation %}{{ raise_exception('no') }}{% endgeneration %}", False),
+        (None, "the base has no template of its own"),
+        (OWN, None),
+        (UNMARKED, "the base's own template does not mark its answers"),
+        ("{# generation #}" + UNMARKED, "the base's own template does not mark its answers"),
+        (OWN.replace(" + eos_token", ""), "the base's own template marks no stop token as part of its answers"),
+        (FOR_PARTS, "the base's own template does not take plain text"),
+        (
+            "{% generation %}{{ raise_exception('no') }}{% endgeneration %}",
+            "the base's own template does not take plain text",
+        ),
+        ({"default": OWN, "rag": OWN}, "the base has more than one template"),
     ],
-    ids=["none", "fits", "unmarked", "without stop", "for lists of parts", "refuses"],
+    ids=["none", "fits", "unmarked", "marks in name", "without stop", "for lists of parts", "refuses", "two"],
 )
-def test_the_tokenizers_own_template_is_used_only_if_it_fits(template, used):
+def test_the_tokenizers_own_template_is_used_only_if_it_fits_and_that_is_said(template, misfit):
+    used = misfit is None
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     encoder = make_encoder(tokenizer)
     assert encoder.chat_template == (template if used else VICUNA_CHAT_TEMPLATE)
+    assert encoder.prompts == ("the base's own template" if used else f"Vicuna v1; {misfit}")
     example = encoder.encode(sample("what", "two cats"))
     assert answer_of(tokenizer, example) == "twocats</s>"
     assert tokenizer.decode(example.tokens).startswith("Q what" if used else SYSTEM)
