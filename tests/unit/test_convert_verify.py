@@ -589,9 +589,7 @@ def test_a_file_beside_the_weights_that_is_not_the_one_of_training_is_named(pair
 
 
 @pytest.mark.parametrize("stored", ["fp32", "bf16"])
-def test_a_merge_at_a_wrong_scale_differs_though_rounding_could_hide_it(
-    bases, stored, alone, tmp_path, monkeypatch
-):
+def test_a_merge_at_a_wrong_scale_differs_though_rounding_could_hide_it(bases, stored, alone, tmp_path, monkeypatch):
     """The exporter's own sums are what the bytes are compared with: the logits before rounding are not."""
     trained, _ = train(bases[stored], tmp_path / "step_1", alone, LORA)
     changed = hf_export._changed
