@@ -145,7 +145,8 @@ def found(folders, tmp_path_factory) -> dict[str, dict[str, dict]]:
 @pytest.mark.parametrize(("layout", "model"), COMPARED)
 def test_a_layout_proves_what_one_process_does(layout, model, found):
     checks = found[f"{layout}, {model}"]
-    assert list(checks) == ["names", "tensors", "files", "layout", "logits", *["experts"] * ("mole" in model)]
+    rows = ["names", "tensors", "layout", "logits", *["experts"] * ("mole" in model)]
+    assert [row for row in checks if row != "files"] == rows
     assert [check for check in checks.values() if not check["equal"]] == []
     assert f"on {LAYOUTS[layout][0]} ranks" in checks["layout"]["compared"]
 
