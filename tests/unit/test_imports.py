@@ -1,6 +1,7 @@
 """Rules of the code that are read from its text: which room may import which, and what nobody may touch."""
 
 import ast
+import fnmatch
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,11 @@ def test_private_names_are_seen_however_they_are_reached():
 def test_a_second_builder_is_seen():
     assert builders_of(ast.parse("def f():\n    g(config.TransformerConfig(a=1))"), "TransformerConfig") == {"f"}
     assert builders_of(ast.parse("x = TransformerConfig()"), "TransformerConfig") == {"the module itself"}
+
+
+def test_no_folder_of_tests_is_passed_over(pytestconfig):
+    """pytest leaves out folders by name, and says nothing: its own list has `dist`."""
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.name for path in Path(__file__).parents[1].rglob("test_*.py")}
+    assert "dist" in folders
+    assert not [name for name in folders for pattern in left_out if fnmatch.fnmatch(name, pattern)]
