@@ -222,7 +222,7 @@ def _proved(out: Path) -> Iterator[Path]:
     if out.exists():
         raise ConfigError(f"{out} exists; choose another folder or remove it")
     for folder in out.absolute().parents:
-        if (folder / "manifest.json").is_file():
+        if (folder / "manifest.json").is_file() and (folder / ".metadata").is_file():
             raise ConfigError(f"{out} lies in the checkpoint {folder}, which must stay as it is; choose another folder")
     unproved, failed = out.with_name(f".{out.name}.unproved"), out.with_name(f"{out.name}.failed")
     shutil.rmtree(unproved, ignore_errors=True)
