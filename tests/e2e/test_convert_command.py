@@ -279,6 +279,17 @@ def kill_the_proof(rank):
 IMPORT = ("hf-to-megatron", "--hf", EXAMPLE_BASE, "--out")
 
 
+def test_nothing_is_written_into_a_checkpoint(base, convert, tmp_path):
+    """One file more, and it would no longer be what its manifest says; a web page's manifest is another matter."""
+    inside = shutil.copytree(base, tmp_path / "base")
+    code, text = convert(*IMPORT, inside / "another")
+    assert code == INPUT_ERROR and one_line(text) and "lies in the checkpoint" in text
+    assert names(inside) == names(base)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "manifest.json").write_text("{}")
+    assert convert(*IMPORT, tmp_path / "site" / "base")[0] == 0
+
+
 def test_an_interrupt_while_writing_leaves_nothing(convert, tmp_path):
     code, text = convert(*IMPORT, tmp_path / "base", prepare=partial(signal_while_writing, 40, signal.SIGINT))
     assert code == INTERRUPTED, text
