@@ -281,12 +281,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=Sizes.tokens)
     parser.add_argument("--rank", type=int, default=Sizes.rank)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="this one alone (default: both)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     parallel = platform.initialize(ParallelConfig(), seed=SEED)
     try:
         sizes = Sizes(args.hidden, args.ffn, args.tokens, args.rank)
-        rows = run_cases(CASES, sizes, parallel, args.repeats)
+        rows = run_cases([case for case in CASES if args.dtype in (None, case.dtype)], sizes, parallel, args.repeats)
     finally:
         platform.shutdown()
     print(f"{sizes}, {args.threads} threads, medians of {args.repeats} interleaved repeats\n{table(rows)}")

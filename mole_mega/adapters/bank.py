@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 
+from mole_mega.platform.cpu import multiplies_bf16
+
 # torch.nn.functional.grouped_mm refuses rows that do not start on a multiple of this many bytes, and other dtypes.
 _ALIGN_BYTES = 16
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -177,6 +179,26 @@ class _WindowProducts:
         return z_TR.index_select(0, self.row_W).masked_fill_(self.foreign_W1, 0)
 
 
+class _Fp32Products:
+    """Half precision where the processor multiplies none: each wide tensor is taken for fp32 once and not once an
+    expert, and what comes out is rounded once."""
+
+    def __init__(self, tokens_per_expert_E: Tensor) -> None:
+        self._grouped = _GroupedProducts(tokens_per_expert_E)
+
+    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
+        return self._grouped.to_rank(x_TI.float(), M_EIR.float()).to(x_TI.dtype)
+
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+        return self._grouped.from_rank(z_TR.float(), M_ERO.float()).to(z_TR.dtype)
+
+    def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
+        out_TO.add_(self._grouped.from_rank(z_TR.float(), M_ERO.float()))
+
+    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
+        return self._grouped.outer(a_TM.float(), b_TN.float()).to(a_TM.dtype)
+
+
 class _MaskedProducts:
     """Every expert on every token in rank space, then all but the token's own set to 0: plain GEMMs of width E * R.
 
@@ -208,7 +230,7 @@ class _MaskedProducts:
         return torch.where(self.own_TE1, z_TR[:, None, :], 0)
 
 
-_Products = _PlainProducts | _GroupedProducts | _WindowProducts | _MaskedProducts
+_Products = _PlainProducts | _GroupedProducts | _WindowProducts | _Fp32Products | _MaskedProducts
 
 
 def _add_lora(
@@ -236,10 +258,11 @@ def _add_lora(
         tokens_per_expert_E = tokens_per_expert_E.to(x_TI.device, non_blocking=True)
         row = _ALIGN_BYTES // dtype.itemsize
         wide_dims = [x_TI.shape[1], *(B.shape[1] for B in B_P)]
-        if x_TI.device.type == "cpu" and dtype.itemsize == 2 and num_tokens > 0:
+        half_on_cpu = x_TI.device.type == "cpu" and dtype.itemsize == 2
+        if half_on_cpu and num_tokens > 0 and multiplies_bf16():
             products = _WindowProducts(tokens_per_expert_E, num_tokens)
         elif dtype in _GROUPED_DTYPES and num_tokens > 0 and all(dim % row == 0 for dim in wide_dims):
-            products = _GroupedProducts(tokens_per_expert_E)
+            products = (_Fp32Products if half_on_cpu else _GroupedProducts)(tokens_per_expert_E)
             missing = -A_P[0].shape[1] % row
             if missing:  # a rank of zeros more adds 0 to every product
                 A_P, B_P = [pad(A, (0, 0, 0, missing)) for A in A_P], [pad(B, (0, missing)) for B in B_P]

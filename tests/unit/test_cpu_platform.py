@@ -404,3 +404,75 @@ def test_shutdown_twice_is_harmless(platform):
     platform.shutdown()
     platform.shutdown()
     assert not dist.is_initialized()
+
+
+# products of bfloat16 on processors that have none
+
+
+@pytest.fixture
+def seen_dtypes(monkeypatch):
+    """The products' override, put in place whatever this processor can, and the dtypes that reach the kernels below."""
+    seen: dict[str, list[torch.dtype]] = {}
+    plain = torch.library.get_kernel
+
+    class Spy:
+        def __init__(self, name: str, key: str) -> None:
+            self.name, self.kernel = name.removeprefix("aten::"), plain(name, key)
+
+        def call_boxed(self, keys: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            seen.setdefault(self.name, []).extend(tensor.dtype for tensor in tensors)
+            return self.kernel.call_boxed(keys, *args, **kwargs)
+
+    monkeypatch.setattr(torch.library, "get_kernel", Spy)
+    cpu.multiply_bf16_in_fp32()
+    yield seen
+    cpu._product_overrides.pop()._destroy()
+
+
+def products(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The result of each of PRODUCTS, by name; in place and into a part of a larger tensor where the name says so."""
+    rng = torch.Generator().manual_seed(0)
+    c, a, b = (torch.randn(shape, generator=rng).to(torch.bfloat16).to(dtype) for shape in ((9, 5), (9, 700), (700, 5)))
+    results = {}
+    for batch in (False, True):
+        c_, a_, b_ = (t.expand(2, *t.shape).contiguous() if batch else t for t in (c, a, b))
+        plain, added = ("bmm", "baddbmm") if batch else ("mm", "addmm")
+        results[plain] = getattr(torch, plain)(a_, b_)
+        results[added] = getattr(torch, added)(c_, a_, b_, beta=0.5, alpha=2)
+        results[f"{added}_"] = getattr(c_.clone(), f"{added}_")(a_, b_, alpha=-1)
+        for name, args in ((plain, (a_, b_)), (added, (c_, a_, b_))):
+            whole = torch.zeros(2, *c_.shape, dtype=dtype)
+            getattr(torch, name)(*args, out=whole[1])
+            results[f"{name}.out"] = whole
+    return results
+
+
+def test_bf16_products_run_in_fp32_and_are_rounded_once(seen_dtypes):
+    exact = products(torch.float32)
+    seen_dtypes.clear()
+    found = products(torch.bfloat16)
+    assert set(found) == set(cpu.PRODUCTS) == set(seen_dtypes)
+    for name, dtypes in seen_dtypes.items():
+        assert set(dtypes) == {torch.float32}, name
+    for name, result in found.items():
+        assert result.dtype == torch.bfloat16 and torch.equal(result, exact[name].bfloat16()), name
+
+
+def test_other_products_are_left_as_they_are(seen_dtypes):
+    for dtype in (torch.float32, torch.float64):
+        seen_dtypes.clear()
+        found = products(dtype)
+        assert {kind for kinds in seen_dtypes.values() for kind in kinds} == {dtype}
+        assert {result.dtype for result in found.values()} == {dtype}
+
+
+def test_what_products_are_made_of_runs_in_fp32_too(seen_dtypes):
+    """Linears, their gradients and grouped products come down to PRODUCTS."""
+    rng = torch.Generator().manual_seed(0)
+    x, w = torch.randn(6, 16, generator=rng).bfloat16().requires_grad_(), torch.randn(8, 16, generator=rng).bfloat16()
+    y = torch.nn.functional.linear(x, w)
+    y.backward(torch.ones_like(y))
+    ends = torch.tensor([2, 6], dtype=torch.int32)
+    torch.nn.functional.grouped_mm(x.detach(), w.t().expand(2, 16, 8).contiguous(), offs=ends)
+    assert seen_dtypes and {kind for kinds in seen_dtypes.values() for kind in kinds} == {torch.float32}
