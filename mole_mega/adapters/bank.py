@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 
-from mole_mega.platform.cpu import multiplies_bf16
+from mole_mega.platform.processor import multiplies_bf16
 
 # torch.nn.functional.grouped_mm refuses rows that do not start on a multiple of this many bytes, and other dtypes.
 _ALIGN_BYTES = 16
