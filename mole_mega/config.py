@@ -296,9 +296,7 @@ def validate(config: RunConfig) -> None:
         for source in sources:
             _validate_weight(source, f"data.{kind} {source.name!r}")
         if any(source.epochs is not None or len(source.points) > 1 for source in sources) and kind == "validation":
-            raise ConfigError(
-                "data.validation is read once, in order: it takes neither epochs nor schedules of weights"
-            )
+            raise ConfigError("data.validation is read once, in order: it has no epochs and no schedule")
         for step in sorted({step for source in sources for step, _ in source.points}):
             if not sum(source.weight_at(step) for source in sources) > 0:
                 raise ConfigError(f"data.{kind}: all weights are 0" + (f" at step {step:g}" if step else ""))
@@ -311,9 +309,7 @@ def validate(config: RunConfig) -> None:
 def _validate_weight(source: SourceConfig, where: str) -> None:
     if not isinstance(source.weight, float | int):
         if not source.weight or any(len(point) != 2 for point in source.weight):
-            raise ConfigError(
-                f"{where}: a schedule of weights is a list of [step, weight], got {_plain(source.weight)}"
-            )
+            raise ConfigError(f"{where}: a schedule is a list of [step, weight], got {_plain(source.weight)}")
         steps = [step for step, _ in source.points]
         if any(step != int(step) or step < 0 for step in steps) or any(b <= a for a, b in pairwise(steps)):
             raise ConfigError(f"{where}: the steps of a schedule must be whole, from 0 on and increasing, got {steps}")
@@ -381,12 +377,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _index(items: list[Any], part: str, override: str) -> int:
     """Where the item is that a part of a key means: by its number, or by its name."""
     names = [str(item["name"]) for item in items if isinstance(item, dict) and "name" in item]
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
     if len(names) == len(items) and part in names:
         return names.index(part)
-    if not part.isdecimal() or int(part) >= len(items):
-        known = f", nor a name of {', '.join(names)}" if names else ""
-        raise ConfigError(f"override {override!r}: {part!r} is not an index below {len(items)}{known}")
-    return int(part)
+    known = f", nor a name of {', '.join(names)}" if names else ""
+    raise ConfigError(f"override {override!r}: {part!r} is not an index below {len(items)}{known}")
 
 
 def _build(kind: type, tree: Any, where: str) -> Any:

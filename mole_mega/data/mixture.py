@@ -74,8 +74,8 @@ class _Phase:
 class Mixture:
     """A stream over sources of `sizes` rows in shares of `weights` (of samples; any positive scale).
 
-    `changes`: (position, weights) in order; from that position on those weights hold. `limits[s]`: how many draws source
-    s may give; the others then share the rest, and where none is left the stream ends (`length`; None: it never does).
+    `changes`: (position, weights) in order; from that position on those weights hold. `limits[s]`: how many draws
+    source s may give; the others then share the rest, and where none is left the stream ends (`length`; None: never).
     In every prefix of unchanging weights each source's count is within len(sizes) of its share. Memory and time per
     position are O(number of sources), and the logarithm of the number of changes.
     Raises ConfigError for negative, non-finite or all-zero weights, and for an empty source that is used.
