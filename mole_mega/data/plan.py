@@ -75,7 +75,7 @@ class MixturePlan:
             line += f", asked {share:.1%} of the {self.config.weights_in}"
             line += f", planned {rows} of {samples} samples = {rows / size:.2f} epochs"
             if ends.get(index, samples) < samples:
-                line += f"; runs out in step {ends[index] // self.batch + 1} (epochs: {source.epochs})"
+                line += f"; runs out in step {(ends[index] - 1) // self.batch + 1} (epochs: {source.epochs})"
             lines.append(line)
         return lines
 
@@ -96,10 +96,12 @@ def plan_mixture(
     )
     # samples a unit of weight
     factors = [_size_factor(config, size, p) / (p.mean if p else 1.0) for size, p in zip(sizes, places, strict=True)]
-    (_, weights), *changes = [
-        (step, [source.weight_at(at) * factor for source, factor in zip(config.sources, factors, strict=True)])
-        for step, at in _stretches(config)
-    ]
+    stretches: list[tuple[int, list[float]]] = []
+    for step, at in _stretches(config):
+        weights = [source.weight_at(at) * factor for source, factor in zip(config.sources, factors, strict=True)]
+        if not stretches or weights != stretches[-1][1]:
+            stretches.append((step, weights))
+    (_, weights), *changes = stretches
     if changes and batch is None:
         raise ValueError("a schedule of weights counts steps, so it needs the samples a step")
     limits = [None if s.epochs is None else s.epochs * size for s, size in zip(config.sources, sizes, strict=True)]
