@@ -85,7 +85,7 @@ def _preview(args: argparse.Namespace) -> None:
     colour = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
     for view in views:
         for shown in view.shown:
-            images = f", {len(shown.pixels)} images" if len(shown.pixels) else ""
+            images = f", {len(shown.pixels)} image{'s' * (len(shown.pixels) > 1)}" if len(shown.pixels) else ""
             print(f"\n{view.name}, sample {shown.sample_id}: {shown.places} places, {shown.learned} learned{images}")
             print("  " + preview.as_text(shown, colour=colour).replace("\n", "\n  "))
     if args.html is not None:
