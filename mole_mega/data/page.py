@@ -24,17 +24,18 @@ _STYLE = """
   --line: #323b47; --learned: #17452a; --learned-text: #a9eebf; --image: #1f3a5f; --image-text: #b9d6ff;
   --bad: #ff9d8c; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1080px; padding: 32px 24px 64px; background: var(--back); color: var(--text);
+body { margin: 0 auto; max-width: 1120px; padding: 32px 24px 64px; background: var(--back); color: var(--text);
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 12px; }
 p { margin: 0 0 12px; color: var(--soft); }
 .bar { display: flex; height: 22px; border-radius: 5px; overflow: hidden; margin: 12px 0 8px; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0; padding: 0; list-style: none; }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px; }
+.legend { margin: 0; padding: 0; list-style: none; }
+.legend li { display: flex; gap: 8px; align-items: baseline; }
+.dot { flex: none; width: 10px; height: 10px; border-radius: 50%; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; font-size: 13px; }
+th, td { padding: 5px 9px; border-bottom: 1px solid var(--line); text-align: right; }
+th { color: var(--soft); font-weight: 600; font-size: 13px; line-height: 1.25; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .bad { color: var(--bad); margin: 10px 0 0; padding-left: 18px; }
 .sample { display: flex; gap: 18px; padding: 16px; margin: 0 0 14px; background: var(--card);

@@ -71,7 +71,7 @@ class MixturePlan:
             rows, size, places = planned[index], self.sizes[index], self.places[index]
             line = f"source {source.name}: {size} rows"
             if places is not None:
-                line += f" of {places.mean:.1f} places (+- {places.error:.1f}, {places.rows} rows counted)"
+                line += f" of {places.mean:.1f}{f' +- {places.error:.1f}' if places.error else ''} places"
             line += f", asked {share:.1%} of the {self.config.weights_in}"
             line += f", planned {rows} of {samples} samples = {rows / size:.2f} epochs"
             if ends.get(index, samples) < samples:
