@@ -44,7 +44,8 @@ def manifest(plan: MixturePlan, step: int, counted: Mapping[str, Mapping[str, in
 
     Shares are of the unit that weights are in. `drawn` and `epochs_begun` count the stream's own draws, `rows` the
     samples that were trained on, replacements of bad ones included. `samples_counted` is below `samples` when the run
-    goes on from a checkpoint that kept no counts.
+    goes on from a checkpoint that kept no counts. A run whose mixture was changed on the way is held against the one
+    that it has now.
     """
     drawn, asked = plan.mixture.counts(step * plan.batch), plan.asked_shares(step)
     unit = "rows" if plan.config.weights_in == "samples" else "tokens"
