@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("mole_mega.train", "train a run, or go on with one"),
     "eval": ("mole_mega.evaluate", "loss and accuracy of a checkpoint, by domain"),
     "verify-parallel": ("mole_mega.verify_parallel", "prove that layouts compute what one process computes"),
+    "data": ("mole_mega.inspect_data", "look at a run's data before training: samples, loss masks, counts"),
     "generate": ("mole_mega.generate", "ask a trained or an exported model about an image"),
     "convert": ("mole_mega.convert.command", "checkpoints to and from Hugging Face, and the proof that they are equal"),
 }

@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,14 +100,40 @@ class SourceConfig:
     name: str
     path: str
     image_folder: str = ""
-    weight: float = 1.0
+    # A number, or a schedule [[step, weight], ...]: straight lines between the points, level before the first and
+    # after the last. A point holds once so many steps are done.
+    weight: float | tuple[tuple[float, ...], ...] = 1.0
+    # At most so many passes over the rows; the other sources then share the rest. None: as many as come.
+    epochs: int | None = None
+
+    @property
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """The weight as a schedule; a plain number is one of one point."""
+        if isinstance(self.weight, float | int):
+            return ((0, self.weight),)
+        return tuple((step, weight) for step, weight in self.weight)
+
+    def weight_at(self, step: float) -> float:
+        """The weight once `step` steps are done."""
+        points = self.points
+        for (start, low), (end, high) in pairwise(points):
+            if start <= step < end:
+                return low + (high - low) * (step - start) / (end - start)
+        return points[0][1] if step < points[0][0] else points[-1][1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The mixture. `max_length` counts places, image places included."""
+    """The mixture. `max_length` counts places, image places included.
+
+    A source's share is weight x size ** (1 / temperature), of the samples or of the tokens (places). At temperature 1
+    shares follow the sizes, above it small sources gain (Raffel et al., arXiv 1910.10683, section 3.5.2); at None, its
+    limit, sizes do not count. A size is in the same unit: rows, or rows x mean places.
+    """
 
     sources: tuple[SourceConfig, ...]
+    weights_in: Literal["samples", "tokens"] = "samples"
+    temperature: float | None = None
     validation: tuple[SourceConfig, ...] = ()
     max_length: int = 2048
     # A sample that cannot be used (broken image, no assistant turn, too long): leave it out and count it, or stop.
@@ -266,12 +293,31 @@ def validate(config: RunConfig) -> None:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"data.{kind} has the name {name!r} {names.count(name)} times; a name is a domain")
-        if any(not source.weight >= 0 for source in sources):
-            raise ConfigError(f"data.{kind}: a weight must be at least 0, got {[s.weight for s in sources]}")
-        if sources and not sum(source.weight for source in sources) > 0:
-            raise ConfigError(f"data.{kind}: all weights are 0")
+        for source in sources:
+            _validate_weight(source, f"data.{kind} {source.name!r}")
+        if any(source.epochs is not None or len(source.points) > 1 for source in sources) and kind == "validation":
+            raise ConfigError("data.validation is read once, in order: it has no epochs and no schedule")
+        for step in sorted({step for source in sources for step, _ in source.points}):
+            if not sum(source.weight_at(step) for source in sources) > 0:
+                raise ConfigError(f"data.{kind}: all weights are 0" + (f" at step {step:g}" if step else ""))
+    if data.temperature is not None and not data.temperature > 0:
+        raise ConfigError(f"data.temperature must be above 0, got {data.temperature}")
     if not data.sources:
         raise ConfigError("data.sources is empty: name at least one source")
+
+
+def _validate_weight(source: SourceConfig, where: str) -> None:
+    if not isinstance(source.weight, float | int):
+        if not source.weight or any(len(point) != 2 for point in source.weight):
+            raise ConfigError(f"{where}: a schedule is a list of [step, weight], got {_plain(source.weight)}")
+        steps = [step for step, _ in source.points]
+        if any(step != int(step) or step < 0 for step in steps) or any(b <= a for a, b in pairwise(steps)):
+            raise ConfigError(f"{where}: the steps of a schedule must be whole, from 0 on and increasing, got {steps}")
+    weights = [weight for _, weight in source.points]
+    if any(not weight >= 0 for weight in weights):  # `not >=` so that NaN fails too
+        raise ConfigError(f"{where}: a weight must be at least 0, got {min(weights)}")
+    if source.epochs is not None and source.epochs < 1:
+        raise ConfigError(f"{where}: epochs must be at least 1, got {source.epochs}")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -317,22 +363,26 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for part in parents:
         if isinstance(node, list):
-            node = _list_item(node, part, override)
+            node = node[_index(node, part, override)]
         else:
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {override!r}: {part!r} holds a value, not a section")
     if isinstance(node, list):
-        _list_item(node, last, override)
-        node[int(last)] = value
+        node[_index(node, last, override)] = value
     else:
         node[last] = value
 
 
-def _list_item(items: list[Any], part: str, override: str) -> Any:
-    if not part.isdecimal() or int(part) >= len(items):
-        raise ConfigError(f"override {override!r}: {part!r} is not an index below {len(items)}")
-    return items[int(part)]
+def _index(items: list[Any], part: str, override: str) -> int:
+    """Where the item is that a part of a key means: by its number, or by its name."""
+    names = [str(item["name"]) for item in items if isinstance(item, dict) and "name" in item]
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    if len(names) == len(items) and part in names:
+        return names.index(part)
+    known = f", nor a name of {', '.join(names)}" if names else ""
+    raise ConfigError(f"override {override!r}: {part!r} is not an index below {len(items)}{known}")
 
 
 def _build(kind: type, tree: Any, where: str) -> Any:

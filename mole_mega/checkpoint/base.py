@@ -19,9 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.stream import LazyTensor, describe_tensors, write_tensors
 from mole_mega.models.llava import LLaVA
-from mole_mega.models.sizes import LlavaSize
-
-MODEL_JSON = "model.json"
+from mole_mega.models.sizes import MODEL_JSON, LlavaSize
 
 
 def model_entries(model: LLaVA, *, trainable: bool | None = None) -> ShardedStateDict:

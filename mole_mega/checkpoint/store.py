@@ -56,6 +56,8 @@ class RunState:
     # steps in which the weights moved: Adam's own count
     applied_steps: int
     bad_steps_in_row: int = 0
+    # by source, what was trained on since the run began (data/tally.py)
+    data_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
 
 class CheckpointStore:

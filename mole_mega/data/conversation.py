@@ -131,6 +131,13 @@ class Encoder:
             ids = self._start(ids) + ids
         return self._expand(ids, [0] * len(ids))[0]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens as it stands, special ones by name; for people to read."""
+        with self._lock:
+            text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
     def _tokens_and_mask(self, messages: Sequence[tuple[str, str]], template: str) -> tuple[list[int], list[int]]:
         with self._lock:
             encoded = self._tokenizer.apply_chat_template(

@@ -1,10 +1,11 @@
 """Which batches a rank gets at a step. A pure function of (seed, step, layout), so resuming needs the step and nothing
-else. The only state here is a count of the samples that were left out, and next step's batches read ahead."""
+else. The only state here is a count of what was read, and next step's batches read ahead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,9 @@ from mole_mega.data.collate import Batch, load_pixels, stack
 from mole_mega.data.conversation import Encoder, Example
 from mole_mega.data.image import ImageSpec
 from mole_mega.data.mixture import Mixture
+from mole_mega.data.plan import MixturePlan, plan_mixture
 from mole_mega.data.sources import BadSample, Source, open_source
+from mole_mega.data.tally import Tally, add, tally
 
 _MAX_ATTEMPTS = 24
 _KEPT_MESSAGES = 10
@@ -29,6 +32,7 @@ class Loader:
     """Batches of a mixture of sources.
 
     `domains` orders the names that `Batch.domains` indexes: the training sources, then names that only validation has.
+    `read` counts what this process got to train on, by source; `plan`, of a run's loader, is what its config asks for.
     `skipped[domain][kind]` counts the samples that this process left out, `skipped_messages` keeps the first few.
     With `prefetch`, a thread reads the next step's batches during this one; results do not depend on it.
     """
@@ -45,9 +49,11 @@ class Loader:
         on_bad_sample: Literal["skip", "stop"] = "skip",
         validation_sources: Sequence[Source] = (),
         prefetch: bool = True,
+        plan: MixturePlan | None = None,
     ):
         self.domains = tuple(dict.fromkeys(source.name for source in (*sources, *validation_sources)))
-        self.encoder, self.image_spec = encoder, image_spec
+        self.encoder, self.image_spec, self.plan = encoder, image_spec, plan
+        self.read: Tally = {}
         self.skipped: dict[str, dict[str, int]] = {}
         self.skipped_messages: list[str] = []
         self._sources, self._validation_sources, self._mixture = sources, validation_sources, mixture
@@ -55,7 +61,7 @@ class Loader:
         self._pad_token_id, self._pad_to_multiple = pad_token_id, pad_to_multiple
         self._stop_on_bad = on_bad_sample == "stop"
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") if prefetch else None
-        self._ahead: tuple[_Request, Future[tuple[list[Batch], list[BadSample]]]] | None = None
+        self._ahead: tuple[_Request, Future[tuple[list[Batch], list[BadSample], Tally]]] | None = None
 
     def micro_batches(
         self, step: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
@@ -74,13 +80,14 @@ class Loader:
         request = (step, global_batch_size, micro_batch_size, dp_rank, dp_size)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == request:
-            batches, left_out = ahead[1].result()
+            batches, left_out, read = ahead[1].result()
         else:
-            batches, left_out = self._read_step(*request)
+            batches, left_out, read = self._read_step(*request)
         if self._reader is not None:
             following = (step + 1, *request[1:])
             self._ahead = following, self._reader.submit(self._read_step, *following)
         self._count(left_out)
+        self.read = add([self.read, read])
         return batches
 
     def validation_batches(self, samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
@@ -101,18 +108,19 @@ class Loader:
 
     def _read_step(
         self, step: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
-    ) -> tuple[list[Batch], list[BadSample]]:
-        batches, left_out = [], []
+    ) -> tuple[list[Batch], list[BadSample], Tally]:
+        batches, left_out, examples = [], [], []
         stride = micro_batch_size * dp_size
         for start in range(step * global_batch_size, (step + 1) * global_batch_size, stride):
             first = start + dp_rank * micro_batch_size
             loaded = []
             for position in range(first, first + micro_batch_size):
-                example, bad = self._read_position(position)
-                loaded.append(example)
+                example_and_pixels, bad = self._read_position(position)
+                loaded.append(example_and_pixels)
                 left_out += bad
             batches.append(self._stack(loaded))
-        return batches, left_out
+            examples += [example for example, _ in loaded]
+        return batches, left_out, tally(examples, left_out)
 
     def _read_position(self, position: int) -> tuple[_Loaded, list[BadSample]]:
         """The example at a position of the stream, and the samples that had to be left out on the way to it. Pure, so
@@ -159,22 +167,32 @@ class Loader:
                 self.skipped_messages.append(str(bad))
 
 
-def build_loader(
+@dataclass(frozen=True)
+class RunData:
+    """What a run's data section names, opened."""
+
+    sources: tuple[Source, ...]
+    validation: tuple[Source, ...]
+    encoder: Encoder
+    image_spec: ImageSpec
+    plan: MixturePlan
+
+
+def open_run_data(
     data_config: DataConfig,
     base_dir: str | Path,
     seed: int,
     places_per_image: int,
     image_token_id: int,
-    pad_token_id: int,
-    pad_to_multiple: int,
-) -> Loader:
+    global_batch_size: int | None = None,
+) -> RunData:
     """Open everything a run's data section names; tokenizer and image settings come from `base_dir`, never the network.
+    `global_batch_size` is needed where weights change over the steps.
 
     Raises ConfigError if a file is missing or cannot be honoured.
     """
-    sources = [open_source(source, data_config.max_image_pixels) for source in data_config.sources]
-    validation = [open_source(source, data_config.max_image_pixels) for source in data_config.validation]
-    mixture = Mixture([len(source) for source in sources], [source.weight for source in data_config.sources], seed)
+    sources = tuple(open_source(source, data_config.max_image_pixels) for source in data_config.sources)
+    validation = tuple(open_source(source, data_config.max_image_pixels) for source in data_config.validation)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -185,15 +203,33 @@ def build_loader(
         places_per_image=places_per_image,
         max_length=data_config.max_length,
     )
+    image_spec = ImageSpec.from_processor_files(base_dir)
+    plan = plan_mixture(data_config, sources, encoder, seed, global_batch_size)
+    return RunData(sources, validation, encoder, image_spec, plan)
+
+
+def build_loader(
+    data_config: DataConfig,
+    base_dir: str | Path,
+    seed: int,
+    places_per_image: int,
+    image_token_id: int,
+    pad_token_id: int,
+    pad_to_multiple: int,
+    global_batch_size: int | None = None,
+) -> Loader:
+    """The loader of a run over `open_run_data`."""
+    data = open_run_data(data_config, base_dir, seed, places_per_image, image_token_id, global_batch_size)
     return Loader(
-        sources,
-        mixture,
-        encoder,
-        ImageSpec.from_processor_files(base_dir),
+        data.sources,
+        data.plan.mixture,
+        data.encoder,
+        data.image_spec,
         pad_token_id=pad_token_id,
         pad_to_multiple=pad_to_multiple,
         on_bad_sample=data_config.on_bad_sample,
-        validation_sources=validation,
+        validation_sources=data.validation,
+        plan=data.plan,
     )
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 from mole_mega.config import ConfigError
 
+# The file of a base folder that holds its size.
+MODEL_JSON = "model.json"
 # What Megatron-Core's Llama 3 scaling is made for, under transformers' names; only its factor can be chosen.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from mole_mega.checkpoint.store import (
     warm_start,
 )
 from mole_mega.config import ConfigError, RunConfig
+from mole_mega.data import tally
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import CheckFailedError, ExitCode
@@ -67,6 +69,7 @@ def build_run_loader(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Loa
         size.image_token_id,
         size.pad_token_id,
         math.lcm(_PAD_TO, parallel.tp_size),
+        run.train.global_batch_size,
     )
 
 
@@ -124,10 +127,14 @@ class Trainer:
             raise ConfigError(f"{base} has hash {self.base_hash}, model.base_hash asks for {run.model.base_hash}")
         self.store = CheckpointStore(run, parallel)
         self.loader = build_run_loader(run, self.size, parallel)
+        assert self.loader.plan is not None
+        self.plan = self.loader.plan
+        self.plan.check(run.train.steps)
         self.model = build_model(run, self.size, parallel)
         self.optimizer = build_optimizer(self.model, run.train)
         self.stepper = Stepper(run, self.model, self.optimizer, parallel, len(self.loader.domains))
         self.state = self._start()
+        self._counted_before = self.state.data_counts
         # trainable tensors that no gradient was seen to reach yet; a resumed run saw them before
         self._unproved = set() if self.state.applied_steps else _names_to_prove(run, self.model)
         self._signal_received = False
@@ -177,6 +184,8 @@ class Trainer:
         elif code == ExitCode.DONE:
             self._say(f"done: {self.state.step} steps, last checkpoint at step {saved} in {self.store.folder}")
         self._say_skipped_samples()
+        for line in tally.table(self._write_mixture(self._data_counts())):
+            self._say(line)
         self._say(f"peak memory of rank 0: {peak_memory_bytes() / 2**20:.0f} MiB")
         for log in (metrics, board):
             if log is not None:
@@ -236,11 +245,28 @@ class Trainer:
         return RunState(step=0, base_hash=self.base_hash, applied_steps=0)
 
     def _save(self) -> None:
+        self.state = replace(self.state, data_counts=self._data_counts())
         try:
             path = self.store.save(self.model, self.optimizer, self.state)
         except files.CheckpointError as error:
             raise files.CheckpointError(f"{error}. Last good checkpoint: {self.store.latest() or 'none'}") from error
+        self._write_mixture(self.state.data_counts)
         self._say(f"saved {path}")
+
+    def _data_counts(self) -> tally.Tally:
+        """What the whole run has trained on so far, by source; all ranks call it."""
+        return tally.add([self._counted_before, *self._of_each_reader(self.loader.read)])
+
+    def _write_mixture(self, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+        """Write `mixture.json`, asked against realised, and return what it holds."""
+        path = Path(self.run.run_dir) / "mixture.json"
+        tree = tally.manifest(self.plan, self.state.step, counts)
+        with files.shared_disk_errors("writing", path):
+            if self.parallel.is_main:
+                beside = path.with_name(f".{path.name}.new")
+                beside.write_text(json.dumps(tree, indent=1) + "\n")
+                beside.replace(path)
+        return tree
 
     def _open_logs(self) -> tuple[MetricsFile | None, Board | None]:
         folder, metrics, board = Path(self.run.run_dir), None, None
@@ -276,6 +302,8 @@ class Trainer:
             f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
         self._say(f"prompts: {self.loader.encoder.prompts}")
+        for line in self.plan.describe(self.run.train.steps):
+            self._say(line)
 
     def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:
         """Raise CheckFailedError unless a gradient reached everything that it should reach: at the first step, and the
@@ -295,18 +323,17 @@ class Trainer:
         if self.parallel.is_main:
             print(text, file=self._out, flush=True)
 
+    def _of_each_reader(self, counts: tally.Tally) -> list[tally.Tally]:
+        """`counts` of every rank that reads samples of its own: tensor- and pipeline-parallel ranks read the same ones,
+        so of each data-parallel rank one."""
+        gathered: list[tally.Tally] = [{} for _ in range(self.parallel.world_size)]
+        dist.all_gather_object(gathered, counts)
+        return [gathered[rank] for rank in dist.get_process_group_ranks(self.parallel.groups.dp)]
+
     def _say_skipped_samples(self) -> None:
-        gathered: list[dict[str, dict[str, int]]] = [{} for _ in range(self.parallel.world_size)]
-        dist.all_gather_object(gathered, self.loader.skipped)
-        # tensor- and pipeline-parallel ranks read the same samples: ask one rank of each data-parallel group
-        ranks = dist.get_process_group_ranks(self.parallel.groups.dp)
-        totals: dict[tuple[str, str], int] = {}
-        for rank in ranks:
-            for domain, kinds in gathered[rank].items():
-                for kind, count in kinds.items():
-                    totals[domain, kind] = totals.get((domain, kind), 0) + count
-        for (domain, kind), count in sorted(totals.items()):
-            self._say(f"left out {count} samples of {domain}: {kind}")
+        for domain, kinds in tally.add(self._of_each_reader(self.loader.skipped)).items():
+            for kind, count in kinds.items():
+                self._say(f"left out {count} samples of {domain}: {kind}")
         for message in self.loader.skipped_messages[:3]:
             self._say(f"  for example: {message}")
 

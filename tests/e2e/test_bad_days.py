@@ -354,6 +354,18 @@ MISTAKES = {
     "length": (["data.max_length=9999"], 1, "data.max_length 9999 exceeds the base's context of 512"),
     "layer": (["adapter.layers=[1, 7]"], 1, "adapter.layers names layer 7; the decoder has layers 0 to 3"),
     "no base": (["model.base=nowhere"], 1, "nowhere is not a complete checkpoint"),
+    "no such source": (["data.sources.vqa.weight=1"], 1, "'vqa' is not an index below 2, nor a name of mixed, text"),
+    "weight": (["data.sources.text.weight=.nan"], 1, "data.sources[1].weight must be a finite number, got nan"),
+    "schedule": (
+        ["data.sources.text.weight=[[5, 1], [5, 2]]"],
+        1,
+        "'text': the steps of a schedule must be whole, from",
+    ),
+    "passes": (
+        ["train.steps=8", "data.sources.mixed.epochs=1", "data.sources.text.epochs=1"],
+        1,
+        "run out after 29 samples (mixed 1 x 20 rows, text 1 x 9 rows): 7 of 8 steps of 4 are possible",
+    ),
     "no data": (["data.sources.0.path=nowhere.json"], 1, "nowhere.json does not exist"),
 }
 

@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if nothing had happened (DESIGN 6.2)."""
 
+import json
 from functools import partial
 
 import commands
@@ -33,6 +34,10 @@ def assert_same_tensors(folder, expected_folder):
     assert all(part in names for part in ("lora_gate_A", "router.weight", "vision_projection", "exp_avg_sq"))
 
 
+def read_mixture(run_dir):
+    return json.loads((run_dir / "mixture.json").read_text())
+
+
 LAYOUTS = [
     ({}, 1, "fp32", False),
     ({}, 1, "bf16", True),
@@ -59,6 +64,16 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(train, tmp_path, para
     assert read_rows(tmp_path / "split") == read_rows(tmp_path / "straight")
     assert_same_tensors(tmp_path / "split/checkpoints/step_6", tmp_path / "straight/checkpoints/step_6")
     assert (tmp_path / "split/checkpoints/latest").read_text().strip() == "step_6"
+    # what was trained on before the checkpoint counts, what was lost after it does not
+    mixture = read_mixture(tmp_path / "split")
+    assert mixture == read_mixture(tmp_path / "straight")
+    assert mixture["samples"] == mixture["samples_counted"] == 24
+    counts = [(entry["rows"], entry["share_asked"]) for entry in mixture["sources"].values()]
+    assert counts == [(18, 0.75), (6, 0.25)]
+    tokens = sum(row["tokens"] for row in read_rows(tmp_path / "split"))
+    assert sum(entry["tokens"] for entry in mixture["sources"].values()) == tokens
+    learned = sum(row["loss_tokens"] for row in read_rows(tmp_path / "split"))
+    assert sum(entry["labelled_tokens"] for entry in mixture["sources"].values()) == learned
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
@@ -140,11 +155,12 @@ FOUR = {"tensor": 2, "expert": 2}
 
 @pytest.fixture(scope="module")
 def straight(make_run, tmp_path_factory):
-    """(rows, final weights) of an unbroken run on one process."""
+    """(rows, final weights, mixture) of an unbroken run on one process."""
     folder = tmp_path_factory.mktemp("straight")
     code, text = commands.run([make_run(folder, **EXACT)], folder / "log")
     assert code == 0, text
-    return read_rows(folder / "run"), read_checkpoint(folder / "run/checkpoints/step_6")
+    run = folder / "run"
+    return read_rows(run), read_checkpoint(run / "checkpoints/step_6"), read_mixture(run)
 
 
 @pytest.mark.parametrize("distributed", [False, True])
@@ -161,7 +177,8 @@ def test_a_checkpoint_goes_on_under_another_layout(train, tmp_path, straight, fi
     code, text = train("split", next_nproc, parallel=next_layout, **sections)
     assert code == 0, text
     assert "going on after step 3" in text
-    rows, weights = straight
+    rows, weights, mixture = straight
+    assert read_mixture(tmp_path / "split") == mixture
     for row, expected in zip(read_rows(tmp_path / "split"), rows, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)

@@ -239,13 +239,59 @@ def test_the_same_domain_may_be_trained_and_validated_on():
 
 @pytest.mark.parametrize(
     ("weights", "parts"),
-    [([1, -0.5], ["[1.0, -0.5]"]), ([0, 0], ["all weights are 0"]), ([-1, 2], ["[-1.0, 2.0]"])],
+    [
+        ([1, -0.5], ["'1': a weight must be at least 0, got -0.5"]),
+        ([0, 0], ["all weights are 0"]),
+        ([-1, 2], ["'0': a weight must be at least 0, got -1.0"]),
+    ],
 )
 @pytest.mark.parametrize("kind", ["sources", "validation"])
 def test_weights_are_not_negative_and_not_all_zero(kind, weights, parts):
     sources = [{"name": str(i), "path": "x", "weight": weight} for i, weight in enumerate(weights)]
     message = refused(data={kind: sources})
     assert f"data.{kind}" in message and all(part in message for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ({"weight": [[0, 1], [50, -2]]}, "data.sources 'a': a weight must be at least 0, got -2.0"),
+        ({"weight": [[0, 1], [9, 2], [9, 3]]}, "increasing, got [0.0, 9.0, 9.0]"),
+        ({"weight": [[9, 1], [3, 2]]}, "increasing, got [9.0, 3.0]"),
+        ({"weight": [[-1, 1]]}, "increasing, got [-1.0]"),
+        ({"weight": [[0.5, 1]]}, "increasing, got [0.5]"),
+        ({"weight": [[0, 1], [5]]}, "a list of [step, weight], got [[0.0, 1.0], [5.0]]"),
+        ({"weight": []}, "a list of [step, weight], got []"),
+        ({"weight": [[0, float("nan")]]}, "weight[0][1] must be a finite number, got nan"),
+        ({"weight": float("nan")}, "weight must be a finite number, got nan"),
+        ({"weight": "much"}, "weight must be float, got 'much'"),
+        ({"weight": [[0, 1], [8, 0]]}, "all weights are 0 at step 8"),
+        ({"weight": [[0, 0], [8, 1]]}, "data.sources: all weights are 0"),
+        ({"epochs": 0}, "data.sources 'a': epochs must be at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be"),
+    ],
+)
+def test_a_schedule_or_a_limit_that_makes_no_sense_is_told_with_its_numbers(source, says):
+    assert says in refused(data={"sources": [{"name": "a", "path": "x", **source}]})
+
+
+def test_a_schedule_is_straight_between_its_points_and_level_outside_of_them():
+    source = make(data={"sources": [{"name": "a", "path": "x", "weight": [[10, 1], [20, 3], [40, 0.5]]}]}).data.sources[
+        0
+    ]
+    steps = [0, 10, 15, 20, 36, 40, 99]
+    assert [source.weight_at(step) for step in steps] == [1, 1, 2, 3, 1, 0.5, 0.5]
+    assert make().data.sources[1].weight_at(7) == 2.0
+
+
+def test_validation_takes_no_schedule_and_no_limit():
+    for more in ({"epochs": 1}, {"weight": [[0, 1], [5, 2]]}):
+        assert "data.validation is read once" in refused(data={"validation": [{"name": "a", "path": "x"} | more]})
+
+
+@pytest.mark.parametrize("temperature", [0, -1])
+def test_a_temperature_is_above_zero(temperature):
+    assert refused(data={"temperature": temperature}) == f"data.temperature must be above 0, got {float(temperature)}"
 
 
 def test_a_weight_of_zero_switches_one_source_off():
@@ -322,6 +368,7 @@ def test_absolute_and_home_paths_stay_and_an_empty_path_stays_empty(write, monke
         ("train.projector_lr=1e-5", lambda c: c.train.projector_lr, 1e-5),
         ("model.base_hash='a=b'", lambda c: c.model.base_hash, "a=b"),
         ("data.sources.1.weight=0.25", lambda c: [s.weight for s in c.data.sources], [1.0, 0.25]),
+        ("data.sources.b.weight=0.25", lambda c: [s.weight for s in c.data.sources], [1.0, 0.25]),
         ("data.sources.0={name: z, path: /z}", lambda c: [s.name for s in c.data.sources], ["z", "b"]),
         ("data.sources=[{name: z, path: /z}]", lambda c: [s.name for s in c.data.sources], ["z"]),
         ("data.sources.0.image_folder=''", lambda c: c.data.sources[0].image_folder, ""),
@@ -348,7 +395,7 @@ def test_later_overrides_win(write):
         ("data.sources.2.weight=1", "'2' is not an index below 2"),
         ("data.sources.-1.weight=1", "'-1' is not an index below 2"),
         ("data.sources.²={}", "'²' is not an index below 2"),
-        ("data.sources.first.weight=1", "'first' is not an index below 2"),
+        ("data.sources.first.weight=1", "'first' is not an index below 2, nor a name of a, b"),
         ("data.sources.0.wait=1", "unknown config key data.sources[0].wait"),
         ("train=null", "train must be a mapping of keys"),
         ("..=1", "unknown config key"),
@@ -376,7 +423,11 @@ def all_set() -> RunConfig:
             "max_bad_steps": 1,
         },
         data={
-            "sources": [{"name": "yes: no", "path": "/ünï/1e-4", "image_folder": "/i", "weight": 1 / 3}],
+            "sources": [
+                {"name": "yes: no", "path": "/ünï/1e-4", "image_folder": "/i", "weight": 1 / 3},
+                {"name": "2", "path": "/2", "weight": [[0, 1 / 3], [7, 1e-9]], "epochs": 3},
+            ],
+            "weights_in": "tokens", "temperature": 1.5,
             "validation": [{"name": "007", "path": "/v"}], "max_length": 99, "on_bad_sample": "stop",
             "max_image_pixels": 5,
         },

@@ -141,6 +141,19 @@ def test_data_never_imports_megatron():
             assert not {n for n in imported(tree) if room(n) == "megatron"}, name
 
 
+def test_data_is_looked_at_without_megatron():
+    """`mole-mega data preview` is fast since nothing that it imports, however far down, imports Megatron-Core."""
+    reached, pending = set(), ["inspect_data"]
+    while pending:
+        name = pending.pop()
+        if name in TREES and name not in reached:
+            reached.add(name)
+            own = {n.removeprefix("mole_mega.") for n in imported(TREES[name]) if n.startswith("mole_mega.")}
+            pending += own | {n.rpartition(".")[0] for n in own}  # `from a.b import c` runs a.b, and c may be a module
+    assert {"data.loader", "models.sizes", "data.preview"} <= reached
+    assert not {name for name in reached for n in imported(TREES[name]) if room(n) == "megatron"}
+
+
 def test_the_bank_knows_neither_ranks_nor_megatron():
     for module in ("adapters.bank", "platform.processor"):  # the one module of ours that the bank asks
         names = imported(TREES[module])
