@@ -6,8 +6,8 @@ import contextlib
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -28,7 +28,6 @@ from mole_mega.checkpoint.store import (
     warm_start,
 )
 from mole_mega.config import ConfigError, RunConfig
-from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import CheckFailedError, ExitCode
 from mole_mega.models.llava import LLaVA
@@ -37,6 +36,7 @@ from mole_mega.monitor.metrics import MetricsFile, Row, StepResult, step_row
 from mole_mega.monitor.tensorboard import Board
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
 from mole_mega.platform.parallel import Parallel
+from mole_mega.training.evaluation import Answer, answer_questions, answer_row, evaluation_row, write_answers
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Evaluator, Stepper
 
@@ -80,22 +80,20 @@ def check_batch(run: RunConfig, parallel: Parallel) -> None:
         )
 
 
-def evaluation_row(evaluator: Evaluator, batches: Sequence[Batch], domains: Sequence[str]) -> Row:
-    """{"loss/<domain>", "token_accuracy/<domain>", "accuracy/<domain>"} over all ranks' batches; accuracy is the share
-    of samples whose whole answer greedy decoding gets right."""
-    if not batches:
-        return {}
-    row: Row = {}
-    for domain, (loss, tokens, correct, samples, exact) in zip(domains, evaluator.evaluate(batches).T, strict=True):
-        if tokens:
-            row[f"loss/{domain}"] = float(loss / tokens)
-            row[f"token_accuracy/{domain}"] = float(correct / tokens)
-            row[f"accuracy/{domain}"] = float(exact / samples)
-    return row
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by domain, the answers that the model wrote (none unless asked for), and what was left out, in words."""
+
+    scores: Row
+    answers: list[Answer]
+    left_out: list[str]
 
 
-def evaluate_checkpoint(run: RunConfig, parallel: Parallel, checkpoint: Path | None) -> Row:
-    """`evaluation_row` of a checkpoint, or of the base alone, on the first samples of `data.validation`."""
+def evaluate_checkpoint(
+    run: RunConfig, parallel: Parallel, checkpoint: Path | None, *, generate: bool = True
+) -> Evaluation:
+    """Scores of a checkpoint, or of the base alone, on the first samples of `data.validation`; with `generate` its
+    answers too. Raises ConfigError for a source of which no sample can be used."""
     base = Path(run.model.base)
     size = read_size(base)
     if checkpoint is not None:
@@ -105,11 +103,46 @@ def evaluate_checkpoint(run: RunConfig, parallel: Parallel, checkpoint: Path | N
     load_base(model, base)
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    batches = loader.validation_batches(
-        run.validation.samples, run.train.micro_batch_size, parallel.dp_rank, parallel.dp_size
-    )
     evaluator = Evaluator(run, model, parallel, len(loader.domains))
-    return evaluation_row(evaluator, list(batches), loader.domains)
+    scores, answers = _validate(run, evaluator, model, loader, generate=generate)
+    skipped = skipped_samples(loader, parallel)
+    for source in run.data.validation:
+        if f"loss/{source.name}" not in scores:
+            why = ", ".join(f"{count} {kind}" for (domain, kind), count in skipped.items() if domain == source.name)
+            raise ConfigError(f"data.validation {source.name!r} has no sample that can be scored: {why}")
+    return Evaluation(scores, answers, _skipped_lines(skipped, loader))
+
+
+def _validate(
+    run: RunConfig, evaluator: Evaluator, model: LLaVA, loader: Loader, *, generate: bool
+) -> tuple[Row, list[Answer]]:
+    parallel, rows = evaluator.parallel, run.train.micro_batch_size
+    batches = list(loader.validation_batches(run.validation.samples, rows, parallel.dp_rank, parallel.dp_size))
+    scores = evaluation_row(evaluator, batches, loader.domains)
+    answers: list[Answer] = []
+    if generate:
+        base, longest = Path(run.model.base), run.validation.max_new_tokens
+        answers = answer_questions(model, batches, loader.domains, loader.encoder, base, rows, longest)
+    return scores | answer_row(answers), answers
+
+
+def skipped_samples(loader: Loader, parallel: Parallel) -> dict[tuple[str, str], int]:
+    """{(domain, kind of reason): how many samples all ranks left out}."""
+    gathered: list[dict[str, dict[str, int]]] = [{} for _ in range(parallel.world_size)]
+    dist.all_gather_object(gathered, loader.skipped)
+    # tensor- and pipeline-parallel ranks read the same samples: ask one rank of each data-parallel group
+    totals: dict[tuple[str, str], int] = {}
+    for rank in dist.get_process_group_ranks(parallel.groups.dp):
+        for domain, kinds in gathered[rank].items():
+            for kind, count in kinds.items():
+                totals[domain, kind] = totals.get((domain, kind), 0) + count
+    return dict(sorted(totals.items()))
+
+
+def _skipped_lines(skipped: dict[tuple[str, str], int], loader: Loader) -> list[str]:
+    """For people: a line a kind, and examples from this rank."""
+    lines = [f"left out {count} samples of {domain}: {kind}" for (domain, kind), count in skipped.items()]
+    return lines + [f"  for example: {message}" for message in loader.skipped_messages[:3]]
 
 
 class Trainer:
@@ -184,12 +217,18 @@ class Trainer:
         return code
 
     def validate(self) -> Row:
-        """Mean loss over labelled places, and exact-match accuracy, of each validation source's first samples."""
-        run, parallel = self.run, self.parallel
-        batches = self.loader.validation_batches(
-            run.validation.samples, run.train.micro_batch_size, parallel.dp_rank, parallel.dp_size
-        )
-        return evaluation_row(self.stepper, list(batches), self.loader.domains)
+        """Scores of each validation source's first samples; the answers, if the model writes them, go to a file."""
+        run = self.run
+        scores, answers = _validate(run, self.stepper, self.model.module, self.loader, generate=run.validation.generate)
+        if run.validation.generate:
+            path = Path(run.run_dir) / "eval" / f"step_{self.state.step}.jsonl"
+            with files.shared_disk_errors("writing", path):
+                if self.parallel.is_main:
+                    write_answers(answers, path)
+        for source in run.data.validation:
+            if f"loss/{source.name}" not in scores:
+                self._say(f"validation: no sample of {source.name} can be scored")
+        return scores
 
     def _step(self, step: int) -> tuple[Row, StepResult]:
         train = self.run.train
@@ -296,19 +335,8 @@ class Trainer:
             print(text, file=self._out, flush=True)
 
     def _say_skipped_samples(self) -> None:
-        gathered: list[dict[str, dict[str, int]]] = [{} for _ in range(self.parallel.world_size)]
-        dist.all_gather_object(gathered, self.loader.skipped)
-        # tensor- and pipeline-parallel ranks read the same samples: ask one rank of each data-parallel group
-        ranks = dist.get_process_group_ranks(self.parallel.groups.dp)
-        totals: dict[tuple[str, str], int] = {}
-        for rank in ranks:
-            for domain, kinds in gathered[rank].items():
-                for kind, count in kinds.items():
-                    totals[domain, kind] = totals.get((domain, kind), 0) + count
-        for (domain, kind), count in sorted(totals.items()):
-            self._say(f"left out {count} samples of {domain}: {kind}")
-        for message in self.loader.skipped_messages[:3]:
-            self._say(f"  for example: {message}")
+        for line in _skipped_lines(skipped_samples(self.loader, self.parallel), self.loader):
+            self._say(line)
 
     def _on_signal(self, *_: object) -> None:
         self._signal_received = True
