@@ -185,7 +185,9 @@ def _open(args: argparse.Namespace) -> Model:
 
 def _load_peft(folder: Path, base: Path | None, dtype: Any) -> tuple[Any, Path]:
     """(model, the base's folder): the base is a Hugging Face folder, or one of ours."""
+    from mole_mega.checkpoint.files import folder_hash
     from mole_mega.convert.folders import load_adapter, load_base, load_exported
+    from mole_mega.convert.peft import base_hash
 
     named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     base = base or Path(named or "")
@@ -193,6 +195,9 @@ def _load_peft(folder: Path, base: Path | None, dtype: Any) -> tuple[Any, Path]:
         which = f"an adapter on {named!r}, which is no folder here" if named else "an adapter that names no base"
         raise ConfigError(f"{folder} is {which}; say where it is with --base")
     if (base / "model.json").is_file():
+        named, found = base_hash(folder), folder_hash(base)
+        if named is not None and named != found:
+            raise ConfigError(f"{folder} is an adapter on a base with hash {named}; {base} has {found}")
         model = load_base(base)
         model = model if dtype == "auto" else model.to(dtype)
     else:
