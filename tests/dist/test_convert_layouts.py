@@ -22,7 +22,7 @@ from mole_mega.config import AdapterConfig, ParallelConfig
 from mole_mega.convert import verify
 from mole_mega.convert.folders import find_counterpart
 from mole_mega.convert.hf_export import export_base, export_merged
-from mole_mega.convert.hf_import import import_hf
+from mole_mega.convert.hf_import import UNUSED_FILE, import_hf
 from mole_mega.convert.mole_folder import export_mole
 from mole_mega.convert.source import SOURCE_FILE
 from mole_mega.platform import parallel as platform
@@ -57,7 +57,7 @@ SEEN_IN_THE_LAYOUT_ALONE = ("a bit", "a router's copy")
 
 
 # what an import puts beside the tensors, for the export
-CARRIED = (SOURCE_FILE, "config.json", "generation_config.json")
+CARRIED = (SOURCE_FILE, UNUSED_FILE, "config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def test_a_base_that_a_layout_has_saved_is_the_one_that_it_loaded(layout, found,
     """The same tensors by name, shape, dtype and hash, and an export of the same bytes as it came from."""
     base, hf = folders["base"]
     saved = saved_by(folders, layout)
-    assert (saved / "tensors.json").read_bytes() == (base / "tensors.json").read_bytes()
+    assert json.loads((saved / "tensors.json").read_text()) == json.loads((base / "tensors.json").read_text())
     assert {path.name for path in saved.glob("*.distcp")} != {path.name for path in base.glob("*.distcp")}
     export_base(find_trained(saved), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
