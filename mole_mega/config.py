@@ -143,10 +143,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Validation loss by domain, every `every` steps (0: never) on at most `samples` of each source."""
+    """Validation loss by domain, every `every` steps (0: never) on at most `samples` of each source. With `generate`
+    the model also writes its answers, greedily, of at most `max_new_tokens` each."""
 
     every: int = 0
     samples: int = 64
+    generate: bool = False
+    max_new_tokens: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +238,7 @@ def validate(config: RunConfig) -> None:
         (train, "weight_decay", 0), (train, "clip_grad", 0), (data, "max_length", 2), (data, "max_image_pixels", 1),
         (config.checkpoint, "every", 0),
         (config.checkpoint, "keep", 1), (config.validation, "every", 0), (config.validation, "samples", 1),
+        (config.validation, "max_new_tokens", 1),
         (config.monitor, "every", 1),
     ]:  # fmt: skip
         if not getattr(owner, name) >= low:  # `not >=` so that NaN fails too

@@ -1,27 +1,33 @@
-"""python -m mole_mega.evaluate RUN.yaml [key.path=value ...]: scores of a checkpoint, by domain."""
+"""python -m mole_mega.evaluate RUN.yaml [key.path=value ...]: scores and answers of a checkpoint, by domain."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mole_mega import config
 from mole_mega.config import RunConfig
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 
+KINDS = ("loss", "token_accuracy", "accuracy", "exact_match", "contains", "anls")
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mole-mega eval",
-        description="Loss and accuracy of a run's newest checkpoint on its data.validation sources.",
+        description="Loss, accuracy and greedy answers of a run's newest checkpoint on its data.validation sources.",
     )
     parser.add_argument("run", help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--checkpoint", type=Path, help="a step_<n> folder, instead of the run's newest")
     parser.add_argument("--base", action="store_true", help="the frozen base alone, without adapters")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--answers", type=Path, help="where the answers go (default: RUN_DIR/eval/step_<n>.jsonl)")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the run's validation.max_new_tokens")
+    parser.add_argument("--no-generate", action="store_true", help="score without writing answers, which is faster")
     parser.add_argument("--debug", action="store_true", help="show warnings and tracebacks")
     parser.epilog = "--nproc N starts N processes on this host under torchrun"
     return parser.parse_intermixed_args(argv)
@@ -34,22 +40,47 @@ def main(argv: list[str] | None = None) -> int:
         if not args.debug:
             quiet_libraries()
         run = config.load(args.run, args.overrides)
+        if args.max_new_tokens is not None:
+            run = replace(run, validation=replace(run.validation, max_new_tokens=args.max_new_tokens))
+            config.validate(run)
         if args.base and args.checkpoint:
             raise ConfigError("--base and --checkpoint exclude each other")
+        if args.answers and args.no_generate:
+            raise ConfigError("--answers and --no-generate exclude each other")
         checkpoint = None if args.base else args.checkpoint or _newest(run)
         if not run.data.validation:
             raise ConfigError("data.validation is empty: there is nothing to evaluate on")
+        answers = args.answers or Path(run.run_dir) / "eval" / f"{checkpoint.name if checkpoint else 'base'}.jsonl"
         from mole_mega.platform import parallel as platform
+        from mole_mega.training.evaluation import write_answers
         from mole_mega.training.trainer import evaluate_checkpoint
 
         parallel = platform.initialize(run.parallel, run.train.seed)
-        row = evaluate_checkpoint(run, parallel, checkpoint)
+        if parallel.is_main:  # before the work, not after it
+            _refuse_unwritable([args.json] * bool(args.json) + [answers] * (not args.no_generate))
+        found = evaluate_checkpoint(run, parallel, checkpoint, generate=not args.no_generate)
         if parallel.is_main:
-            print(_table(row))
+            print(_table(found.scores))
+            for line in found.left_out:
+                print(line)
             if args.json:
-                args.json.write_text(json.dumps(row, indent=1) + "\n")
+                args.json.write_text(json.dumps(found.scores, indent=1) + "\n")
+            if not args.no_generate:
+                write_answers(found.answers, answers)
+                print(f"answers: {answers}")
         platform.shutdown()
     return outcome.code
+
+
+def _refuse_unwritable(paths: list[Path]) -> None:
+    """Raise OSError, naming the file, for one that could not be written."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        with open(path, "a"):
+            pass
+        if not existed:
+            path.unlink()
 
 
 def _newest(run: RunConfig) -> Path:
@@ -62,7 +93,7 @@ def _newest(run: RunConfig) -> Path:
 
 
 def _table(row: dict[str, int | float]) -> str:
-    kinds = ("loss", "token_accuracy", "accuracy")
+    kinds = [kind for kind in KINDS if any(key.startswith(f"{kind}/") for key in row)]
     domains = [key.split("/", 1)[1] for key in row if key.startswith("loss/")]
     width = max(map(len, ("domain", *domains)))
     lines = ["  ".join([f"{'domain':<{width}}", *(f"{kind:>14}" for kind in kinds)])]

@@ -100,11 +100,12 @@ def ask(model: Model, images: list[Path], prompt: str, max_new_tokens: int) -> t
 
 
 class MegatronModel:
-    """A base, a run or a step, on one process. Every new token costs a pass over the whole text so far."""
+    """A base, a run or a step, on one process."""
 
     def __init__(self, trained: Trained, precision: Any) -> None:
         from mole_mega.checkpoint.trained import build_trained
         from mole_mega.config import ParallelConfig
+        from mole_mega.data import conversation
         from mole_mega.platform import parallel as platform
 
         parallel = platform.initialize(ParallelConfig(), seed=0)
@@ -115,32 +116,14 @@ class MegatronModel:
         )  # fmt: skip
         self.max_length = size.language.max_length
         self.tokenizer = _tokenizer(trained.base)
-        self._stop_ids = _stop_ids(self.tokenizer, trained.base)
+        self._stop_ids = conversation.stop_ids(self.tokenizer, trained.base)
 
     def answer(self, prompt: torch.Tensor, pixels: torch.Tensor, max_new_tokens: int) -> list[int]:
-        import torch
+        from mole_mega.models.decode import greedy, pad_prompts
 
-        device = self.model.parallel.device
-        tokens, pixels = prompt[None].to(device), pixels.to(device)
-        image_mask = tokens == self.image_token_id
-        new: list[int] = []
-        for _ in range(max_new_tokens):
-            with torch.no_grad():
-                logits = self.model(
-                    tokens=tokens,
-                    position_ids=torch.arange(tokens.shape[1], device=device)[None],
-                    padding_mask=torch.ones_like(image_mask),
-                    image_mask=image_mask,
-                    pixels=pixels,
-                )
-            token = int(logits[0, -1].argmax())
-            if token in self._stop_ids:
-                break
-            new.append(token)
-            tokens = torch.nn.functional.pad(tokens, (0, 1), value=token)
-            # an image's place is one that the prompt holds: what the model writes is text
-            image_mask = torch.nn.functional.pad(image_mask, (0, 1), value=False)
-        return new
+        prompts = pad_prompts([prompt], [prompt == self.image_token_id], pixels, self.model.parallel)
+        ((tokens,),) = greedy(self.model, [prompts], max_new_tokens, self._stop_ids)
+        return [token for token in tokens if token not in self._stop_ids]
 
 
 class ExportedModel:
@@ -151,6 +134,7 @@ class ExportedModel:
         from transformers import GenerationConfig
 
         from mole_mega.convert.folders import is_our_code, load_exported
+        from mole_mega.data import conversation
 
         dtype: Any = {"fp32": torch.float32, "bf16": torch.bfloat16, None: "auto"}[precision]
         trust = trust_remote_code or is_our_code(folder)
@@ -167,7 +151,7 @@ class ExportedModel:
         self.places_per_image = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         self.max_length = config.text_config.max_position_embeddings
         self.tokenizer = _tokenizer(self.folder, trust_remote_code=trust)
-        self._stop_ids = _stop_ids(self.tokenizer, self.folder)
+        self._stop_ids = conversation.stop_ids(self.tokenizer, self.folder)
 
     def answer(self, prompt: torch.Tensor, pixels: torch.Tensor, max_new_tokens: int) -> list[int]:
         import torch
@@ -201,7 +185,9 @@ def _open(args: argparse.Namespace) -> Model:
 
 def _load_peft(folder: Path, base: Path | None, dtype: Any) -> tuple[Any, Path]:
     """(model, the base's folder): the base is a Hugging Face folder, or one of ours."""
+    from mole_mega.checkpoint.files import folder_hash
     from mole_mega.convert.folders import load_adapter, load_base, load_exported
+    from mole_mega.convert.peft import base_hash
 
     named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     base = base or Path(named or "")
@@ -209,6 +195,9 @@ def _load_peft(folder: Path, base: Path | None, dtype: Any) -> tuple[Any, Path]:
         which = f"an adapter on {named!r}, which is no folder here" if named else "an adapter that names no base"
         raise ConfigError(f"{folder} is {which}; say where it is with --base")
     if (base / "model.json").is_file():
+        named, found = base_hash(folder), folder_hash(base)
+        if named is not None and named != found:
+            raise ConfigError(f"{folder} is an adapter on a base with hash {named}; {base} has {found}")
         model = load_base(base)
         model = model if dtype == "auto" else model.to(dtype)
     else:
@@ -223,14 +212,6 @@ def _tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no usable tokenizer: {' '.join(str(error).split())[:300]}") from error
-
-
-def _stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
-    """What ends an answer: the tokenizer's end of sequence, and what generation_config.json names."""
-    path = folder / "generation_config.json"
-    named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-    return frozenset(ids - {None})
 
 
 if __name__ == "__main__":

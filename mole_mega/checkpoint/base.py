@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.stream import LazyTensor, describe_tensors, write_tensors
@@ -63,13 +64,30 @@ def save_base(model: LLaVA, out: Path, extra_files: Iterable[Path] = ()) -> str:
         folder.mkdir(parents=True)
     model.parallel.barrier()
     with files.shared_disk_errors("writing", out):
-        dist_checkpointing.save(model_entries(model, trainable=False), str(folder), async_sharded_save=False)
+        entries = _without_padding(model_entries(model, trainable=False), model)
+        dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
         if model.parallel.is_main:
             _drop_storage_metadata(folder)
             describe_tensors(folder)
             _complete(folder, out, model.size, extra_files)
     model.parallel.barrier()
     return files.folder_hash(out)
+
+
+def _without_padding(entries: ShardedStateDict, model: LLaVA) -> ShardedStateDict:
+    """Entries whose vocabulary ends where the model's does. Rows that only pad it to a multiple of TP are not of the
+    model, and a grid of shards has room for none that is shorter: what has such rows is gathered, and saved whole."""
+    tp, rows = model.parallel.groups.tp, model.size.language.vocab_size
+    result = dict(entries)
+    for name, entry in entries.items():
+        if getattr(entry, "allow_shape_mismatch", False) and entry.global_shape[0] > rows:
+            parts = [torch.empty_like(entry.data) for _ in range(tp.size())]
+            dist.all_gather(parts, entry.data.contiguous(), group=tp)
+            replica = entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)
+            result[name] = ShardedTensor.from_rank_offsets(
+                entry.key, torch.cat(parts)[:rows].contiguous(), replica_id=(*replica, tp.rank())
+            )
+    return result
 
 
 def _refuse_existing(out: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mole_mega.checkpoint import files as checkpoint_files
+from mole_mega.checkpoint.store import ADAPTER_FILE
 from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.trained import Trained, find_trained
 from mole_mega.config import ConfigError
@@ -31,13 +33,14 @@ class Counterpart:
     """`tensors`: {part: (expected, found)}; `models`: {name: (the one expert that it runs, or None; its loader)}. Names
     are empty where there is one. `files`: {name: (expected, found)} beside the weights. `cast`: what the base was asked
     to hold in another dtype, as it came. `rounded`: the model of that name has sums for weights, rounded to a dtype of
-    so large an epsilon."""
+    so large an epsilon. `base_hashes`: {part: (the base's hash, the one that the part names)}, where it names one."""
 
     tensors: dict[str, tuple[Tensors, Tensors]]
     models: Mapping[str, tuple[int | None, Callable[[], Any]]]
     files: Mapping[str, tuple[bytes | None, bytes | None]] = field(default_factory=dict)
     cast: Mapping[str, LazyTensor] = field(default_factory=dict)
     rounded: Mapping[str, float] = field(default_factory=dict)
+    base_hashes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def find_counterpart(
@@ -50,10 +53,10 @@ def find_counterpart(
     if vision_tower is not None or projector is not None:
         raise ConfigError(f"{folder} is compared with a run: a vision tower or projector of its own cannot be given")
     if (folder / peft.MOLE_JSON).is_file() or (folder / peft.ADAPTER_CONFIG).is_file():
-        return _of_peft(trained, folder)
+        return replace(_of_peft(trained, folder), base_hashes=_base_hashes(trained, folder))
     model_type = read_json(folder / CONFIG).get("model_type")
     if model_type == "llava_mole":
-        return _of_mole(trained, folder)
+        return replace(_of_mole(trained, folder), base_hashes=_base_hashes(trained, folder))
     if model_type == "llava":
         return _of_merged(trained, folder)
     raise ConfigError(f"{folder / CONFIG} describes {model_type!r}: no export of a run")
@@ -176,6 +179,19 @@ def adapters_counterpart(trained: Trained, folders: Sequence[Path], filled: Coll
         if found.keys() == stored.keys():  # an adapter of a decoder alone does not load on a LLaVA
             models[name] = None if num_experts == 1 else expert, partial(_load_peft, trained, folder)
     return Counterpart(parts, models)
+
+
+def _base_hashes(trained: Trained, folder: Path) -> dict[str, tuple[str, str]]:
+    """The hash of the base that each part of an export names beside that of the run's. Adapters that were converted
+    have no base of their own: any that they fit will do."""
+    if trained.step is None or (trained.step / ADAPTER_FILE).is_file():
+        return {}
+    parts = [path.parent for path in (*folder.glob(peft.BASE_JSON), *folder.glob(f"*/{peft.BASE_JSON}"))]
+    named = {path.name: peft.base_hash(path) for path in parts}
+    if (folder / CONFIG).is_file():
+        named[CONFIG] = read_json(folder / CONFIG).get("base_hash")
+    own = checkpoint_files.folder_hash(trained.base)
+    return {part: (own, str(found)) for part, found in named.items() if found is not None}
 
 
 def _serving_files(trained: Trained) -> dict[str, bytes]:

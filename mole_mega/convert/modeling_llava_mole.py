@@ -43,6 +43,8 @@ class LlavaMoleConfig(LlavaConfig):
     mole: dict | None = None
     # The model that a folder of adapters alone was trained on; None where the folder holds all weights.
     base_model_name_or_path: str | None = None
+    # mole_mega's hash of the base that the model was trained on
+    base_hash: str | None = None
 
 
 class Routing:

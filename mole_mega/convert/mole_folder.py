@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mole_mega.checkpoint import files
 from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.checkpoint.trained import Trained
@@ -87,6 +88,8 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
         # for the files of a processor that do not say whose they are
         "processor_class": "LlavaProcessor",
         "dtype": _DTYPES[trained.run.train.precision],
+        # of the checkpoint that the run was trained on
+        "base_hash": files.folder_hash(trained.base),
         "mole": {
             "method": adapter.method,
             "num_experts": adapter.num_experts,

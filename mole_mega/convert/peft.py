@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mole_mega.checkpoint import files
 from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.checkpoint.trained import Trained
@@ -21,6 +22,8 @@ from mole_mega.convert.hf_writer import new_folder, write_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What PEFT does not read: the base that an adapter is of, by name and by the hash of our checkpoint of it.
+BASE_JSON = "base.json"
 # Beside the folders of several experts.
 MOLE_JSON = "mole.json"
 ROUTER_WEIGHTS = "router.safetensors"
@@ -95,6 +98,13 @@ def expert_folder(index: int) -> str:
     return f"expert_{index}"
 
 
+def base_hash(folder: Path) -> str | None:
+    """The hash of the base that an adapter's folder names; None when it names none."""
+    path = folder / BASE_JSON
+    found = read_json(path).get("base_hash") if path.is_file() else None
+    return found if isinstance(found, str) else None
+
+
 def _open(trained: Trained) -> StoredTensors:
     assert trained.step is not None
     return StoredTensors(trained.step)
@@ -128,6 +138,8 @@ def _write_adapter(folder: Path, trained: Trained, step: StoredTensors, expert: 
     write_tensors(folder, tensors, dict.fromkeys(tensors, ADAPTER_WEIGHTS))
     tree = _adapter_config(trained, has_projector=bool(trained_projector(step)))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
+    base = {"base": _origin(trained.base), "base_hash": files.folder_hash(trained.base)}
+    (folder / BASE_JSON).write_text(json.dumps(base, indent=2) + "\n")
 
 
 def _adapter_config(trained: Trained, *, has_projector: bool) -> dict[str, Any]:

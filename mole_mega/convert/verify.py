@@ -124,6 +124,8 @@ def _ask_them(counterpart: Counterpart, asked: probe.Probe) -> _Theirs:
     checks += _note_cast(counterpart)
     if counterpart.files:
         checks.append(_check_files(counterpart.files))
+    if counterpart.base_hashes:
+        checks.append(_check_base(counterpart.base_hashes))
     # a model of other names or shapes does not load: the rows so far say what is wrong
     is_whole = all(_shapes(expected) == _shapes(found) for expected, found in counterpart.tensors.values())
     answers = []
@@ -173,6 +175,13 @@ def _check_files(files: Mapping[str, tuple[bytes | None, bytes | None]]) -> Chec
     different = [name for name, (expected, found) in files.items() if expected != found]
     found = f"{len(different)} differ, first {different[0]}" if different else "identical bytes"
     return Check("files", f"{len(files)} beside the weights", found, not different)
+
+
+def _check_base(hashes: Mapping[str, tuple[str, str]]) -> Check:
+    """The base that an export names must be the one that the run was trained on."""
+    different = [found for expected, found in hashes.values() if expected != found]
+    found = f"another hash, {different[0][:12]}..." if different else "the same hash"
+    return Check("base", "what the export names", found, not different)
 
 
 def _shapes(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[int, ...]]:

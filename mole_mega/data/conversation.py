@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,6 +140,24 @@ class Encoder:
         assert isinstance(text, str)
         return text
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """What tokens say, for people: without control tokens, each image as one mark."""
+        parts: list[list[int]] = [[]]
+        images = 0
+        for token in tokens:
+            if token != self.image_token_id:
+                parts[-1].append(token)
+            else:
+                if images % self.places_per_image == 0:
+                    parts.append([])
+                images += 1
+        with self._lock:
+            return IMAGE_MARK.join(self._tokenizer.decode(part, skip_special_tokens=True) for part in parts).strip()
+
+    def stop_ids(self, folder: Path) -> frozenset[int]:
+        """What ends an answer of a model that came with the files in `folder`."""
+        return stop_ids(self._tokenizer, folder)
+
     def _tokens_and_mask(self, messages: Sequence[tuple[str, str]], template: str) -> tuple[list[int], list[int]]:
         with self._lock:
             encoded = self._tokenizer.apply_chat_template(
@@ -196,6 +216,14 @@ class Encoder:
             return "the base's own template does not mark its answers"
         stops = sum(bool(m) and token in self._special_ids for token, m in zip(ids, mask, strict=True))
         return "" if stops >= 2 else "the base's own template marks no stop token as part of its answers"
+
+
+def stop_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
+    """What ends an answer: the tokenizer's end of sequence, and what a folder's generation_config.json names."""
+    path = folder / "generation_config.json"
+    named = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return frozenset(ids - {None})
 
 
 def _as_chat(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

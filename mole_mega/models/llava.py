@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from mole_mega.adapters.routers import MoLERouter
 from mole_mega.config import RunConfig
 from mole_mega.models import specs
+from mole_mega.models.cache import KeyValueCache
 from mole_mega.models.mcore_config import McoreConfigs, build_configs
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.models.splice import splice
@@ -115,9 +116,11 @@ class LLaVA(MegatronModule):
         image_mask: torch.Tensor,
         pixels: torch.Tensor,
         labels: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """tokens, position_ids, labels [B, S]; padding_mask and image_mask [B, S] bool (True: a real token; an image
-        place); pixels [N, 3, h, w], N may be 0.
+        place); pixels [N, 3, h, w], N may be 0. With a `cache` the places stand behind those that it holds of earlier
+        passes (models/decode.py).
 
         Returns, by stage: hidden states for the next one; on the last, logits [B, S, V] (padded vocabulary rows at
         -inf), or the loss of every place [B, S] when `labels` (each place's next token) are given.
@@ -130,7 +133,8 @@ class LLaVA(MegatronModule):
         return self.language_model(
             input_ids=tokens,
             position_ids=position_ids,
-            attention_mask=None,
+            attention_mask=None if cache is None else cache.expect(position_ids),
+            inference_context=cache,
             decoder_input=decoder_input,
             labels=labels,
             padding_mask=routed_padding,

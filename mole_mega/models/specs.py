@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -22,6 +22,7 @@ from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelL
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer
 from mole_mega.adapters.routers import MoLERouter
 from mole_mega.config import AdapterConfig
+from mole_mega.models.cache import CachedSelfAttention
 from mole_mega.platform.parallel import Parallel
 
 
@@ -81,11 +82,12 @@ def decoder_block(config: TransformerConfig, layer_indices: range, plan: Adapter
 
 
 def _layer(attention: SelfAttentionSubmodules, mask: AttnMaskType, mlp: Any) -> ModuleSpec:
+    params = {"attn_mask_type": mask}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=TorchNorm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attention=ModuleSpec(module=CachedSelfAttention, params=params, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=TorchNorm,
             mlp=mlp,

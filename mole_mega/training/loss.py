@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
+from mole_mega.models.decode import largest
 
 LOSS_ROWS = ("loss", "tokens", "places")
 SCORE_ROWS = ("loss", "tokens", "correct", "samples", "exact")
@@ -40,7 +41,7 @@ def sum_scores(
     are: with the true answer before each place, that is so if and only if greedy decoding writes the true answer.
     """
     labelled_BS = batch.labels != IGNORE_INDEX
-    correct_BS = (_argmax(logits_BSV, tp_group) == batch.labels) & labelled_BS
+    correct_BS = (largest(logits_BSV, tp_group) == batch.labels) & labelled_BS
     labels_SB = batch.labels.clamp(min=0).T.contiguous()
     loss_BS = vocab_parallel_cross_entropy(logits_BSV.transpose(0, 1).contiguous(), labels_SB, tp_group=tp_group).T
     loss_B = (loss_BS.to(torch.float32) * labelled_BS).sum(1)
@@ -48,18 +49,6 @@ def sum_scores(
     has_answer_B = tokens_B > 0
     rows = [loss_B, tokens_B, correct_B, has_answer_B, (correct_B == tokens_B) & has_answer_B]
     return loss_B.sum(), tokens_B.sum().to(torch.int), _by_domain(rows, batch, num_domains)
-
-
-def _argmax(logits_BSV: torch.Tensor, tp_group: dist.ProcessGroup) -> torch.Tensor:
-    """Index of the largest logit over the whole vocabulary, [B, S]."""
-    value_BS, index_BS = logits_BSV.max(dim=-1)
-    if tp_group.size() == 1:
-        return index_BS
-    mine = torch.stack([value_BS.double(), (index_BS + tp_group.rank() * logits_BSV.shape[-1]).double()])
-    parts = [torch.empty_like(mine) for _ in range(tp_group.size())]
-    dist.all_gather(parts, mine, group=tp_group)
-    values, indices = torch.stack(parts).unbind(1)
-    return indices.gather(0, values.argmax(dim=0, keepdim=True))[0].long()
 
 
 def _by_domain(rows_B: list[torch.Tensor], batch: Batch, num_domains: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +30,6 @@ from mole_mega.checkpoint.store import (
 )
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data import tally
-from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import CheckFailedError, ExitCode
 from mole_mega.models.llava import LLaVA
@@ -39,6 +38,7 @@ from mole_mega.monitor.metrics import MetricsFile, Row, StepResult, step_row
 from mole_mega.monitor.tensorboard import Board
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
 from mole_mega.platform.parallel import Parallel
+from mole_mega.training.evaluation import Answer, answer_questions, answer_row, evaluation_row, write_answers
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Evaluator, Stepper
 
@@ -83,22 +83,20 @@ def check_batch(run: RunConfig, parallel: Parallel) -> None:
         )
 
 
-def evaluation_row(evaluator: Evaluator, batches: Sequence[Batch], domains: Sequence[str]) -> Row:
-    """{"loss/<domain>", "token_accuracy/<domain>", "accuracy/<domain>"} over all ranks' batches; accuracy is the share
-    of samples whose whole answer greedy decoding gets right."""
-    if not batches:
-        return {}
-    row: Row = {}
-    for domain, (loss, tokens, correct, samples, exact) in zip(domains, evaluator.evaluate(batches).T, strict=True):
-        if tokens:
-            row[f"loss/{domain}"] = float(loss / tokens)
-            row[f"token_accuracy/{domain}"] = float(correct / tokens)
-            row[f"accuracy/{domain}"] = float(exact / samples)
-    return row
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by domain, the answers that the model wrote (none unless asked for), and what was left out, in words."""
+
+    scores: Row
+    answers: list[Answer]
+    left_out: list[str]
 
 
-def evaluate_checkpoint(run: RunConfig, parallel: Parallel, checkpoint: Path | None) -> Row:
-    """`evaluation_row` of a checkpoint, or of the base alone, on the first samples of `data.validation`."""
+def evaluate_checkpoint(
+    run: RunConfig, parallel: Parallel, checkpoint: Path | None, *, generate: bool = True
+) -> Evaluation:
+    """Scores of a checkpoint, or of the base alone, on the first samples of `data.validation`; with `generate` its
+    answers too. Raises ConfigError for a source of which no sample can be used."""
     base = Path(run.model.base)
     size = read_size(base)
     if checkpoint is not None:
@@ -108,11 +106,50 @@ def evaluate_checkpoint(run: RunConfig, parallel: Parallel, checkpoint: Path | N
     load_base(model, base)
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    batches = loader.validation_batches(
-        run.validation.samples, run.train.micro_batch_size, parallel.dp_rank, parallel.dp_size
-    )
     evaluator = Evaluator(run, model, parallel, len(loader.domains))
-    return evaluation_row(evaluator, list(batches), loader.domains)
+    scores, answers = _validate(run, evaluator, model, loader, generate=generate)
+    skipped = skipped_samples(loader, parallel)
+    for source in run.data.validation:
+        if f"loss/{source.name}" not in scores:
+            why = ", ".join(f"{count} {kind}" for kind, count in skipped.get(source.name, {}).items())
+            raise ConfigError(f"data.validation {source.name!r} has no sample that can be scored: {why}")
+    return Evaluation(scores, answers, _skipped_lines(skipped, loader))
+
+
+def _validate(
+    run: RunConfig, evaluator: Evaluator, model: LLaVA, loader: Loader, *, generate: bool
+) -> tuple[Row, list[Answer]]:
+    parallel, rows = evaluator.parallel, run.train.micro_batch_size
+    batches = list(loader.validation_batches(run.validation.samples, rows, parallel.dp_rank, parallel.dp_size))
+    scores = evaluation_row(evaluator, batches, loader.domains)
+    answers: list[Answer] = []
+    if generate:
+        base, longest = Path(run.model.base), run.validation.max_new_tokens
+        answers = answer_questions(model, batches, loader.domains, loader.encoder, base, rows, longest)
+    return scores | answer_row(answers), answers
+
+
+def skipped_samples(loader: Loader, parallel: Parallel) -> tally.Tally:
+    """{source: {kind of reason: how many samples all ranks left out}}."""
+    return tally.add(_of_each_reader(loader.skipped, parallel))
+
+
+def _skipped_lines(skipped: tally.Tally, loader: Loader) -> list[str]:
+    """For people: a line a kind, and examples from this rank."""
+    lines = [
+        f"left out {count} samples of {source}: {kind}"
+        for source, kinds in skipped.items()
+        for kind, count in kinds.items()
+    ]
+    return lines + [f"  for example: {message}" for message in loader.skipped_messages[:3]]
+
+
+def _of_each_reader(counts: tally.Tally, parallel: Parallel) -> list[tally.Tally]:
+    """`counts` of every rank that reads samples of its own: tensor- and pipeline-parallel ranks read the same ones, so
+    of each data-parallel rank one."""
+    gathered: list[tally.Tally] = [{} for _ in range(parallel.world_size)]
+    dist.all_gather_object(gathered, counts)
+    return [gathered[rank] for rank in dist.get_process_group_ranks(parallel.groups.dp)]
 
 
 class Trainer:
@@ -193,12 +230,18 @@ class Trainer:
         return code
 
     def validate(self) -> Row:
-        """Mean loss over labelled places, and exact-match accuracy, of each validation source's first samples."""
-        run, parallel = self.run, self.parallel
-        batches = self.loader.validation_batches(
-            run.validation.samples, run.train.micro_batch_size, parallel.dp_rank, parallel.dp_size
-        )
-        return evaluation_row(self.stepper, list(batches), self.loader.domains)
+        """Scores of each validation source's first samples; the answers, if the model writes them, go to a file."""
+        run = self.run
+        scores, answers = _validate(run, self.stepper, self.model.module, self.loader, generate=run.validation.generate)
+        if run.validation.generate:
+            path = Path(run.run_dir) / "eval" / f"step_{self.state.step}.jsonl"
+            with files.shared_disk_errors("writing", path):
+                if self.parallel.is_main:
+                    write_answers(answers, path)
+        for source in run.data.validation:
+            if f"loss/{source.name}" not in scores:
+                self._say(f"validation: no sample of {source.name} can be scored")
+        return scores
 
     def _step(self, step: int) -> tuple[Row, StepResult]:
         train = self.run.train
@@ -255,7 +298,7 @@ class Trainer:
 
     def _data_counts(self) -> tally.Tally:
         """What the whole run has trained on so far, by source; all ranks call it."""
-        return tally.add([self._counted_before, *self._of_each_reader(self.loader.read)])
+        return tally.add([self._counted_before, *_of_each_reader(self.loader.read, self.parallel)])
 
     def _write_mixture(self, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         """Write `mixture.json`, asked against realised, and return what it holds."""
@@ -323,19 +366,9 @@ class Trainer:
         if self.parallel.is_main:
             print(text, file=self._out, flush=True)
 
-    def _of_each_reader(self, counts: tally.Tally) -> list[tally.Tally]:
-        """`counts` of every rank that reads samples of its own: tensor- and pipeline-parallel ranks read the same ones,
-        so of each data-parallel rank one."""
-        gathered: list[tally.Tally] = [{} for _ in range(self.parallel.world_size)]
-        dist.all_gather_object(gathered, counts)
-        return [gathered[rank] for rank in dist.get_process_group_ranks(self.parallel.groups.dp)]
-
     def _say_skipped_samples(self) -> None:
-        for domain, kinds in tally.add(self._of_each_reader(self.loader.skipped)).items():
-            for kind, count in kinds.items():
-                self._say(f"left out {count} samples of {domain}: {kind}")
-        for message in self.loader.skipped_messages[:3]:
-            self._say(f"  for example: {message}")
+        for line in _skipped_lines(skipped_samples(self.loader, self.parallel), self.loader):
+            self._say(line)
 
     def _on_signal(self, *_: object) -> None:
         self._signal_received = True

@@ -16,13 +16,15 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from test_convert_import import save_hf
 from trained_llava import train
 
+from mole_mega.checkpoint.base import save_base
 from mole_mega.checkpoint.trained import build_trained, find_trained
 from mole_mega.config import AdapterConfig, ParallelConfig
 from mole_mega.convert import verify
 from mole_mega.convert.folders import find_counterpart
-from mole_mega.convert.hf_export import export_merged
-from mole_mega.convert.hf_import import import_hf
+from mole_mega.convert.hf_export import export_base, export_merged
+from mole_mega.convert.hf_import import UNUSED_FILE, import_hf
 from mole_mega.convert.mole_folder import export_mole
+from mole_mega.convert.source import SOURCE_FILE
 from mole_mega.platform import parallel as platform
 from mole_mega.platform.launch import launch
 
@@ -54,15 +56,20 @@ FAULTS = {
 SEEN_IN_THE_LAYOUT_ALONE = ("a bit", "a router's copy")
 
 
+# what an import puts beside the tensors, for the export
+CARRIED = (SOURCE_FILE, UNUSED_FILE, "config.json", "generation_config.json")
+
+
 @dataclass(frozen=True)
 class Case:
-    """Two folders that are compared under a layout, and what rank 1 loads wrongly."""
+    """Two folders that are compared under a layout, what rank 1 loads wrongly, and where the layout saves the base."""
 
     name: str
     layout: dict[str, int]
     checkpoint: str
     hf: str
     fault: str = ""
+    save: str = ""
     nproc: int = 2
 
 
@@ -81,6 +88,9 @@ def ask(case: Case) -> list[dict]:
     layout = ParallelConfig(**case.layout)
     parallel = platform.initialize(layout, seed=0)
     trained = find_trained(Path(case.checkpoint))
+    if case.save:
+        carried = sorted(path for path in trained.base.iterdir() if path.name in CARRIED)
+        save_base(build_trained(trained, parallel, layout), Path(case.save), carried)
 
     def build_broken(*args):
         model = build_trained(*args)
@@ -118,12 +128,23 @@ def folders(tmp_path_factory, alone) -> dict[str, tuple[Path, Path]]:
     return made
 
 
+def saved_by(folders, layout: str) -> Path:
+    """Where a layout saves the base that it has loaded."""
+    return folders["base"][0].parent / f"saved by {layout}"
+
+
 @pytest.fixture(scope="module")
 def found(folders, tmp_path_factory) -> dict[str, dict[str, dict]]:
     """{case: {row: check}}."""
     folder = tmp_path_factory.mktemp("cases")
     whole = [
-        Case(f"{layout}, {model}", LAYOUTS[layout][1], *map(str, folders[model]), nproc=LAYOUTS[layout][0])
+        Case(
+            f"{layout}, {model}",
+            LAYOUTS[layout][1],
+            *map(str, folders[model]),
+            save=str(saved_by(folders, layout)) if model == "base" else "",
+            nproc=LAYOUTS[layout][0],
+        )
         for layout, model in COMPARED
     ]
     broken = [
@@ -146,7 +167,7 @@ def found(folders, tmp_path_factory) -> dict[str, dict[str, dict]]:
 def test_a_layout_proves_what_one_process_does(layout, model, found):
     checks = found[f"{layout}, {model}"]
     rows = ["names", "tensors", "layout", "logits", *["experts"] * ("mole" in model)]
-    assert [row for row in checks if row != "files"] == rows
+    assert [row for row in checks if row not in ("files", "base")] == rows
     assert [check for check in checks.values() if not check["equal"]] == []
     assert f"on {LAYOUTS[layout][0]} ranks" in checks["layout"]["compared"]
 
@@ -155,6 +176,17 @@ def test_every_token_of_every_layer_is_compared(found):
     for layout in LAYOUTS:
         assert found[f"{layout}, mole"]["experts"]["compared"] == "90 tokens x 2 layers = 180"
         assert "x 67" in found[f"{layout}, mole"]["logits"]["compared"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_base_that_a_layout_has_saved_is_the_one_that_it_loaded(layout, found, folders, tmp_path):
+    """The same tensors by name, shape, dtype and hash, and an export of the same bytes as it came from."""
+    base, hf = folders["base"]
+    saved = saved_by(folders, layout)
+    assert json.loads((saved / "tensors.json").read_text()) == json.loads((base / "tensors.json").read_text())
+    assert {path.name for path in saved.glob("*.distcp")} != {path.name for path in base.glob("*.distcp")}
+    export_base(find_trained(saved), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -83,10 +83,12 @@ def test_an_import_ends_with_its_proof(convert, tmp_path):
 
 
 def test_each_export_of_a_run_ends_with_its_proof(exported):
-    assert rows(exported["mole"][1]) == dict.fromkeys(("names", "tensors", "files", "logits", "experts"), "equal")
+    assert rows(exported["mole"][1]) == dict.fromkeys(
+        ("names", "tensors", "files", "base", "logits", "experts"), "equal"
+    )
     parts = [*(f"expert_{i}" for i in range(4)), "router"]
     expected = [f"{part}: {row}" for part in parts for row in ("names", "tensors")]
-    expected += [f"expert_{i}: logits" for i in range(4)]
+    expected += ["base", *(f"expert_{i}: logits" for i in range(4))]
     assert rows(exported["peft"][1]) == dict.fromkeys(expected, "equal")
 
 
@@ -104,7 +106,7 @@ def test_verify_in_processes_that_share_the_model(exported, run_dir, convert):
     arguments = ("verify", "--checkpoint", run_dir, "--hf", exported["mole"][0], "--tensor", 2)
     code, text = convert(*arguments, nproc=2)
     assert code == 0, text
-    assert rows(text) == dict.fromkeys(("names", "tensors", "files", "layout", "logits", "experts"), "equal")
+    assert rows(text) == dict.fromkeys(("names", "tensors", "files", "base", "layout", "logits", "experts"), "equal")
     assert text.count("check ") == 1
 
 

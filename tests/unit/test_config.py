@@ -193,7 +193,8 @@ def test_a_config_made_in_code_is_checked_for_nan_too(section, key):
         ("train", "clip_grad", -1.0), ("train", "seed", -7), ("train", "max_bad_steps", 0), ("train", "adam_eps", 0.0),
         ("train", "adam_beta1", 1.0), ("train", "adam_beta2", -0.5), ("data", "max_length", 1),
         ("data", "max_image_pixels", 0), ("checkpoint", "every", -1), ("checkpoint", "keep", 0),
-        ("validation", "every", -1), ("validation", "samples", 0), ("monitor", "every", 0),
+        ("validation", "every", -1), ("validation", "samples", 0), ("validation", "max_new_tokens", 0),
+        ("monitor", "every", 0),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_its_key_and_number(section, key, value):
@@ -431,7 +432,7 @@ def all_set() -> RunConfig:
             "validation": [{"name": "007", "path": "/v"}], "max_length": 99, "on_bad_sample": "stop",
             "max_image_pixels": 5,
         },
-        validation={"every": 3, "samples": 2},
+        validation={"every": 3, "samples": 2, "generate": True, "max_new_tokens": 7},
         checkpoint={"every": 4, "keep": 1, "init_from": "/other"},
         monitor={"every": 2, "tensorboard": False},
     )  # fmt: skip

@@ -121,7 +121,9 @@ def same_files(a: Path, b: Path) -> bool:
 def test_peft_computes_what_the_trained_model_does(adapter, projector, base, parallel, tmp_path):
     trained, ours = train(base, tmp_path / "step_1", parallel, adapter, projector=projector)
     export_peft(trained, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "base.json",
+    }  # fmt: skip
     inputs = make_inputs(ours.size.language.vocab_size, ours.size.vision.num_places)
     expected = our_logits(ours, inputs)
     assert close(hf_logits(load_peft(tmp_path / "out"), inputs), expected)

@@ -14,6 +14,7 @@ from test_convert_import import SHAPES, build_hf, copy, edit_config, save_hf
 from test_convert_sources import make_whole
 from trained_llava import save_step, train
 
+from mole_mega.checkpoint import files
 from mole_mega.checkpoint.trained import Trained, build_trained, find_trained
 from mole_mega.config import AdapterConfig, ConfigError, ParallelConfig
 from mole_mega.convert import hf_export, probe, rules, verify
@@ -179,12 +180,12 @@ RUNS = {
     "peft, experts": ("peft", EXPERTS),
 }
 ROWS = {
-    "mole": ["names", "tensors", "files", "logits", "experts"],
+    "mole": ["names", "tensors", "files", "base", "logits", "experts"],
     "merged": ["names", "tensors", "files", "logits"],
-    "peft": ["names", "tensors", "logits"],
+    "peft": ["names", "tensors", "base", "logits"],
     "peft, experts": [
         *(f"expert_{i}: {row}" for i in range(3) for row in ("names", "tensors")),
-        *("router: names", "router: tensors"),
+        *("router: names", "router: tensors", "base"),
         *(f"expert_{i}: logits" for i in range(3)),
     ],
 }
@@ -219,6 +220,15 @@ def test_a_folder_that_takes_its_base_from_elsewhere_is_compared_in_what_it_hold
     edit_tensors(bases["fp32"].parent / "hf", tmp_path / "hf", lambda t: t.update({HEAD: 2 * t[HEAD]}))
     edit_json(tmp_path / "out" / "config.json", base_model_name_or_path=str(tmp_path / "hf"))
     assert unequal(compare(trained, tmp_path / "out", alone)).keys() == {"logits"}
+
+
+@pytest.mark.parametrize(("name", "file"), [("mole", "config.json"), ("peft", "base.json")])
+def test_an_export_of_a_run_on_another_base_is_told_by_the_hash_that_it_names(name, file, pairs, alone, tmp_path):
+    trained, folder = pairs[name]
+    path = copy(folder, tmp_path / "other") / file
+    assert json.loads(path.read_text())["base_hash"] == files.folder_hash(trained.base)
+    edit_json(path, base_hash="f00d" * 16)
+    assert unequal(compare(trained, tmp_path / "other", alone)) == {"base": "another hash, f00df00df00d..."}
 
 
 # ---- adapters
