@@ -17,6 +17,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "config", "platform", "adapters"},
     "data": {"errors", "config"},
     "monitor": {"errors", "config", "adapters"},
+    # reads files alone: fast, and without torch
+    "report": {"errors", "config"},
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
     # data: an export says how pictures and prompts were prepared in training
     "convert": {"errors", "config", "platform", "adapters", "models", "data", "checkpoint"},
