@@ -37,11 +37,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its caption; `table` is what Markdown shows in its place."""
+    """A drawing with its caption; `table` is what Markdown shows in its place (None: the blocks after it say it)."""
 
     svg: str
     caption: str
-    table: Table
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _block_markdown(block: Block) -> str:
             lines.insert(1, rules)
             return "\n".join("| " + " | ".join(line) + " |" for line in lines)
         case Figure(_, caption, table):
-            return f"{_markdown(caption)}\n\n{_block_markdown(table)}"
+            return _markdown(caption) + (f"\n\n{_block_markdown(table)}" if table else "")
         case Figures(figures):
             return "\n\n".join(map(_block_markdown, figures))
         case Code(text):
@@ -190,6 +190,7 @@ figure svg { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: 13px; margin-top: 6px; max-width: 82ch; overflow-wrap: anywhere; }
 .figures { display: flex; flex-wrap: wrap; gap: 12px; margin: 12px 0; }
 .figures figure { margin: 0; flex: 0 1 auto; max-width: 100%; }
+.figures figcaption { width: 0; min-width: 100%; }
 pre { background: var(--card); border-radius: 6px; padding: 12px; overflow-x: auto; font-size: 12.5px; line-height: 1.4;
   font-family: ui-monospace, "DejaVu Sans Mono", monospace; }
 @media print { body { font-size: 11px; } section { break-inside: auto; } figure, table { break-inside: avoid; } }

@@ -108,7 +108,8 @@ def heat_map(
     written = columns <= 16
     texts = [[write(value) if value is not None else NONE for value in row] for row in values]
     widest = max(max(map(len, row)) for row in texts)
-    cell_w, cell_h = (max(44.0, _CHAR * widest + 12), 24.0) if written else (14.0, 14.0)
+    longest_head = min(130.0, _CHAR * max(map(len, column_names)) + 12)
+    cell_w, cell_h = (max(44.0, _CHAR * widest + 12, longest_head), 24.0) if written else (14.0, 14.0)
     names = [shorten(name, 22) for name in row_names]
     left = (18 if row_title else 4) + _CHAR * max(map(len, names)) + 8
     heads = [shorten(name, max(3, int(cell_w / _CHAR))) for name in column_names]
