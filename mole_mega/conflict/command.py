@@ -21,6 +21,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--steps", type=int, default=50, help="of each source alone (default 50)")
     parser.add_argument("--warm", type=int, help="steps on the mix before gradients are taken (default: a fifth)")
+    parser.add_argument("--repeats", type=int, default=2, help="of all runs, with rows in another order (default 2)")
     parser.add_argument("--batches", type=int, default=6, help="batches of gradient a source, at least 3 (default 6)")
     parser.add_argument("--chunks", type=int, default=8, help="batches of held-out rows a source, from 2 (default 8)")
     parser.add_argument("--cosine", type=float, default=0.1, help="opposed is a cosine below minus this (default 0.1)")
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     with report_errors(debug=args.debug) as outcome:
         if not args.debug:
             quiet_libraries()
-        for name, low in (("steps", 1), ("warm", 1), ("batches", 3), ("chunks", 2), ("cosine", 0), ("margin", 0)):
+        lows = {"steps": 1, "warm": 1, "repeats": 1, "batches": 3, "chunks": 2, "cosine": 0, "margin": 0}
+        for name, low in lows.items():
             value = getattr(args, name)
             if value is not None and not value >= low:
                 raise ConfigError(f"--{name} must be at least {low}, got {value}")
@@ -47,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         from mole_mega.conflict.statistics import Rule, find
         from mole_mega.platform import parallel as platform
 
-        plan = Plan(args.steps, args.warm or max(1, args.steps // 5), args.batches, args.chunks)
+        warm = args.warm or max(1, args.steps // 5)
+        plan = Plan(args.steps, warm, repeats=args.repeats, batches=args.batches, chunks=args.chunks)
         shared = shared_adapter(run, plan)
         parallel = platform.initialize(shared.parallel, shared.train.seed)
 

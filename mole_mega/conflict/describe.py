@@ -61,8 +61,10 @@ def verdict(measured: Measurement, found: Findings, rule: Rule) -> str:
 def explain(measured: Measurement, rule: Rule) -> list[str]:
     """What was done and what the figures mean, a paragraph each."""
     return [
-        f"One plain LoRA was trained from one start and one seed, at a constant learning rate: on the mix for "
-        f"{measured.mix_steps} steps of {measured.batch_size} samples, and on each source alone.",
+        f"One plain LoRA was trained again and again from one start, each time to the end of a learning rate that goes "
+        f"down to 0: on the mix for {measured.steps} and {measured.mix_steps} steps of {measured.batch_size} samples, "
+        f"and on each source alone for {measured.steps} and as many as read the mix's samples of it; "
+        f"{_repeats(measured)} time{'s' * (_repeats(measured) > 1)}, with rows in another order.",
         f"Cosines: {_batches(measured)} batches of each source, gradients taken after {measured.warm_steps} steps on "
         "the mix (at the very start B = 0 and A has no gradient; near the mix's optimum gradients cancel by "
         "definition). Corrected for the batches' noise, ± one standard error (jackknife over batches). `same source` "
@@ -70,8 +72,11 @@ def explain(measured: Measurement, rule: Rule) -> list[str]:
         "is high.",
         f"Opposed (-): cosine at or below {-rule.cosine:g} and two standard errors below 0; aligned (+): the mirror "
         f"image. A pair counts as opposed when its MLP gradients are so over all layers together, or in "
-        f"{rule.layers:.0%} of the layers. A source loses when its loss on the mix is more than {rule.margin:g}, and two standard errors, "
-        "above that alone after as many of its samples. The errors hold for the rows; another seed is another run.",
+        f"{rule.layers:.0%} of the layers.",
+        f"A source loses when its loss on the mix is more than {rule.margin:g}, and two standard errors, above that "
+        "alone after as many of its samples. This favours the mix, which has taken more steps by then; after equal "
+        "steps the source alone is favoured, which has read more of its samples. The errors tell of rows and, with "
+        "two repeats or more, of runs.",
     ]
 
 
@@ -89,6 +94,8 @@ def warnings(measured: Measurement) -> list[str]:
     for source, own in zip(measured.sources, measured.own_steps, strict=True):
         if own < 5:
             found.append(f"{source}: the mix read {own} batches' worth of it; same-sample losses say little (--steps)")
+    if _repeats(measured) == 1:
+        found.append("every run was made once: how much losses differ from run to run is not known (--repeats)")
     return found
 
 
@@ -215,6 +222,10 @@ def _held_out(measured: Measurement) -> str:
 
 def _batches(measured: Measurement) -> int:
     return next(iter(measured.products.values())).shape[1]
+
+
+def _repeats(measured: Measurement) -> int:
+    return len(measured.losses["mix"][0])
 
 
 def _pair(measured: Measurement, pair: tuple[int, int]) -> str:

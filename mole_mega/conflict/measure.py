@@ -21,7 +21,7 @@ from mole_mega import config as run_config
 from mole_mega.checkpoint.base import read_size
 from mole_mega.checkpoint.store import trainable_entries
 from mole_mega.config import ConfigError, RunConfig
-from mole_mega.conflict.statistics import Measurement, Place
+from mole_mega.conflict.statistics import KINDS, Measurement, Place
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader
 from mole_mega.errors import CheckFailedError
@@ -37,19 +37,21 @@ _GROUPS = {"self_attention": "attention", "mlp": "mlp"}
 
 @dataclass(frozen=True)
 class Plan:
-    """`steps` of each source alone; the mix takes that many times the number of sources. `warm_steps` on the mix before
-    gradients are taken; `batches` of gradient and at most `chunks` of held-out rows a source, each of the global batch
-    size."""
+    """`steps` of each source alone; the mix takes that many times the number of sources; all of it `repeats` times with
+    rows in another order. `warm_steps` on the mix before gradients are taken; `batches` of gradient and at most
+    `chunks` of held-out rows a source, each of the global batch size."""
 
     steps: int
     warm_steps: int
+    repeats: int
     batches: int
     chunks: int
 
 
 def shared_adapter(run: RunConfig, plan: Plan) -> RunConfig:
-    """The user's run with one plain LoRA for all sources, and with a learning rate that is the same wherever a short
-    run is cut. Raises ConfigError for fewer than two sources, and where experts would have no MLP to sit in."""
+    """The user's run with one plain LoRA for all sources, its learning rate going down to 0 over each short run, so
+    that a run's end says more than its last batch. Raises ConfigError for fewer than two sources, and where experts
+    would have no MLP to sit in."""
     sources = tuple(source for source in run.data.sources if source.weight != 0)
     if len(sources) < 2:
         raise ConfigError(f"data.sources has {len(sources)} source with a weight above 0; a conflict takes two")
@@ -63,8 +65,9 @@ def shared_adapter(run: RunConfig, plan: Plan) -> RunConfig:
         train=replace(
             run.train,
             steps=plan.steps * len(sources),
-            schedule="constant",
+            schedule="linear",
             schedule_steps=None,
+            min_lr_ratio=0.0,
             warmup_steps=min(run.train.warmup_steps, plan.steps // 5),
             distributed_optimizer=False,
         ),
@@ -82,8 +85,8 @@ def measure(run: RunConfig, plan: Plan, parallel: Parallel, say: Callable[[str],
 
 
 class _Laboratory:
-    """One model that is put back to its start before each run, and the streams that it is fed from: the mix, and each
-    source alone. A source's own stream brings its rows in the order in which the mix brings them."""
+    """One model that is put back to its start before each run. `alone`: each source's own stream, for the gradients and
+    the held-out rows."""
 
     def __init__(self, run: RunConfig, plan: Plan, parallel: Parallel) -> None:
         self.run, self.plan, self.parallel = run, plan, parallel
@@ -94,34 +97,37 @@ class _Laboratory:
         parameters = dict(self.model.module.named_parameters())
         self.parameters = {name: parameters[name] for name in self.entries}
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self.mix, self.alone = self._loader(None), [self._loader(name) for name in self.sources]
+        self.alone = [self._loader(name) for name in self.sources]
         self.trained_on: set[tuple[int, str]] = set()  # (source, sample id), of this rank
 
     def measure(self, say: Callable[[str], None]) -> Measurement:
-        plan, everyone = self.plan, range(len(self.sources))
-        mix_steps = plan.steps * len(self.sources)
+        plan = self.plan
         stepper = self._fresh()
-        self._train(stepper, self.mix, range(plan.warm_steps))
+        self._train(stepper, self._loader(None), plan.warm_steps, schedule_steps=max(plan.steps, plan.warm_steps))
         products, repeated = self._gradients(stepper)
         say(f"gradients: {plan.batches} batches of each source, after {plan.warm_steps} steps on the mix")
-
-        stepper = self._fresh()
-        samples = self._train(stepper, self.mix, range(plan.steps))
-        mix = [self._evaluate(stepper, source) for source in everyone]
-        samples += self._train(stepper, self.mix, range(plan.steps, mix_steps))
-        mix_samples = [self._evaluate(stepper, source) for source in everyone]
-        say(f"the mix: {mix_steps} steps")
-
-        own_steps = [max(1, round(int(count) / self.run.train.global_batch_size)) for count in samples]
-        alone, alone_samples = [], []
-        for source, own in enumerate(own_steps):
-            stepper, done, after = self._fresh(), 0, {}
-            for steps in sorted({plan.steps, own}):
-                self._train(stepper, self.alone[source], range(done, steps))
-                after[steps], done = self._evaluate(stepper, source), steps
-            alone.append(after[plan.steps])
-            alone_samples.append(after[own])
-            say(f"{self.sources[source]} alone: {done} steps")
+        mix_steps, samples = plan.steps * len(self.sources), None
+        losses: dict[str, list[list[np.ndarray]]] = {kind: [] for kind in KINDS}
+        for repeat in range(plan.repeats):
+            mix = self._loader(None, repeat)
+            _, tables = self._run(mix, plan.steps, repeat)
+            losses["mix"].append(tables)
+            found, tables = self._run(mix, mix_steps, repeat)
+            losses["mix_samples"].append(tables)
+            if samples is None:
+                samples = [int(count) for count in found]
+                own_steps = [max(1, round(count / self.run.train.global_batch_size)) for count in samples]
+            say(f"the mix, repeat {repeat + 1} of {plan.repeats}: {plan.steps} and {mix_steps} steps")
+            alone, alone_samples = [], []
+            for source, own in enumerate(own_steps):
+                loader = self._loader(self.sources[source], repeat)
+                after = {steps: self._run(loader, steps, repeat, source)[1] for steps in {plan.steps, own}}
+                alone += after[plan.steps]
+                alone_samples += after[own]
+                say(f"{self.sources[source]} alone: {' and '.join(map(str, sorted(after)))} steps")
+            losses["alone"].append(alone)
+            losses["alone_samples"].append(alone_samples)
+        assert samples is not None
         return Measurement(
             sources=self.sources,
             steps=plan.steps,
@@ -129,41 +135,54 @@ class _Laboratory:
             warm_steps=plan.warm_steps,
             batch_size=self.run.train.global_batch_size,
             own_steps=tuple(own_steps),
-            mix_samples=tuple(int(count) for count in samples),
+            mix_samples=tuple(samples),
             products=products,
-            losses={"alone": alone, "mix": mix, "alone_samples": alone_samples, "mix_samples": mix_samples},
+            losses={kind: [np.stack(tables) for tables in zip(*found, strict=True)] for kind, found in losses.items()},
             held_out="data.validation" if self.run.data.validation else "rows of the training stream further on",
             seen=self._share_seen(),
             repeated=repeated,
         )
 
-    def _loader(self, only: str | None) -> Loader:
+    def _loader(self, only: str | None, repeat: int = 0) -> Loader:
+        """The mix (None), or one source's stream alone: its rows in the order in which the mix brings them."""
         data = self.run.data
         if only is None:
             data = replace(data, validation=())
         else:
             sources = tuple(replace(source, weight=float(source.name == only)) for source in data.sources)
             data = replace(data, sources=sources, validation=tuple(s for s in data.validation if s.name == only))
-        return build_run_loader(replace(self.run, data=data), self.size, self.parallel)
+        train = replace(self.run.train, seed=self.run.train.seed + repeat)
+        return build_run_loader(replace(self.run, data=data, train=train), self.size, self.parallel)
 
-    def _fresh(self) -> Stepper:
+    def _fresh(self, repeat: int = 0) -> Stepper:
         """The model at its start, with an optimizer that has seen nothing."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.start[name])
-        seed_generators(self.run.train.seed)
+        seed_generators(self.run.train.seed + repeat)
         optimizer = build_optimizer(self.model, self.run.train)
         return Stepper(self.run, self.model, optimizer, self.parallel, len(self.sources))
 
-    def _train(self, stepper: Stepper, loader: Loader, steps: range) -> torch.Tensor:
+    def _run(
+        self, loader: Loader, steps: int, repeat: int, source: int | None = None
+    ) -> tuple[torch.Tensor, list[np.ndarray]]:
+        """Train for `steps` steps from the start: how many samples of each source that read, and the tables of `source`
+        (None: of every source)."""
+        stepper = self._fresh(repeat)
+        samples = self._train(stepper, loader, steps, schedule_steps=steps)
+        asked = range(len(self.sources)) if source is None else [source]
+        return samples, [self._evaluate(stepper, one) for one in asked]
+
+    def _train(self, stepper: Stepper, loader: Loader, steps: int, *, schedule_steps: int) -> torch.Tensor:
         """Returns how many samples of each source the steps read, [S]."""
         samples = torch.zeros(len(self.sources), dtype=torch.long, device=self.parallel.device)
-        for step in steps:
+        train = replace(self.run.train, steps=schedule_steps)
+        for step in range(steps):
             batches = self._global_batch(loader, step)
             for batch in batches:
                 samples += batch.domains.bincount(minlength=len(self.sources)).to(samples.device)
                 self.trained_on |= _ids(batch)
-            set_lr(stepper.optimizer, step + 1, self.run.train)
+            set_lr(stepper.optimizer, step + 1, train)
             if not stepper.train_step(batches).applied:
                 raise CheckFailedError(f"step {step + 1} had a loss or gradient that is not finite")
         dist.all_reduce(samples, group=self.parallel.groups.dp)

@@ -20,6 +20,7 @@ import numpy as np
 # Where a gradient sits: ("mlp", 3), ("attention", 3), ("projector", None).
 Place = tuple[str, int | None]
 State = Literal["opposed", "aligned", "unclear"]
+KINDS = ("alone", "mix", "alone_samples", "mix_samples")
 Verdict = Literal["conflict", "gradients only", "losses only", "none", "too noisy"]
 
 
@@ -28,9 +29,10 @@ class Measurement:
     """What was measured.
 
     products[place]: inner products of all batches' gradients there, [S, K, S, K].
-    losses[kind][s]: [chunks, 2], sum of the loss and number of labelled places of each chunk of held-out rows. Kinds:
-    `alone` and `mix` after `steps` steps, and at the same number of samples of the source, `alone_samples` (after
-    own_steps[s]) and `mix_samples` (after mix_steps, which read mix_samples[s] of them).
+    losses[kind][s]: [repeats, chunks, 2], sum of the loss and number of labelled places of each chunk of held-out rows,
+    the same in every repeat of the runs with rows in another order. KINDS: `alone` and `mix` after `steps` steps, and
+    at the same number of samples of the source, `alone_samples` (after own_steps[s]) and `mix_samples` (after
+    mix_steps, which read mix_samples[s] of them).
     held_out: where held-out rows come from; seen: of each source's, the share that training had read too.
     repeated: of each source's rows in `products`, the share that is not new.
     """
@@ -80,7 +82,8 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one source: its loss alone and on the mix, the difference (mix - alone) and that one's standard error."""
+    """Of one source: its loss alone and on the mix, the difference (mix - alone) and that one's standard error, which
+    holds what differs between rows and, with two repeats or more, between runs."""
 
     alone: float
     mix: float
@@ -117,8 +120,8 @@ def find(measured: Measurement, rule: Rule) -> Findings:
     products = dict(measured.products) | _over_layers(measured.products)
     cosines = {place: {pair: corrected_cosine(table, *pair) for pair in pairs} for place, table in products.items()}
     halves = {place: tuple(half_cosine(table, s) for s in range(num_sources)) for place, table in products.items()}
-    same_steps = tuple(_loss(measured, s, "alone", "mix") for s in range(num_sources))
-    same_samples = tuple(_loss(measured, s, "alone_samples", "mix_samples") for s in range(num_sources))
+    same_steps = _losses(measured.losses["alone"], measured.losses["mix"])
+    same_samples = _losses(measured.losses["alone_samples"], measured.losses["mix_samples"])
     mlp_layers = sorted(layer for group, layer in measured.products if group == "mlp" and layer is not None)
     whole = cosines["mlp", None]
     layers = {
@@ -214,17 +217,30 @@ def _over_layers(products: Mapping[Place, np.ndarray]) -> dict[Place, np.ndarray
     return totals
 
 
-def _loss(measured: Measurement, source: int, alone: str, mix: str) -> Loss:
-    """The same held-out rows under both models: their difference is paired by chunk."""
-    a, m = measured.losses[alone][source], measured.losses[mix][source]
-    if len(a) < 2:
-        raise ValueError(f"{len(a)} chunks of held-out rows of {measured.sources[source]}; an uncertainty needs 2")
+def _losses(alone: Sequence[np.ndarray], mix: Sequence[np.ndarray]) -> tuple[Loss, ...]:
+    """A Loss a source, from [repeats, chunks, 2] each. The same rows are read under both models, so that rows are
+    compared pair by pair; the variance between repeats, which are few, is pooled over the sources."""
+    repeats, chunks = alone[0].shape[:2]
+    if min(len(table[0]) for table in alone) < 2:
+        raise ValueError(f"{chunks} chunks of held-out rows; an uncertainty needs 2")
+    differences = [
+        [_mean_loss(m[r : r + 1]) - _mean_loss(a[r : r + 1]) for r in range(repeats)]
+        for a, m in zip(alone, mix, strict=True)
+    ]
+    between = float(np.var(differences, axis=1, ddof=1).mean() / repeats) if repeats > 1 else 0.0
+    found = []
+    for a, m in zip(alone, mix, strict=True):
+        within = jackknife_variance(
+            a.shape[1],
+            lambda kept, a=a, m=m: _mean_loss(m[:, kept]) - _mean_loss(a[:, kept]),  # type: ignore[misc]
+        )
+        loss_alone, loss_mix, variance = _mean_loss(a), _mean_loss(m), within + between
+        error = math.sqrt(variance) if math.isfinite(variance) else math.nan
+        found.append(Loss(loss_alone, loss_mix, loss_mix - loss_alone, error))
+    return tuple(found)
 
-    def mean(table: np.ndarray, kept: np.ndarray) -> float:
-        tokens = table[kept, 1].sum()
-        return float(table[kept, 0].sum() / tokens) if tokens else math.nan
 
-    everything = np.arange(len(a))
-    variance = jackknife_variance(len(a), lambda kept: mean(m, kept) - mean(a, kept))
-    loss_alone, loss_mix = mean(a, everything), mean(m, everything)
-    return Loss(loss_alone, loss_mix, loss_mix - loss_alone, math.sqrt(variance) if variance >= 0 else math.nan)
+def _mean_loss(table: np.ndarray) -> float:
+    """Loss a labelled place over repeats and chunks, [..., 2]; NaN where no place is labelled."""
+    loss, places = table.reshape(-1, 2).sum(axis=0)
+    return float(loss / places) if places else math.nan

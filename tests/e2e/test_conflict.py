@@ -1,5 +1,5 @@
-"""The conflict meter through its command: sources that are one, sources that contradict each other, and every layout the
-same figures."""
+"""The conflict meter through its command: sources that are one, sources that contradict each other, and the same
+figures in every layout."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 
 # fp32, after steps of Adam, which magnifies rounding: each figure against one process
 TOLERANCE = 2e-3
-WORDS = "red blue green small large round flat old new warm cold".split()
+WORDS = ["red", "blue", "green", "small", "large", "round", "flat", "old", "new", "warm", "cold"]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,23 @@ def ask(make_run, questions, tmp_path_factory):
     def run(first, second, nproc=1, *flags, **layout):
         folder = tmp_path_factory.mktemp("conflict")
         sources = [{"name": name, "path": str(questions / f"{name}.json")} for name in (first, second)]
-        train = {"global_batch_size": 8, "micro_batch_size": 2, "lr": 0.01, "warmup_steps": 0}
+        train = {"global_batch_size": 8, "micro_batch_size": 2, "lr": 0.003, "warmup_steps": 0}
         path = make_run(folder, data={"sources": sources}, train=train, adapter={"dropout": 0}, parallel=layout)
-        arguments = [path, "--steps", 10, "--batches", 4, "--chunks", 3, "--warm", 2, "--json", folder / "figures.json"]
+        arguments = [
+            path,
+            "--steps",
+            10,
+            "--repeats",
+            1,
+            "--batches",
+            4,
+            "--chunks",
+            3,
+            "--warm",
+            2,
+            "--json",
+            folder / "figures.json",
+        ]
         arguments += ["--out", folder / "page", *flags]
         code, text = commands.run(arguments, folder / "log", nproc=nproc, module="mole_mega.conflict.command")
         assert code == 0, text
@@ -61,7 +75,9 @@ def test_sources_that_are_one_have_no_conflict(ask):
     text, figures, _ = ask("yes", "also_yes")
     assert whole(figures)["cosine"] > 0.9 and whole(figures)["state"] == "aligned"
     assert figures["verdict"] == "none" and "No conflict found" in text
-    assert {row["state"] for row in figures["losses"]} == {"even"}
+    for row in figures["losses"]:
+        # twice the steps on what is one source: the mix can only gain
+        assert row["state"] in ("even", "gains") and abs(row["same_steps_difference"]) < 0.1
 
 
 def test_sources_that_contradict_each_other_have_one(contradiction):

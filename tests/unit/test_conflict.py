@@ -37,12 +37,13 @@ def products(vectors):
     return np.einsum("skn,tln->sktl", vectors, vectors)
 
 
-def losses(rng, difference, noise=0.0, chunks=6):
-    """(alone, mix) [chunks, 2]: chunks differ much, and the mix from alone by `difference` and noise."""
-    tokens = rng.integers(50, 150, size=chunks).astype(float)
-    alone = rng.normal(2.0, 0.5, size=chunks)
-    mix = alone + difference + noise * rng.normal(size=chunks)
-    return np.stack([alone * tokens, tokens], axis=1), np.stack([mix * tokens, tokens], axis=1)
+def losses(rng, difference, noise=0.0, chunks=6, repeats=2, run_noise=0.0):
+    """(alone, mix) [repeats, chunks, 2]: chunks differ much, and the mix from alone by `difference` and noise of each
+    chunk and of each repeat."""
+    tokens = np.broadcast_to(rng.integers(50, 150, size=chunks).astype(float), (repeats, chunks))
+    alone = np.broadcast_to(rng.normal(2.0, 0.5, size=chunks), (repeats, chunks))
+    mix = alone + difference + noise * rng.normal(size=chunks) + run_noise * rng.normal(size=(repeats, 1))
+    return np.stack([alone * tokens, tokens], axis=-1), np.stack([mix * tokens, tokens], axis=-1)
 
 
 def measurement(cosines, differences, noise=0.5, seed=0, batches=8, loss_noise=0.0):
@@ -118,7 +119,7 @@ def test_too_few_batches_or_chunks_are_refused():
     with pytest.raises(ValueError, match="2 batches"):
         corrected_cosine(np.ones((2, 2, 2, 2)), 0, 1)
     one_chunk = measurement([0.0], [0.0, 0.0])
-    shorter = {kind: [table[:1] for table in tables] for kind, tables in one_chunk.losses.items()}
+    shorter = {kind: [table[:, :1] for table in tables] for kind, tables in one_chunk.losses.items()}
     with pytest.raises(ValueError, match="1 chunks"):
         find(dataclasses.replace(one_chunk, losses=shorter), RULE)
 
@@ -189,10 +190,23 @@ def test_the_difference_of_losses_is_weighed_by_places_and_paired():
     tables = {kind: [alone, alone] for kind in measured.losses} | {"mix_samples": [mix, mix]}
     found = find(dataclasses.replace(measured, losses=tables), RULE)
     loss = found.same_samples[0]
-    assert loss.alone == pytest.approx(alone[:, 0].sum() / alone[:, 1].sum())
+    assert loss.alone == pytest.approx(alone[..., 0].sum() / alone[..., 1].sum())
     assert loss.difference == pytest.approx(loss.mix - loss.alone) and abs(loss.difference - 0.25) < 0.01
     assert loss.error < 0.003  # chunks differ by 0.5: unpaired it would be 0.1
     assert found.same_steps[0].difference == 0
+
+
+def test_the_error_of_a_loss_holds_what_differs_between_runs():
+    rng = np.random.default_rng(6)
+    measured, found = measurement([0.0], (0.0, 0.0)), []
+    for _ in range(300):
+        pairs = [losses(rng, 0.0, noise=0.02, repeats=3, run_noise=0.1) for _ in range(2)]
+        tables = {"alone_samples": [a for a, _ in pairs], "mix_samples": [m for _, m in pairs]}
+        found += find(dataclasses.replace(measured, losses=measured.losses | tables), RULE).same_samples
+    spread = np.std([loss.difference for loss in found])
+    assert 0.8 < np.sqrt(np.mean([loss.error**2 for loss in found])) / spread < 1.2
+    once = {kind: [table[:1] for table in tables] for kind, tables in measured.losses.items()}
+    assert "once" in describe.warnings(dataclasses.replace(measured, losses=once))[0]
 
 
 # what is written
@@ -246,6 +260,7 @@ def test_rows_that_repeat_or_were_seen_are_warned_of():
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--batches", "2"], "--batches must be at least 3, got 2"),
         (["--chunks", "1"], "--chunks must be at least 2"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
         (["--warm", "0"], "--warm must be at least 1"),
         (["--margin", "nan"], "--margin must be at least 0, got nan"),
         ([], "cannot read nowhere.yaml"),
