@@ -20,7 +20,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", help="the run's YAML file; adapter.method lora is used whatever it says")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--steps", type=int, default=50, help="of each source alone (default 50)")
-    parser.add_argument("--warm", type=int, help="steps on the mix before gradients are taken (default: a fifth)")
+    parser.add_argument("--warm", type=int, help="steps on the mix before gradients are taken (default: --steps)")
     parser.add_argument("--repeats", type=int, default=2, help="of all runs, with rows in another order (default 2)")
     parser.add_argument("--batches", type=int, default=6, help="batches of gradient a source, at least 3 (default 6)")
     parser.add_argument("--chunks", type=int, default=8, help="batches of held-out rows a source, from 2 (default 8)")
@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         from mole_mega.conflict.statistics import Rule, find
         from mole_mega.platform import parallel as platform
 
-        warm = args.warm or max(1, args.steps // 5)
-        plan = Plan(args.steps, warm, repeats=args.repeats, batches=args.batches, chunks=args.chunks)
+        plan = Plan(args.steps, args.warm or args.steps, repeats=args.repeats, batches=args.batches, chunks=args.chunks)
         shared = shared_adapter(run, plan)
         parallel = platform.initialize(shared.parallel, shared.train.seed)
 

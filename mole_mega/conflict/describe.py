@@ -66,10 +66,11 @@ def explain(measured: Measurement, rule: Rule) -> list[str]:
         f"and on each source alone for {measured.steps} and as many as read the mix's samples of it; "
         f"{_repeats(measured)} time{'s' * (_repeats(measured) > 1)}, with rows in another order.",
         f"Cosines: {_batches(measured)} batches of each source, gradients taken after {measured.warm_steps} steps on "
-        "the mix (at the very start B = 0 and A has no gradient; near the mix's optimum gradients cancel by "
-        "definition). Corrected for the batches' noise, ± one standard error (jackknife over batches). `same source` "
-        "is the control: the plain, uncorrected cosine between halves of one source's batches; where it is low, noise "
-        "is high.",
+        "the mix: at the very start B = 0 and A has no gradient, and then all sources learn what they share; near the "
+        "mix's optimum all that is left is disagreement, however small, and the losses say whether it matters. "
+        "Corrected for the batches' noise, ± one standard error (jackknife over batches). `same source` is the "
+        "control: the plain, uncorrected cosine between halves of one source's batches; where it is low, noise is "
+        "high.",
         f"Opposed (-): cosine at or below {-rule.cosine:g} and two standard errors below 0; aligned (+): the mirror "
         f"image. A pair counts as opposed when its MLP gradients are so over all layers together, or in "
         f"{rule.layers:.0%} of the layers.",

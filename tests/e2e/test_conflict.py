@@ -4,22 +4,25 @@ figures in every layout."""
 import json
 import math
 import random
+from functools import partial
 
 import commands
 import pytest
 
-# fp32, after steps of Adam, which magnifies rounding: each figure against one process
+# fp32, after 6 steps of Adam, which magnifies rounding: each figure against one process
 TOLERANCE = 2e-3
-WORDS = ["red", "blue", "green", "small", "large", "round", "flat", "old", "new", "warm", "cold"]
+# words that the tiny base knows
+QUESTIONS = ["What colour is the mat?", "Where is it?", "Describe the picture."]
+ANSWERS = {"red": "red", "red_too": "red", "green": "green"}
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    """Three files of text rows: the same questions in all; `yes` and `also_yes` answer alike, `no` contradicts them."""
-    folder = tmp_path_factory.mktemp("questions")
+def answers(tmp_path_factory):
+    """A file of text rows for each of ANSWERS, with the same questions; one labelled word and the end of the answer."""
+    folder = tmp_path_factory.mktemp("answers")
     rng = random.Random(3)
-    prompts = [f"Is the {' '.join(rng.choices(WORDS, k=4))} one number {index}?" for index in range(240)]
-    for name, answer in (("yes", "yes it is so"), ("also_yes", "yes it is so"), ("no", "no never at all")):
+    prompts = [f"{rng.choice(QUESTIONS)} {index}" for index in range(240)]
+    for name, answer in ANSWERS.items():
         turns = [
             {"id": index, "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]}
             for index, prompt in enumerate(prompts)
@@ -29,30 +32,15 @@ def questions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ask(make_run, questions, tmp_path_factory):
-    """ask(first, second, processes, layout) -> (what was printed, the figures as JSON, the folder of the page)."""
+def ask(make_run, answers, tmp_path_factory):
+    """ask(sources, *flags, nproc, layout) -> (what was printed, the figures as JSON, the folder of the page)."""
 
-    def run(first, second, nproc=1, *flags, **layout):
+    def run(names, *flags, nproc=1, **layout):
         folder = tmp_path_factory.mktemp("conflict")
-        sources = [{"name": name, "path": str(questions / f"{name}.json")} for name in (first, second)]
-        train = {"global_batch_size": 8, "micro_batch_size": 2, "lr": 0.003, "warmup_steps": 0}
+        sources = [{"name": name, "path": str(answers / f"{name}.json")} for name in names]
+        train = {"global_batch_size": 8, "micro_batch_size": 4, "lr": 0.005, "warmup_steps": 0}
         path = make_run(folder, data={"sources": sources}, train=train, adapter={"dropout": 0}, parallel=layout)
-        arguments = [
-            path,
-            "--steps",
-            10,
-            "--repeats",
-            1,
-            "--batches",
-            4,
-            "--chunks",
-            3,
-            "--warm",
-            2,
-            "--json",
-            folder / "figures.json",
-        ]
-        arguments += ["--out", folder / "page", *flags]
+        arguments = [path, "--repeats", 1, "--json", folder / "figures.json", "--out", folder / "page", *flags]
         code, text = commands.run(arguments, folder / "log", nproc=nproc, module="mole_mega.conflict.command")
         assert code == 0, text
         assert not (folder / "run").exists()  # the run itself has not begun
@@ -63,7 +51,7 @@ def ask(make_run, questions, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def contradiction(ask):
-    return ask("yes", "no")
+    return ask(("red", "green"), "--steps", 16, "--batches", 4, "--chunks", 2)
 
 
 def whole(figures, group="mlp"):
@@ -72,22 +60,21 @@ def whole(figures, group="mlp"):
 
 
 def test_sources_that_are_one_have_no_conflict(ask):
-    text, figures, _ = ask("yes", "also_yes")
+    text, figures, _ = ask(("red", "red_too"), "--steps", 8, "--warm", 3, "--batches", 4, "--chunks", 2)
     assert whole(figures)["cosine"] > 0.9 and whole(figures)["state"] == "aligned"
     assert figures["verdict"] == "none" and "No conflict found" in text
-    for row in figures["losses"]:
-        # twice the steps on what is one source: the mix can only gain
-        assert row["state"] in ("even", "gains") and abs(row["same_steps_difference"]) < 0.1
+    # twice the steps on what is one source: the mix can only gain
+    assert {row["state"] for row in figures["losses"]} <= {"even", "gains"}
 
 
 def test_sources_that_contradict_each_other_have_one(contradiction):
     text, figures, page = contradiction
-    assert whole(figures)["cosine"] < -0.3 and whole(figures)["state"] == "opposed"
+    assert whole(figures)["cosine"] < -0.5 and whole(figures)["state"] == "opposed"
     assert figures["verdict"] == "conflict" and "A mixture of experts is likely to help" in text
-    # the mix cannot do better than even odds on the first word, alone there is nothing left to learn
     for row in figures["losses"]:
-        assert row["state"] == "loses" and row["same_samples_difference"] > 0.1
-        assert row["own_steps"] == 10 and row["mix_samples"] == 80
+        # alone all is learned; on the mix no model can do better than even odds on one of two labelled places
+        assert row["state"] == "loses" and row["own_steps"] == 16 and row["mix_samples"] == 128
+        assert row["same_samples_alone"] < 0.1 and math.log(2) / 2 - 0.05 < row["same_samples_mix"] < 0.6
     assert {"conflict.html", "conflict.md", "conflict_mlp.svg"} <= {path.name for path in page.iterdir()}
 
 
@@ -100,10 +87,21 @@ def test_every_layer_and_the_projector_have_a_figure_and_a_control(contradiction
     assert len(controls) == 2 * len(layers) and all(control > 0.5 for control in controls)
 
 
+@pytest.fixture(scope="module")
+def short(ask):
+    """ask for as little as a layout can be judged by."""
+    return partial(ask, ("red", "green"), "--steps", 3, "--warm", 2, "--batches", 3, "--chunks", 2)
+
+
+@pytest.fixture(scope="module")
+def one_process(short):
+    return short()[1]
+
+
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}])
-def test_a_layout_measures_what_one_process_measures(ask, contradiction, layout):
-    _, expected, _ = contradiction
-    _, figures, _ = ask("yes", "no", 2, **layout)
+def test_a_layout_measures_what_one_process_measures(short, one_process, layout):
+    _, figures, _ = short(nproc=2, **layout)
+    expected = one_process
     assert figures["verdict"] == expected["verdict"]
     compared = 0
     for kind in ("cosines", "same_source", "losses"):
@@ -117,7 +115,7 @@ def test_a_layout_measures_what_one_process_measures(ask, contradiction, layout)
     assert compared > 40
 
 
-def test_a_mixture_of_one_source_is_refused(make_run, questions, tmp_path):
-    path = make_run(tmp_path, data={"sources": [{"name": "yes", "path": str(questions / "yes.json")}]})
+def test_a_mixture_of_one_source_is_refused(make_run, answers, tmp_path):
+    path = make_run(tmp_path, data={"sources": [{"name": "red", "path": str(answers / "red.json")}]})
     code, text = commands.run([path], tmp_path / "log", module="mole_mega.conflict.command")
     assert code == 2 and "a conflict takes two" in text and text.count("\n") == 1
