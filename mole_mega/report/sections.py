@@ -22,13 +22,15 @@ from mole_mega.report.document import (
     Table,
 )
 from mole_mega.report.run_folder import RunFolder, Series, finite
-from mole_mega.report.svg import NONE, heat_map, line_chart, number
+from mole_mega.report.svg import NONE, heat_map, hundredths, line_chart, number
 
 # Loads of one step are those of one global batch, and noisy: the maps show the mean of the last rows.
-LAST_ROWS = 10
+LAST_ROWS = 5
 # A curve keeps at most so many points, each the mean of its neighbours.
 MAX_POINTS = 400
 _MAX_EVENTS = 200
+# What a mixture's table begins with; whatever else mixture.json has follows.
+_MIXTURE_FIRST = ("share_asked", "share_realised", "rows", "tokens", "labelled_tokens", "images", "epochs_begun")
 _MAX_SIMILARITY_EXPERTS = 16
 _MAX_LINES = 8
 _HALF_WIDTH = 468  # of a line of the page
@@ -221,7 +223,8 @@ def routers(run: RunFolder) -> list[Block]:
     blocks: list[Block] = []
     if "balance_loss" in metrics.series:
         curve = {"balance loss": metrics.series["balance_loss"]}
-        blocks.append(_curves(curve, "Balance loss, unweighted: 1 / experts when all are used alike.", "balance loss"))
+        text = "Balance loss, unweighted: 1 / experts when all are used alike."
+        blocks.append(_curves(curve, text, "balance loss", height=200))
     recorded = {key: lines for key, lines in found.items() if lines}
     if layers:
         rows = []
@@ -276,7 +279,7 @@ def experts(run: RunFolder) -> list[Block]:
         for layer, pairs in sorted(by_layer.items()):
             (first, second), highest = max(pairs.items(), key=lambda item: item[1])
             mean = sum(pairs.values()) / len(pairs)
-            rows.append((str(layer), f"{mean:.2f}", f"{highest:.2f}", f"{first} and {second}"))
+            rows.append((str(layer), hundredths(mean), hundredths(highest), f"{first} and {second}"))
         blocks.append(Paragraph("Cosine between the deltas of two experts of a layer, as last logged:"))
         blocks.append(Table(("layer", "mean", "highest", "of experts"), rows))
     for name, found in (("delta norms", norms), ("tokens seen", tokens), ("similarity of experts", by_layer)):
@@ -291,7 +294,9 @@ def mixture(run: RunFolder) -> list[Block]:
     rows = _mixture_rows(run.mixture)
     if not rows:
         return [Missing("mixture.json names no source"), Code(_json(run.mixture))]
-    keys = list(dict.fromkeys(key for _, row in rows for key in row))
+    named = dict.fromkeys(key for _, row in rows for key in row)
+    keys = [key for key in _MIXTURE_FIRST if key in named]
+    keys += [key for key in named if key not in keys]
     header = ("source", *(key.replace("_", " ") for key in keys))
     blocks: list[Block] = [Table(header, [(name, *(_field(row.get(key)) for key in keys)) for name, row in rows])]
     rest = {key: value for key, value in run.mixture.items() if not isinstance(value, dict | list)}
@@ -341,7 +346,7 @@ def throughput(run: RunFolder) -> list[Block]:
         rows.append(("seconds a step", *(number(value) for value in (_median(seconds), min(seconds), max(seconds)))))
     text = "Valid places a second, image places included: means over the last steps (at most 50) before each row."
     return [
-        _curves({"tokens/s": tuple(speed)}, text, "tokens/s", low=0.0),
+        _curves({"tokens/s": tuple(speed)}, text, "tokens/s", low=0.0, height=200),
         Table(("over logged steps", "median", "lowest", "highest"), rows),
     ]
 
@@ -478,7 +483,7 @@ def _map(
     if highest is None:
         highest = max((value for row in values for value in row if value is not None), default=0.0) or 1.0
         caption += f" Darkest: {number(highest)}."
-    write = (lambda value: f"{value:.2f}") if highest <= 1 and highest > 0.1 else number
+    write = hundredths if 0.1 < highest <= 1 else number
     figure = heat_map(values, rows, columns, label=caption, row_title=row_title, column_title=column_title,
                       bounds=(0.0, highest), write=write)  # fmt: skip
     return Figure(figure, caption, _map_table(values, rows, columns, row_title or column_title))

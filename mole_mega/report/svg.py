@@ -96,7 +96,7 @@ def heat_map(
     column_title: str = "",
     bounds: tuple[float, float] = (0.0, 1.0),
     scale: Scale = "share",
-    write: Callable[[float], str] = lambda value: f"{value:.2f}",
+    write: Callable[[float], str] | None = None,
 ) -> str:
     """A cell a value, coloured by where it lies in `bounds`; None is grey. Up to 16 columns, values stand in the cells.
 
@@ -106,6 +106,7 @@ def heat_map(
     if not rows or not columns or len(values) != rows or any(len(row) != columns for row in values):
         raise ValueError(f"a heat map of {rows} x {columns} names for {[len(row) for row in values]} values")
     written = columns <= 16
+    write = write or hundredths
     texts = [[write(value) if value is not None else NONE for value in row] for row in values]
     widest = max(max(map(len, row)) for row in texts)
     longest_head = min(130.0, _CHAR * max(map(len, column_names)) + 12)
@@ -169,6 +170,11 @@ def number(value: float) -> str:
     digits = max(0, 3 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{min(digits, 6)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def hundredths(value: float) -> str:
+    """Two digits after the point, and no -0.00."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def shorten(text: str, most: int) -> str:

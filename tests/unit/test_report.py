@@ -70,8 +70,9 @@ def run_dir(tmp_path):
     )
     alarm = {"step": 7, "kind": "collapse", "layer": 1, "expert": 2, "value": 2.75, "limit": 2.5, "reaction": "none"}
     write_lines(folder / "events.jsonl", [alarm])
-    shares = {"digits": {"rows": 75, "asked_share": 0.75, "realised_share": 0.7421}, "scans": {"rows": 25}}
-    (folder / "mixture.json").write_text(json.dumps({"sources": shares}))
+    counts = {"size": 90, "rows": 75, "share_asked": 0.75, "share_realised": 0.7421, "left_out": {"broken": 2}}
+    shares = {"digits": counts, "scans": {"rows": 25, "left_out": {}}}
+    (folder / "mixture.json").write_text(json.dumps({"step": 20, "shares_of": "samples", "sources": shares}))
     answer = {"id": "1", "source": "digits", "prompt": "which?", "true": "seven", "answer": "one", "exact": 0}
     write_lines(folder / "eval" / "step_20.jsonl", [answer, answer | {"answer": "seven", "exact": True}])
     for step in (10, 20):
@@ -149,7 +150,7 @@ def test_the_table_names_the_expert_of_each_group_and_how_far_the_groups_are_apa
 
 def test_loads_are_means_of_the_last_rows_alone(run_dir):
     rows = [row(step) for step in range(1, 21)]
-    for values in rows[:10]:
+    for values in rows[: -sections.LAST_ROWS]:
         values["load/layer_0/expert_0"] = 77.0
     write_lines(run_dir / "metrics.jsonl", rows)
     _, markdown = report(run_dir)
@@ -159,7 +160,9 @@ def test_loads_are_means_of_the_last_rows_alone(run_dir):
 def test_alarms_mixture_answers_experts_routers_and_throughput_are_told(run_dir):
     _, markdown = report(run_dir)
     assert ["7", "collapse", "1", "2", "2.75", "2.5", "none"] in table_rows(markdown, "Alarms")
-    assert ["digits", "75", "0.75", "0.7421"] in table_rows(markdown, "The mixture, asked and realised")
+    mixture = table_rows(markdown, "The mixture, asked and realised")
+    assert mixture[0] == ["source", "share asked", "share realised", "rows", "size", "left out broken"]
+    assert mixture[2:] == [["digits", "0.75", "0.7421", "75", "90", "2"], ["scans", "-", "-", "25", "-", "-"]]
     assert ["step\\_20", "digits", "0.500 of 2", "not recorded", "not recorded"] in table_rows(markdown, "Answers")
     assert ["digits", "which?", "seven", "one"] in table_rows(markdown, "Answers")
     assert ["1", "0.01", "0.02", "0.03"] in table_rows(markdown, "What the experts became")
