@@ -138,6 +138,15 @@ def test_the_map_of_a_source_shows_its_own_loads(run_dir):
     assert cells == [["0", "0.9", "0.1", "0"], ["1", "0.2", "0.5", "0.3"]]
 
 
+def test_a_cell_that_was_not_logged_is_empty_and_not_zero(run_dir):
+    gone = "load_source/digits/layer_0/expert_2"
+    rows = [{key: value for key, value in row(step).items() if key != gone} for step in range(1, 21)]
+    write_lines(run_dir / "metrics.jsonl", rows)
+    page, markdown = report(run_dir)
+    assert ["0", "0.9", "0.1", "-"] in table_rows(markdown, "Which expert serves what")
+    assert "<title>0, 2: -</title>" in page
+
+
 def test_the_table_names_the_expert_of_each_group_and_how_far_the_groups_are_apart(run_dir):
     _, markdown = report(run_dir)
     rows = table_rows(markdown, "Which expert serves what")
