@@ -152,7 +152,8 @@ def document(measured: Measurement, found: Findings, rule: Rule) -> Document:
         caption = "Noise-corrected cosine of the sources' gradients. Red: opposed; blue: aligned; grey: noise hides it."
         table = cosine_table(measured, found, rule, group)
         figure = Figure(cosine_map(measured, found, group), caption)
-        sections.append(Section(f"Gradients: {_ABOUT[group]}", [figure, table]))
+        about = _ABOUT[group]
+        sections.append(Section(f"Gradients, {group}", [Paragraph(f"{about[0].upper()}{about[1:]}."), figure, table]))
     sections.append(Section("How it was measured", [Paragraph(text) for text in explain(measured, rule)]))
     lead = f"Sources: {', '.join(measured.sources)}."
     return Document("Do the sources of this mixture fight over one LoRA?", lead, sections)
