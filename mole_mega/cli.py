@@ -16,6 +16,8 @@ COMMANDS = {
     "verify-parallel": ("mole_mega.verify_parallel", "prove that layouts compute what one process computes"),
     "data": ("mole_mega.inspect_data", "look at a run's data before training: samples, loss masks, counts"),
     "generate": ("mole_mega.generate", "ask a trained or an exported model about an image"),
+    "conflict": ("mole_mega.conflict.command", "do the sources fight over one LoRA, and would experts help?"),
+    "report": ("mole_mega.report.command", "an HTML page and a Markdown twin about a run"),
     "convert": ("mole_mega.convert.command", "checkpoints to and from Hugging Face, and the proof that they are equal"),
 }
 

@@ -17,10 +17,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "config", "platform", "adapters"},
     "data": {"errors", "config"},
     "monitor": {"errors", "config", "adapters"},
+    # reads files alone: fast, and without torch
+    "report": {"errors", "config"},
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
     # data: an export says how pictures and prompts were prepared in training
     "convert": {"errors", "config", "platform", "adapters", "models", "data", "checkpoint"},
     "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint"},
+    # short trainings, told as a report tells
+    "conflict": {"errors", "config", "platform", "data", "report", "checkpoint", "training"},
 }
 # Every other file at the top of the package is an entry point: it may import all rooms, and no room imports it.
 

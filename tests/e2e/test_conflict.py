@@ -1,0 +1,121 @@
+"""The conflict meter through its command: sources that are one, sources that contradict each other, and the same
+figures in every layout."""
+
+import json
+import math
+import random
+from functools import partial
+
+import commands
+import pytest
+
+# fp32, after 6 steps of Adam, which magnifies rounding: each figure against one process
+TOLERANCE = 2e-4
+# words that the tiny base knows
+QUESTIONS = ["What colour is the mat?", "Where is it?", "Describe the picture."]
+ANSWERS = {"red": "red", "red_too": "red", "green": "green"}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """A file of text rows for each of ANSWERS, with the same questions; one labelled word and the end of the answer."""
+    folder = tmp_path_factory.mktemp("answers")
+    rng = random.Random(3)
+    prompts = [f"{rng.choice(QUESTIONS)} {index}" for index in range(240)]
+    for name, answer in ANSWERS.items():
+        turns = [
+            {"id": index, "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]}
+            for index, prompt in enumerate(prompts)
+        ]
+        (folder / f"{name}.json").write_text(json.dumps(turns))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ask(make_run, answers, tmp_path_factory):
+    """ask(sources, *flags, nproc, layout) -> (what was printed, the figures as JSON, the folder of the page)."""
+
+    def run(names, *flags, nproc=1, **layout):
+        folder = tmp_path_factory.mktemp("conflict")
+        sources = [{"name": name, "path": str(answers / f"{name}.json")} for name in names]
+        train = {"global_batch_size": 8, "micro_batch_size": 4, "lr": 0.005, "warmup_steps": 0}
+        path = make_run(folder, data={"sources": sources}, train=train, adapter={"dropout": 0}, parallel=layout)
+        arguments = [path, "--repeats", 1, "--json", folder / "figures.json", "--out", folder / "page", *flags]
+        code, text = commands.run(arguments, folder / "log", nproc=nproc, module="mole_mega.conflict.command")
+        assert code == 0, text
+        assert not (folder / "run").exists()  # the run itself has not begun
+        return text, json.loads((folder / "figures.json").read_text()), folder / "page"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def contradiction(ask):
+    return ask(("red", "green"), "--steps", 16, "--batches", 4, "--chunks", 2)
+
+
+def whole(figures, group="mlp"):
+    (row,) = [row for row in figures["cosines"] if row["group"] == group and row["layer"] is None]
+    return row
+
+
+def test_sources_that_are_one_have_no_conflict(ask):
+    text, figures, _ = ask(("red", "red_too"), "--steps", 8, "--warm", 3, "--batches", 4, "--chunks", 2)
+    assert whole(figures)["cosine"] > 0.9 and whole(figures)["state"] == "aligned"
+    assert figures["verdict"] == "none" and "No conflict found" in text
+    # twice the steps on what is one source: the mix can only gain
+    assert {row["state"] for row in figures["losses"]} <= {"even", "gains"}
+
+
+def test_sources_that_contradict_each_other_have_one(contradiction):
+    text, figures, page = contradiction
+    assert whole(figures)["cosine"] < -0.5 and whole(figures)["state"] == "opposed"
+    assert figures["verdict"] == "conflict" and "A mixture of experts is likely to help" in text
+    for row in figures["losses"]:
+        # alone all is learned; on the mix no model can do better than even odds on one of two labelled places
+        assert row["state"] == "loses" and row["own_steps"] == 16 and row["mix_samples"] == 128
+        assert row["same_samples_alone"] < 0.1 and math.log(2) / 2 - 0.05 < row["same_samples_mix"] < 0.6
+    assert {"conflict.html", "conflict.md", "conflict_mlp.svg"} <= {path.name for path in page.iterdir()}
+
+
+def test_every_layer_and_the_projector_have_a_figure_and_a_control(contradiction):
+    _, figures, _ = contradiction
+    places = {(row["group"], row["layer"]) for row in figures["cosines"]}
+    layers = [0, 1, 2, 3, None]
+    assert places >= {(group, layer) for group in ("mlp", "attention") for layer in layers}
+    controls = [row["cosine"] for row in figures["same_source"] if row["group"] == "mlp"]
+    assert len(controls) == 2 * len(layers) and all(control > 0.5 for control in controls)
+
+
+@pytest.fixture(scope="module")
+def short(ask):
+    """ask for as little as a layout can be judged by."""
+    return partial(ask, ("red", "green"), "--steps", 3, "--warm", 2, "--batches", 3, "--chunks", 2)
+
+
+@pytest.fixture(scope="module")
+def one_process(short):
+    return short()[1]
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}])
+def test_a_layout_measures_what_one_process_measures(short, one_process, layout):
+    _, figures, _ = short(nproc=2, **layout)
+    expected = one_process
+    assert figures["verdict"] == expected["verdict"]
+    compared = 0
+    for kind in ("cosines", "same_source", "losses"):
+        for row, reference in zip(figures[kind], expected[kind], strict=True):
+            for key, value in reference.items():
+                if isinstance(value, float):
+                    assert math.isclose(row[key], value, rel_tol=TOLERANCE, abs_tol=TOLERANCE), (layout, kind, key, row)
+                    compared += 1
+                else:
+                    assert row[key] == value, (layout, kind, key)
+    assert compared > 40
+
+
+def test_a_mixture_of_one_source_is_refused(make_run, answers, tmp_path):
+    path = make_run(tmp_path, data={"sources": [{"name": "red", "path": str(answers / "red.json")}]})
+    code, text = commands.run([path], tmp_path / "log", module="mole_mega.conflict.command")
+    assert code == 2 and "a conflict takes two" in text and text.count("\n") == 1
