@@ -1,6 +1,7 @@
 """What a step computes depends on its global batch alone: not on how it is cut into micro-batches, not on padding, not
 on recompute. And the balance loss is the formula's, in value and in gradient (METHODS: LLaVA-MoLE)."""
 
+import collections
 from dataclasses import replace
 
 import pytest
@@ -103,7 +104,10 @@ def assert_same_step(measured, expected):
     assert (result.places, result.routing.tokens) == (expected_result.places, expected_result.routing.tokens)
     assert result.routing.balance_loss == pytest.approx(expected_result.routing.balance_loss, rel=1e-6)
     assert result.routing.z_loss == pytest.approx(expected_result.routing.z_loss, rel=1e-6)
-    torch.testing.assert_close(result.routing.load_LE, expected_result.routing.load_LE, rtol=1e-6, atol=0)
+    assert torch.equal(result.routing.counts_LGE, expected_result.routing.counts_LGE)
+    for figure in ("entropy_L", "margin_L", "balance_L", "z_L"):
+        expected_L = getattr(expected_result.routing, figure)
+        torch.testing.assert_close(getattr(result.routing, figure), expected_L, rtol=1e-5, atol=0)
     for name, expected_gradient in expected_gradients.items():
         difference = (gradients[name] - expected_gradient).norm()
         assert difference <= 1e-5 * expected_gradient.norm(), name
@@ -138,7 +142,49 @@ def test_routing_counts_every_valid_place_and_no_other(reference_steps):
     result, _ = reference_steps["prob"]
     lengths = [len(example.tokens) for example, _ in samples()]
     assert result.places == result.routing.tokens == sum(lengths)
-    torch.testing.assert_close(result.routing.load_LE.sum(1), torch.ones(SIZE.language.num_layers))
+    torch.testing.assert_close(result.routing.load_LE.sum(1), torch.ones(SIZE.language.num_layers).double())
+
+
+class Recount:
+    """What each router put out for each micro-batch, to be counted token by token."""
+
+    def __init__(self, model):
+        self.chosen = {}  # layer -> [S, B, E] of each micro-batch
+        self._hooks = [router.register_forward_hook(self._remember) for router in model.routers()]
+
+    def _remember(self, router, args, output):
+        self.chosen.setdefault(router.layer_number - 1, []).append(output[1].unflatten(0, args[0].shape[:2]))
+
+    def tokens(self, batches):
+        """{(layer, domain, is an image place, expert): tokens}."""
+        for hook in self._hooks:
+            hook.remove()
+        table = collections.Counter()
+        for layer, chosen in self.chosen.items():
+            for batch, chosen_SBE in zip(batches, chosen, strict=True):
+                for row, place in batch.padding_mask.nonzero().tolist():
+                    (expert,) = chosen_SBE[place, row].nonzero().flatten().tolist()
+                    table[layer, int(batch.domains[row]), bool(batch.image_mask[row, place]), expert] += 1
+        return table
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.parametrize("gate", GATES)
+def test_tokens_by_source_and_modality_are_those_of_a_recount(make_model, gate, micro_batch_size):
+    batches = cut(micro_batch_size)
+    model = make_model(gate=gate)
+    recount = Recount(model)
+    routing = model.step(batches)[0].routing
+    expected = recount.tokens(batches)
+    assert {key[1:3] for key in expected} == {(0, False), (0, True), (1, False), (1, True)}
+    found = {
+        (layer, group // 2, bool(group % 2), expert): tokens
+        for layer, rows in zip(routing.layers, routing.counts_LGE.tolist(), strict=True)
+        for group, row in enumerate(rows)
+        for expert, tokens in enumerate(row)
+        if tokens
+    }
+    assert found == expected
 
 
 class Naive:
