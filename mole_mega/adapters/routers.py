@@ -113,22 +113,22 @@ class RouterSums:
         self._has_pairs = False
 
     @torch.no_grad()
-    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TE: torch.Tensor,
+    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, choice_T: torch.Tensor,
             valid_T: torch.Tensor, group_T: torch.Tensor | None = None) -> None:  # fmt: skip
         """Add the tokens that `valid_T` marks, each to the count of its group (all to group 0 where none is given)."""
         valid = valid_T.to(torch.float32)
         probs = probs_TE * valid[:, None]
         lse = torch.logsumexp(logits_TE, dim=-1) * valid
-        if group_T is None:
-            self.counts_GE[0] += (chosen_TE & valid_T[:, None]).sum(0)
-        else:
-            members_TG = F.one_hot(group_T.clamp(min=0), len(self.counts_GE)) * valid_T[:, None]
-            self.counts_GE.addmm_(members_TG.T.to(torch.float32), chosen_TE.to(torch.float32))
+        # one cell a token: its group's row, its expert's column (whole numbers, exact in any order)
+        cell_T = choice_T if group_T is None else group_T.clamp(min=0) * self.counts_GE.shape[1] + choice_T
+        self.counts_GE.view(-1).scatter_add_(0, cell_T, valid)
         self.probs_E += probs.sum(0)
         self.z_sum += lse.square().sum()
         # entropy = lse - sum_k p_k logit_k
         self.entropy_sum += (lse - (probs * logits_TE).sum(-1)).sum()
-        self.margin_sum += (probs.amax(-1) - probs.masked_fill(chosen_TE, 0.0).amax(-1)).sum()
+        # by rows of [E, T]: the largest of a few columns is slow to find
+        others_ET = probs.T.clone(memory_format=torch.contiguous_format).scatter_(0, choice_T[None], 0.0)
+        self.margin_sum += (probs.gather(1, choice_T[:, None])[:, 0] - others_ET.amax(0)).sum()
         if self.balance:
             self._kept.append((x_TH, probs))
             if sum(len(x) for x, _ in self._kept) > self._most_kept:
@@ -252,7 +252,7 @@ class MoLERouter(MegatronModule):
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.
         if self.training and torch.is_grad_enabled():
             valid_T = torch.ones_like(choice_T, dtype=torch.bool) if padding_mask is None else ~padding_mask.reshape(-1)
-            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), chosen_TE, valid_T, self._group_T)
+            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_T, valid_T, self._group_T)
         return gate_weights(probs_TE, chosen_TE, self.adapter.gate), chosen_TE
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -58,6 +58,12 @@ def route(x_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor) -> 
     return logits_TE, probs_TE, chosen_TE
 
 
+def route_to(*arguments) -> tuple[torch.Tensor, ...]:
+    """`route` with each token's choice as a number."""
+    logits_TE, probs_TE, chosen_TE = route(*arguments)
+    return logits_TE, probs_TE, chosen_TE.int().argmax(-1)
+
+
 def summed(x_TH, weight_EH, bias_E, valid_T, cuts: Sequence[int], group_T=None) -> RouterSums:
     """Sums over micro-batches of `cuts` tokens each, which count by 4 groups where groups are given."""
     num_experts, hidden = weight_EH.shape
@@ -66,7 +72,7 @@ def summed(x_TH, weight_EH, bias_E, valid_T, cuts: Sequence[int], group_T=None) 
         sums.count_groups(4)
     groups = [None] * len(cuts) if group_T is None else group_T.split(list(cuts))
     for x, valid, group in zip(x_TH.split(list(cuts)), valid_T.split(list(cuts)), groups, strict=True):
-        sums.add(x, *route(x, weight_EH, bias_E), valid, group)
+        sums.add(x, *route_to(x, weight_EH, bias_E), valid, group)
     return sums
 
 
@@ -165,7 +171,7 @@ def test_bf16_inputs_are_summed_in_fp32(tokens):
     x_TH = tokens.x_TH.bfloat16()
     exact = summed(x_TH.float(), tokens.weight_EH, tokens.bias_E, tokens.valid_T, [40])
     sums = RouterSums(*tokens.weight_EH.shape, torch.device("cpu"), balance=True, z=True)
-    sums.add(x_TH, *route(x_TH.float(), tokens.weight_EH, tokens.bias_E), tokens.valid_T)
+    sums.add(x_TH, *route_to(x_TH.float(), tokens.weight_EH, tokens.bias_E), tokens.valid_T)
     assert all(t.dtype == torch.float32 for t in sums.tensors())
     assert all(torch.equal(a, b) for a, b in zip(sums.tensors(), exact.tensors(), strict=True))
 

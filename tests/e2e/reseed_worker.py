@@ -1,8 +1,6 @@
-"""A worker of `mole_mega.training.parity` that records what a re-seed does: adapters of known weights, one step that
-leaves them as they are and gives Adam its moments, the re-seeds, a checkpoint in the case's `run_dir`, and one such step
-more, which takes the optimizer's own copy of the weights into the model."""
-
-import sys
+"""A worker of `mole_mega.training.parity` that records what a re-seed does: adapters of known weights; a step that
+leaves them as they are and gives Adam its moments; the re-seeds; a checkpoint in the case's `run_dir`; and another such
+step, which takes the optimizer's own copy of the weights into the model."""
 
 from mole_mega.checkpoint.store import CheckpointStore, RunState, trainable_entries
 from mole_mega.training import parity
@@ -36,13 +34,12 @@ def record(run, size, parallel):
     for reseed in RESEEDS:
         reseed_expert(reseed, model, optimizer, parallel.groups, run.train.seed)
     result |= weights("after")
-    # with the router's losses in it: the folder has to be each layout's own
     CheckpointStore(run, parallel).save(model, optimizer, RunState(step=1, base_hash="", applied_steps=1))
     step()
     result |= weights("later")
     return result if parallel.is_main else None
 
 
-if __name__ == "__main__":
+def main(arguments):
     parity.record = record
-    sys.exit(parity.main())
+    return parity.main(arguments)

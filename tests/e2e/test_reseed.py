@@ -4,21 +4,39 @@ weights and in a checkpoint; Adam's moments of it start anew, and no other numbe
 import json
 from dataclasses import replace
 
+import commands
 import pytest
 import reseed_worker
 import torch
 from safetensors.torch import load_file
-from test_layouts import DP, EP, RUN, SIZE, TP, TP_EP
 
 from mole_mega import config as run_config
 from mole_mega.checkpoint.tensors import StoredTensors
-from mole_mega.config import ParallelConfig, validate
-from mole_mega.platform.launch import launch
-from mole_mega.training.parity import layout_name
+from mole_mega.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig, validate
+from mole_mega.training.parity import layout_name, scaled_down
 
+_RUN, SIZE = scaled_down(
+    RunConfig(
+        run_dir="unused",
+        model=ModelConfig(base=""),
+        # lr 0: a step leaves the weights as they are
+        train=TrainConfig(steps=1, lr=0.0),
+        data=DataConfig(sources=(SourceConfig(name="made", path="made"),)),
+    ),
+    None,
+)
+RUN = replace(_RUN, adapter=replace(_RUN.adapter, num_experts=4, z_loss_weight=0.001))
 ALONE = ParallelConfig()
-PRECISIONS = ("fp32", "bf16")
-LAYOUTS = [(TP, 2, False), (EP, 2, True), (DP, 2, True), (TP_EP, 4, False), (ParallelConfig(pipeline=2, expert=2), 4, True)]  # fmt: skip
+# (layout, processes, distributed optimizer, precision)
+REFERENCES = [(ALONE, 1, False, "fp32"), (ALONE, 1, False, "bf16")]
+LAYOUTS = [
+    (ParallelConfig(tensor=2), 2, False, "bf16"),
+    (ParallelConfig(expert=2), 2, True, "fp32"),
+    (ALONE, 2, True, "bf16"),
+    (ParallelConfig(tensor=2, expert=2), 4, False, "fp32"),
+    (ParallelConfig(pipeline=2, expert=2), 4, True, "bf16"),
+]
+every_case = pytest.mark.parametrize(("layout", "world", "distributed", "precision"), REFERENCES + LAYOUTS)
 FACTORS = [f"experts.lora_{projection}_{factor}" for projection in ("gate", "up", "down") for factor in "AB"]
 RESEEDED = [f"language_model.decoder.layers.{r.layer}.mlp.{name}" for r in reseed_worker.RESEEDS
             for name in (*FACTORS, "router.weight", "router.bias")]  # fmt: skip
@@ -34,21 +52,18 @@ def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reseed")
     (folder / "size.json").write_text(SIZE.to_json())
     trees: dict[int, list] = {}
-    for precision in PRECISIONS:
-        for layout, world, distributed in [(ALONE, 1, False), *LAYOUTS]:
-            case = name(layout, world, distributed, precision)
-            # lr 0: a step leaves the weights as they are
-            train = replace(RUN.train, lr=0.0, precision=precision, distributed_optimizer=distributed)
-            model = replace(RUN.model, base=str(folder / f"base_{precision}"))
-            run = replace(RUN, run_dir=str(folder / case), model=model, train=train, parallel=layout)
-            validate(run)
-            trees.setdefault(world, []).append({"name": case, "run": run_config.to_dict(run)})
+    for layout, world, distributed, precision in REFERENCES + LAYOUTS:
+        case = name(layout, world, distributed, precision)
+        train = replace(RUN.train, precision=precision, distributed_optimizer=distributed)
+        model = replace(RUN.model, base=str(folder / f"base_{precision}"))
+        run = replace(RUN, run_dir=str(folder / case), model=model, train=train, parallel=layout)
+        validate(run)
+        trees.setdefault(world, []).append({"name": case, "run": run_config.to_dict(run)})
     for world, group in sorted(trees.items()):
         listing = folder / f"cases_{world}.json"
         listing.write_text(json.dumps(group))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(__file__.rpartition("/")[0]), prepend=":")
-            assert launch("reseed_worker", [str(listing)], world) == 0
+        code, text = commands.run([listing], folder / "log", world, module="reseed_worker")
+        assert code == 0, text
     return {
         tree["name"]: (load_file(folder / f"{tree['name']}.st"), folder / tree["name"] / "checkpoints/step_1")
         for group in trees.values()
@@ -56,7 +71,7 @@ def records(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_dead_expert_is_a_noisy_copy_and_nothing_else_changes(records, precision):
     record, _ = records[name(ALONE, 1, False, precision)]
     tensors = [key.removeprefix("before/") for key in record if key.startswith("before/")]
@@ -88,8 +103,7 @@ def test_each_tensor_is_copied_with_noise_of_its_own(records):
     assert torch.cdist(rows, rows).fill_diagonal_(1.0).min() > 0.05
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("layout", "world", "distributed"), LAYOUTS)
+@every_case
 def test_every_layout_copies_the_same_bits_and_keeps_them(records, layout, world, distributed, precision):
     expected, _ = records[name(ALONE, 1, False, precision)]
     measured, _ = records[name(layout, world, distributed, precision)]
@@ -102,8 +116,7 @@ def test_every_layout_copies_the_same_bits_and_keeps_them(records, layout, world
             assert torch.equal(measured[key], measured[f"after/{tensor}"]), key
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("layout", "world", "distributed"), [(ALONE, 1, False), *LAYOUTS])
+@every_case
 def test_adams_moments_of_the_copy_start_anew_and_those_of_no_other(records, layout, world, distributed, precision):
     record, checkpoint = records[name(layout, world, distributed, precision)]
     stored = StoredTensors(checkpoint)
@@ -111,7 +124,8 @@ def test_adams_moments_of_the_copy_start_anew_and_those_of_no_other(records, lay
         (reseed,) = [r for r in reseed_worker.RESEEDS if f".layers.{r.layer}." in key]
         assert torch.equal(stored.read(key), record[f"after/{key}"])
         for kind in ("exp_avg", "exp_avg_sq"):
-            (found,) = [entry for entry in stored if entry.startswith("optimizer") and kind in entry.split(".") and entry.endswith(key)]  # fmt: skip
+            names = [name for name in stored if name.startswith("optimizer") and name.endswith(key)]
+            (found,) = [name for name in names if kind in name.split(".")]
             moments = stored.read(found)
             assert not moments[reseed.dead].any(), key
             assert moments.any(), key
