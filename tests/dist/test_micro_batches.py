@@ -9,9 +9,12 @@ import torch
 from test_layouts import GATES, RUN, SIZE
 
 from mole_mega.adapters.routers import MoLERouter
+from mole_mega.adapters.routing import RouterMemory
 from mole_mega.checkpoint.store import trainable_entries
+from mole_mega.config import AlarmsConfig
 from mole_mega.data.collate import stack
 from mole_mega.data.conversation import Example
+from mole_mega.monitor.alarms import observe
 from mole_mega.training import parity
 from mole_mega.training.optimizer import build_optimizer
 from mole_mega.training.step import Stepper
@@ -315,3 +318,35 @@ def test_evaluation_leaves_no_trace_in_the_routers(make_model, reference_steps):
     assert all(not tensor.any() for router in model.routers() for tensor in router.sums.tensors())
     assert all(isinstance(router, MoLERouter) for router in model.routers())
     assert_same_step(model.step(cut(2)), reference_steps["prob"])
+
+
+def test_a_balance_weight_that_was_raised_pulls_as_if_it_had_been_configured(make_model):
+    raised, configured = (make_model(gate="none", z_loss_weight=0.0, balance_weight=weight) for weight in (0.01, 0.03))
+    raised.stepper.balance_factor = 3.0
+    (result, gradients), (_, expected) = raised.step(cut(2)), configured.step(cut(2))
+    raised.stepper.balance_factor = 1.0
+    (plain_result, plain) = raised.step(cut(2))
+    for router in raised.routers():
+        name = ROUTER.format(router.layer) + "weight"
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradients[name], 3 * plain[name], rtol=1e-4, atol=1e-8)
+    # what is logged stays unweighted
+    assert result.routing.balance_loss == plain_result.routing.balance_loss
+
+
+def test_a_collapse_forced_by_a_bias_sets_off_every_alarm_in_that_layer_alone(make_model):
+    model = make_model(gate="prob")
+    num_experts = model.run.adapter.num_experts
+    memory = RouterMemory.empty(SIZE.language.num_layers, num_experts)
+    alarms = AlarmsConfig(collapse=0.99 * num_experts, dead_steps=2, entropy_floor=0.1)
+    told = []
+    for step in (1, 2):
+        with torch.no_grad():
+            model.routers()[2].bias[1] += 50.0 * (step == 1)
+        result, _ = model.step(cut(2))
+        memory, found = observe(memory, result.routing, step, alarms, model.run.adapter)
+        told += [(alarm.step, alarm.kind, alarm.layer, alarm.expert) for alarm in found]
+    with torch.no_grad():
+        model.routers()[2].bias[1] -= 50.0
+    dead = [(2, "dead_expert", 2, expert) for expert in range(num_experts) if expert != 1]
+    assert told == [(1, "collapse", 2, 1), (1, "low_entropy", 2, None), *dead]
