@@ -163,11 +163,35 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlarmsConfig:
+    """When a layer's routing is called sick, judged at every step on its global batch; 0 switches an alarm off. What
+    goes on is told, and reacted to, again after `repeat_every` steps."""
+
+    # the busiest expert has at least so many times the mean's tokens (E when one expert has all)
+    collapse: float = 0.0
+    # an expert had no token for so many steps in a row
+    dead_steps: int = 100
+    # the entropy of the load, in nats, is below this (log E when balanced)
+    entropy_floor: float = 0.0
+    repeat_every: int = 100
+    # raise_balance: at any alarm, adapter.balance_weight times `balance_factor`, up to `max_balance_weight`.
+    # reseed: a dead expert becomes a copy of the layer's busiest one, each number times 1 + `reseed_noise` N(0, 1).
+    reaction: Literal["none", "raise_balance", "reseed"] = "none"
+    balance_factor: float = 2.0
+    max_balance_weight: float = 1.0
+    reseed_noise: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What is logged, every `every` steps."""
+    """What is logged, every `every` steps. Norms and similarities of the experts (`experts_every`) and TensorBoard's
+    pictures (`pictures_every`) cost more; 0: never, else also at the last step."""
 
     every: int = 1
+    experts_every: int = 100
+    pictures_every: int = 100
     tensorboard: bool = True
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +263,7 @@ def validate(config: RunConfig) -> None:
         (config.checkpoint, "every", 0),
         (config.checkpoint, "keep", 1), (config.validation, "every", 0), (config.validation, "samples", 1),
         (config.validation, "max_new_tokens", 1),
-        (config.monitor, "every", 1),
+        (config.monitor, "every", 1), (config.monitor, "experts_every", 0), (config.monitor, "pictures_every", 0),
     ]:  # fmt: skip
         if not getattr(owner, name) >= low:  # `not >=` so that NaN fails too
             raise ConfigError(f"{_section(config, owner)}.{name} must be at least {low}, got {getattr(owner, name)}")
@@ -308,6 +332,18 @@ def validate(config: RunConfig) -> None:
         raise ConfigError(f"data.temperature must be above 0, got {data.temperature}")
     if not data.sources:
         raise ConfigError("data.sources is empty: name at least one source")
+    _validate_alarms(config.monitor.alarms, adapter)
+
+
+def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
+    for name, low in (
+        ("collapse", 0), ("dead_steps", 0), ("entropy_floor", 0), ("repeat_every", 1), ("balance_factor", 1),
+        ("max_balance_weight", 0), ("reseed_noise", 0),
+    ):  # fmt: skip
+        if not getattr(alarms, name) >= low:
+            raise ConfigError(f"monitor.alarms.{name} must be at least {low}, got {getattr(alarms, name)}")
+    if alarms.reaction == "raise_balance" and adapter.method == "mole" and adapter.balance_weight == 0:
+        raise ConfigError("monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0")
 
 
 def _validate_weight(source: SourceConfig, where: str) -> None:

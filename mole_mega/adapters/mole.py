@@ -32,10 +32,22 @@ class MoLELayer(MoELayer):
 
     def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
         assert config.moe_token_dispatcher_type == "alltoall" and config.moe_router_topk == 1
+        # a layer that Megatron-Core recomputes from its inside would be without its groups the second time
+        assert "moe" not in (config.recompute_modules or ())
         super().__init__(config, pg_collection=pg_collection, **kwargs)
         self.token_dispatcher = TopOneDispatcher(
             self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
         )
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`padding_mask` [B, S]: True where padded; or the groups that the router shall count by, -1 where padded
+        (routing.py): what Megatron-Core hands on to a recomputed layer too."""
+        if padding_mask is None or padding_mask.dtype == torch.bool:
+            return super().forward(hidden_states, intermediate_tensors, padding_mask)
+        with self.router.counting_by(padding_mask.T):
+            return super().forward(hidden_states, intermediate_tensors, padding_mask < 0)
 
 
 class TopOneDispatcher(MoEAlltoAllTokenDispatcher):

@@ -1,6 +1,6 @@
 """The router of a MoLE block, and its balance and z losses.
 
-Shape suffixes: T tokens, H hidden, E experts.
+Shape suffixes: T tokens, H hidden, E experts, G groups of tokens, L layers that have a router.
 
 The losses on the router are functions of the *global batch*: how often each expert is chosen over all its tokens.
 While micro-batches pass one by one, that number is not known yet. The balance loss is linear in it, so each
@@ -12,7 +12,8 @@ train the router alone: they do not reach through its input into earlier layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,10 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.adapters import sharding
+from mole_mega.adapters.routing import RoutingSummary, num_groups
 from mole_mega.config import AdapterConfig
+
+_NUM_SCALARS = 3  # z, entropy and margin, in a row of `RouterSums`
 
 
 def gate_weights(probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str) -> torch.Tensor:
@@ -43,8 +47,9 @@ def gate_weights(probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str) -> 
 class RouterSums:
     """What a router remembers of the tokens of one global batch, summed over valid tokens. All tensors fp32.
 
-    tokens [], counts_E (how often chosen), probs_E, z_sum [] (squared log-partition), `pairs_PX`: the sum of p_j p_k x
-    over tokens for each pair j < k, x extended by a 1 for the bias, and `z_grads_EX`: the sum of 2 lse p_k x.
+    counts_GE (how often chosen, by group of tokens), probs_E, z_sum [] (squared log-partition), entropy_sum [] (of p,
+    nats), margin_sum [] (largest p minus the second), `pairs_PX`: the sum of p_j p_k x over tokens for each pair j < k,
+    x extended by a 1 for the bias, and `z_grads_EX`: the sum of 2 lse p_k x.
     """
 
     def __init__(
@@ -65,10 +70,11 @@ class RouterSums:
         (no copy: their x is an activation of the layer) until they would take more memory than the sums."""
         self.balance, self.z, self.product_dtype = balance and num_experts > 1, z, product_dtype
         self.first_P, self.second_P = torch.triu_indices(num_experts, num_experts, offset=1, device=device)
-        self.tokens = torch.zeros((), device=device)
-        self.counts_E = torch.zeros(num_experts, device=device)
+        self.counts_GE = torch.zeros(1, num_experts, device=device)
         self.probs_E = torch.zeros(num_experts, device=device)
         self.z_sum = torch.zeros((), device=device)
+        self.entropy_sum = torch.zeros((), device=device)
+        self.margin_sum = torch.zeros((), device=device)
         num_pairs = len(self.first_P) if self.balance else 0
         self.pairs_PX = torch.zeros(num_pairs, hidden_size + 1, device=device)
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # x [T, H] and probabilities [T, E], 0 at padding
@@ -76,8 +82,28 @@ class RouterSums:
         self._most_kept = (num_pairs + num_experts) * torch.float32.itemsize // product_dtype.itemsize
         self.z_grads_EX = torch.zeros(num_experts if z else 0, hidden_size + 1, device=device)
 
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self.counts_GE.sum()
+
+    @property
+    def counts_E(self) -> torch.Tensor:  # noqa: N802
+        return self.counts_GE.sum(0)
+
+    def count_groups(self, number: int) -> None:
+        """From now on count tokens by `number` groups; what was counted is forgotten."""
+        self.clear()
+        self.counts_GE = self.counts_GE.new_zeros(number, self.counts_GE.shape[1])
+
     def tensors(self) -> list[torch.Tensor]:
-        return [self.tokens, self.counts_E, self.probs_E, self.z_sum, self.pairs_PX, self.z_grads_EX]
+        return [*self._statistics(), self.pairs_PX, self.z_grads_EX]
+
+    def row(self) -> torch.Tensor:
+        """The statistics as one vector, which `_split_rows` takes apart."""
+        return torch.cat([tensor.reshape(-1) for tensor in self._statistics()])
+
+    def _statistics(self) -> list[torch.Tensor]:
+        return [self.z_sum, self.entropy_sum, self.margin_sum, self.probs_E, self.counts_GE]
 
     def clear(self) -> None:
         self._kept.clear()
@@ -87,16 +113,22 @@ class RouterSums:
         self._has_pairs = False
 
     @torch.no_grad()
-    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, chosen_TE: torch.Tensor,
-            valid_T: torch.Tensor) -> None:  # fmt: skip
-        """Add the tokens that `valid_T` marks."""
+    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, choice_T: torch.Tensor,
+            valid_T: torch.Tensor, group_T: torch.Tensor | None = None) -> None:  # fmt: skip
+        """Add the tokens that `valid_T` marks, each to the count of its group (all to group 0 where none is given)."""
         valid = valid_T.to(torch.float32)
         probs = probs_TE * valid[:, None]
         lse = torch.logsumexp(logits_TE, dim=-1) * valid
-        self.tokens += valid.sum()
-        self.counts_E += (chosen_TE & valid_T[:, None]).sum(0)
+        # one cell a token: its group's row, its expert's column (whole numbers, exact in any order)
+        cell_T = choice_T if group_T is None else group_T.clamp(min=0) * self.counts_GE.shape[1] + choice_T
+        self.counts_GE.view(-1).scatter_add_(0, cell_T, valid)
         self.probs_E += probs.sum(0)
         self.z_sum += lse.square().sum()
+        # entropy = lse - sum_k p_k logit_k
+        self.entropy_sum += (lse - (probs * logits_TE).sum(-1)).sum()
+        # by rows of [E, T]: the largest of a few columns is slow to find
+        others_ET = probs.T.clone(memory_format=torch.contiguous_format).scatter_(0, choice_T[None], 0.0)
+        self.margin_sum += (probs.gather(1, choice_T[:, None])[:, 0] - others_ET.amax(0)).sum()
         if self.balance:
             self._kept.append((x_TH, probs))
             if sum(len(x) for x, _ in self._kept) > self._most_kept:
@@ -169,6 +201,7 @@ class MoLERouter(MegatronModule):
         super().__init__(config)
         self.adapter = adapter
         self.layer_number: int | None = None
+        self._group_T: torch.Tensor | None = None
         self._groups = pg_collection
         shape = (adapter.num_experts, config.hidden_size)
         common = {"groups": pg_collection, "seed": seed, "dtype": torch.float32, "device": device}
@@ -191,6 +224,22 @@ class MoLERouter(MegatronModule):
     def set_layer_number(self, layer_number: int) -> None:
         self.layer_number = layer_number
 
+    @property
+    def layer(self) -> int:
+        """The decoder layer that this router belongs to, from 0 over the whole model."""
+        assert self.layer_number is not None
+        return self.layer_number - 1
+
+    @contextlib.contextmanager
+    def counting_by(self, group_SB: torch.Tensor) -> Iterator[None]:
+        """Count the tokens routed inside the block by these groups. Megatron-Core's MoELayer hands a router hidden
+        states and padding alone."""
+        self._group_T = group_SB.reshape(-1)
+        try:
+            yield
+        finally:
+            self._group_T = None
+
     def forward(
         self, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,7 +252,7 @@ class MoLERouter(MegatronModule):
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.
         if self.training and torch.is_grad_enabled():
             valid_T = torch.ones_like(choice_T, dtype=torch.bool) if padding_mask is None else ~padding_mask.reshape(-1)
-            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), chosen_TE, valid_T)
+            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_T, valid_T, self._group_T)
         return gate_weights(probs_TE, chosen_TE, self.adapter.gate), chosen_TE
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -211,24 +260,32 @@ class MoLERouter(MegatronModule):
 
 
 @dataclass(frozen=True)
-class RoutingSummary:
-    """What the routers did with one global batch. `balance_L` and `z_L` are unweighted, `load_LE` sums to 1 by layer.
-
-    Rows are the layers of the whole model that have a router; `layers` numbers them from 0. Every rank holds the same.
-    """
+class RouterPlan:
+    """What every rank knows of the whole model's routers: the layers that have one, from 0 and in order, and by how
+    many groups they count tokens."""
 
     layers: tuple[int, ...]
-    tokens: float
-    load_LE: torch.Tensor
-    balance_L: torch.Tensor
-    z_L: torch.Tensor
-    balance_loss: float
-    z_loss: float
+    num_groups: int
+
+
+def plan_routers(routers: Sequence[MoLERouter], num_domains: int) -> RouterPlan:
+    """Make this rank's routers count by source and modality, and ask all ranks for theirs. All ranks call it."""
+    plan_groups = num_groups(num_domains)
+    for router in routers:
+        router.sums.count_groups(plan_groups)
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, [router.layer for router in routers])
+    return RouterPlan(tuple(sorted(set().union(*everyone))), plan_groups)
 
 
 def router_loss_gradients(
-    routers: Sequence[MoLERouter], groups: ProcessGroupCollection, adapter: AdapterConfig, grad_scale: torch.Tensor
-) -> RoutingSummary:
+    routers: Sequence[MoLERouter],
+    plan: RouterPlan,
+    adapter: AdapterConfig,
+    grad_scale: torch.Tensor,
+    *,
+    balance_factor: float = 1.0,
+) -> torch.Tensor:
     """Add the gradient of the balance and z losses to this rank's routers, and clear their sums.
 
     With C the shares of choices and P the mean probabilities over the valid tokens of the global batch, C held fixed:
@@ -236,61 +293,69 @@ def router_loss_gradients(
         layer:  w mean_l sum_j C_lj P_lj        model:  w sum_j C_j P_j,  C and P pooled over layers (as published)
 
     (LLaVA-MoLE, arXiv 2401.16160, without a factor E: uniform gives 1/E, collapse 1). z: w_z mean (logsumexp)^2.
+    w is `adapter.balance_weight` times `balance_factor`.
 
-    Call once a step after the last backward pass and before the gradient sync, which sums what each rank adds here.
-    `grad_scale` multiplies the gradient: the number of loss tokens, by which Megatron-Core divides afterwards.
+    Call once a step on all ranks, after the last backward pass and before the gradient sync, which sums what each rank
+    adds here. `grad_scale` multiplies the gradient: the number of loss tokens, by which Megatron-Core divides
+    afterwards.
+
+    Returns the sums of all routers over all ranks, on the device, a row a layer, for `summarize` to read: one
+    all-reduce, and nothing here waits for the device.
     """
+    # Each token is in one rank's sums: tensor-parallel ranks route parts of a sequence, data- and expert-parallel ones
+    # (tokens are counted before they travel) other samples; and the other pipeline stages leave a layer's row at zero.
     num_experts = adapter.num_experts
-    # one row a router: tokens, z sum, counts, probs; summed over the ranks that saw other tokens of the same layers
-    local = torch.zeros(len(routers), 2 + 2 * num_experts, device=grad_scale.device)
-    for row, router in zip(local, routers, strict=True):
-        sums = router.sums
-        row.copy_(torch.cat([sums.tokens[None], sums.z_sum[None], sums.counts_E, sums.probs_E]))
-    dist.all_reduce(local, group=groups.tp_dp_cp)
-    numbers = [[float((router.layer_number or 0) - 1)] for router in routers]
-    local = torch.cat([torch.tensor(numbers, device=local.device).reshape(-1, 1), local], dim=1)
-    rows, first = _gather_stages(local, groups.pp)
-    layers, table = rows[:, 0], rows[:, 1:]
-    num_layers = len(table)
-    tokens_L = table[:, 0].clamp(min=1)
-    share_LE, mean_LE = (table[:, 2:] / tokens_L[:, None]).split(num_experts, dim=1)
-    pooled = adapter.balance_scope == "model"
-    pull_LE = share_LE.mean(0, keepdim=True).expand_as(share_LE) if pooled else share_LE
-    for index, router in enumerate(routers, start=first):
-        scale = grad_scale / (num_layers * tokens_L[index])
+    width = _NUM_SCALARS + num_experts * (1 + plan.num_groups)
+    table = torch.zeros(len(plan.layers), width, device=grad_scale.device)
+    for router in routers:
+        table[plan.layers.index(router.layer)] = router.sums.row()
+    dist.all_reduce(table)
+    _, _, counts_LGE = _split_rows(table, num_experts)
+    counts_LE = counts_LGE.sum(1)
+    tokens_L = counts_LE.sum(-1).clamp(min=1)
+    share_LE = counts_LE / tokens_L[:, None]
+    pull_LE = share_LE.mean(0, keepdim=True).expand_as(share_LE) if adapter.balance_scope == "model" else share_LE
+    for router in routers:
+        index = plan.layers.index(router.layer)
+        scale = grad_scale / (len(plan.layers) * tokens_L[index])
         if router.sums.balance:
-            _accumulate(router, router.sums.balance_gradient(pull_LE[index]), adapter.balance_weight * scale)
+            weight = adapter.balance_weight * balance_factor
+            _accumulate(router, router.sums.balance_gradient(pull_LE[index]), weight * scale)
         if router.sums.z:
             _accumulate(router, router.sums.z_grads_EX, adapter.z_loss_weight * scale)
         router.sums.clear()
-    balance_L, z_L = (share_LE * mean_LE).sum(-1), table[:, 1] / tokens_L
+    return table
+
+
+def summarize(table: torch.Tensor, plan: RouterPlan, adapter: AdapterConfig) -> RoutingSummary:
+    """What `router_loss_gradients` returned, for people. Waits for the device, once."""
+    scalars, probs_LE, counts_LGE = _split_rows(table.cpu().double(), adapter.num_experts)
+    counts_LE = counts_LGE.sum(1)
+    tokens_L = counts_LE.sum(-1).clamp(min=1)
+    share_LE, mean_LE = counts_LE / tokens_L[:, None], probs_LE / tokens_L[:, None]
+    z_L, entropy_L, margin_L = (scalars / tokens_L[:, None]).unbind(-1)
+    balance_L = (share_LE * mean_LE).sum(-1)
+    pooled = adapter.balance_scope == "model"
     balance = (share_LE.mean(0) * mean_LE.mean(0)).sum() if pooled else balance_L.mean()
     return RoutingSummary(
-        layers=tuple(int(layer) for layer in layers),
-        tokens=float(tokens_L[0]),
-        load_LE=share_LE.cpu(),
-        balance_L=balance_L.cpu(),
-        z_L=z_L.cpu(),
+        layers=plan.layers,
+        counts_LGE=counts_LGE,
+        balance_L=balance_L,
+        z_L=z_L,
+        entropy_L=entropy_L,
+        margin_L=margin_L,
         balance_loss=float(balance),
         z_loss=float(z_L.mean()),
     )
+
+
+def _split_rows(table: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of `RouterSums.row`: (z, entropy and margin [L, 3], probs [L, E], counts [L, G, E])."""
+    scalars, probs, counts = table.tensor_split([_NUM_SCALARS, _NUM_SCALARS + num_experts], dim=-1)
+    return scalars, probs, counts.unflatten(-1, (-1, num_experts))
 
 
 def _accumulate(router: MoLERouter, gradient_EX: torch.Tensor, scale: torch.Tensor) -> None:
     router.weight.main_grad.add_(gradient_EX[:, :-1] * scale)  # type: ignore[attr-defined]
     if router.bias is not None:
         router.bias.main_grad.add_(gradient_EX[:, -1] * scale)  # type: ignore[attr-defined]
-
-
-def _gather_stages(local: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, int]:
-    """Rows of all pipeline stages in stage order (stages may hold different numbers of them), and where ours begin."""
-    if group.size() == 1:
-        return local, 0
-    counts = [torch.zeros(1, dtype=torch.long, device=local.device) for _ in range(group.size())]
-    dist.all_gather(counts, torch.tensor([len(local)], device=local.device), group=group)
-    padded = local.new_zeros(int(max(counts)), local.shape[1])
-    padded[: len(local)] = local
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded, group=group)
-    rows = torch.cat([rows[: int(count)] for rows, count in zip(gathered, counts, strict=True)])
-    return rows, int(sum(counts[: group.rank()]))

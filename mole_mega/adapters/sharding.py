@@ -61,10 +61,26 @@ def make_parameter(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.nn.Parameter:
-    """This rank's part of the adapter tensor `name`, initialised as one process would.
+    """This rank's part of the adapter tensor `name`, initialised as one process would: `draw_part` as a parameter."""
+    part = draw_part(name, placement, full_shape, init, groups, seed=seed)
+    parameter = torch.nn.Parameter(part.to(device=device, dtype=dtype).clone())
+    place(parameter, placement)
+    return parameter
 
-    The whole tensor is drawn from a generator seeded by (seed, name) and then cut, so that every layout starts from
-    the same weights. `full_shape` must divide along the placement's axes; the caller has checked that.
+
+def draw_part(
+    name: str,
+    placement: Placement,
+    full_shape: tuple[int, ...],
+    init: Callable[[torch.Tensor, torch.Generator], None],
+    groups: ProcessGroupCollection,
+    *,
+    seed: int,
+) -> torch.Tensor:
+    """This rank's part of a tensor that `init` draws: fp32, on the CPU.
+
+    The whole tensor is drawn from a generator seeded by (seed, name) and then cut, so that every layout gets the same
+    numbers. `full_shape` must divide along the placement's axes; the caller has checked that.
     """
     whole = torch.empty(full_shape, dtype=torch.float32)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -72,9 +88,7 @@ def make_parameter(
     part = whole
     for axis, rank, size in _cuts(placement, groups):
         part = part.chunk(size, dim=axis)[rank]
-    parameter = torch.nn.Parameter(part.to(device=device, dtype=dtype).clone())
-    place(parameter, placement)
-    return parameter
+    return part
 
 
 def place(parameter: torch.nn.Parameter, placement: Placement) -> None:
@@ -111,6 +125,11 @@ def kaiming_uniform(tensor: torch.Tensor, generator: torch.Generator) -> None:
     """A's initialisation, U(-1/sqrt(in), 1/sqrt(in)): Kaiming uniform with a = sqrt(5), as released with LLaVA-MoLE."""
     bound = 1 / math.sqrt(tensor.shape[-1])
     tensor.uniform_(-bound, bound, generator=generator)
+
+
+def normal(tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """N(0, 1)."""
+    tensor.normal_(generator=generator)
 
 
 def zeros(tensor: torch.Tensor, generator: torch.Generator) -> None:

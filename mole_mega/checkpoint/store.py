@@ -33,6 +33,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 
 from mole_mega import config as run_config
+from mole_mega.adapters.routing import RouterMemory
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import model_entries
 from mole_mega.checkpoint.stream import LazyTensor, write_tensors
@@ -58,6 +59,18 @@ class RunState:
     bad_steps_in_row: int = 0
     # by source, what was trained on since the run began (data/tally.py)
     data_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    # of a run whose adapters have routers
+    routers: RouterMemory | None = None
+
+    def to_tree(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**vars(self), "routers": self.routers and self.routers.to_tree()}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> RunState:
+        """The inverse of `to_tree`; also of one that an older version wrote."""
+        routers = tree.get("routers")
+        return cls(**{**tree, "routers": routers and RouterMemory.from_tree(routers)})
 
 
 class CheckpointStore:
@@ -88,7 +101,7 @@ class CheckpointStore:
         with files.shared_disk_errors("saving", final):
             if self.parallel.is_main:
                 (folder / "config.yaml").write_text(run_config.dump(self.run))
-                (folder / "state.json").write_text(json.dumps(vars(state) | {"layout": self._layout()}) + "\n")
+                (folder / "state.json").write_text(json.dumps(state.to_tree() | {"layout": self._layout()}) + "\n")
                 files.publish(folder, final)
                 _write_atomically(self.folder / LATEST, final.name)
                 for old in self.complete()[: -self.run.checkpoint.keep]:
@@ -135,7 +148,7 @@ class CheckpointStore:
             _set_rng_state(safetensors.torch.load_file(path / f"rng_{self.parallel.rank}.safetensors"))
         else:
             seed_generators(self.run.train.seed + tree["step"])
-        return RunState(**tree)
+        return RunState.from_tree(tree)
 
     def changes_since(self, path: Path) -> list[str]:
         """What this run trains otherwise than the one that wrote `path`, "key old -> new" each.
@@ -269,6 +282,8 @@ def _check_same_keys(path: Path, old: RunConfig, new: RunConfig, train_keys: tup
 def _training_keys(run: RunConfig) -> dict[str, Any]:
     """{"section.key": value} of what training depends on, the schedule's end resolved."""
     sections = {"adapter": run.adapter, "train": run.train, "data": run.data}
+    if run.monitor.alarms.reaction != "none":
+        sections["monitor.alarms"] = run.monitor.alarms
     keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
     keys["train.schedule_steps"] = run.train.schedule_steps or run.train.steps
     if run.train.schedule == "constant":

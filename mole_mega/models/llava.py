@@ -17,7 +17,9 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from mole_mega.adapters.mole import MoLELayer
 from mole_mega.adapters.routers import MoLERouter
+from mole_mega.adapters.routing import place_groups
 from mole_mega.config import RunConfig
 from mole_mega.models import specs
 from mole_mega.models.cache import KeyValueCache
@@ -98,6 +100,10 @@ class LLaVA(MegatronModule):
         """This stage's routers, in layer order."""
         return [module for module in self.modules() if isinstance(module, MoLERouter)]
 
+    def mole_layers(self) -> list[MoLELayer]:
+        """This stage's MoLE blocks, in layer order."""
+        return [module for module in self.modules() if isinstance(module, MoLELayer)]
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Megatron-Core's schedules hand over what the previous stage sent."""
         self.language_model.set_input_tensor(input_tensor)
@@ -116,17 +122,18 @@ class LLaVA(MegatronModule):
         image_mask: torch.Tensor,
         pixels: torch.Tensor,
         labels: torch.Tensor | None = None,
+        domains: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """tokens, position_ids, labels [B, S]; padding_mask and image_mask [B, S] bool (True: a real token; an image
-        place); pixels [N, 3, h, w], N may be 0. With a `cache` the places stand behind those that it holds of earlier
-        passes (models/decode.py).
+        place); pixels [N, 3, h, w], N may be 0. With `domains` [B] the routers count tokens by source and modality.
+        With a `cache` the places stand behind those that it holds of earlier passes (models/decode.py).
 
         Returns, by stage: hidden states for the next one; on the last, logits [B, S, V] (padded vocabulary rows at
         -inf), or the loss of every place [B, S] when `labels` (each place's next token) are given.
         """
         decoder_input = self._embed(tokens, position_ids, image_mask, pixels) if self.pre_process else None
-        routed_padding = ~padding_mask
+        routed_padding = ~padding_mask if domains is None else place_groups(domains, image_mask, padding_mask)
         if self.config.sequence_parallel:
             # MoELayer sees this rank's part of the sequence
             routed_padding = routed_padding.chunk(self.parallel.tp_size, dim=1)[self.parallel.tp_rank]

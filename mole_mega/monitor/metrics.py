@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mole_mega.adapters.routers import RoutingSummary
+from mole_mega.adapters.routing import IMAGE, TEXT, RoutingSummary, shares
 
 # What depends on the machine and the moment; everything else in a row is the same for the same run.
 TIMING_KEYS = ("tokens_per_second", "seconds_per_step")
@@ -51,18 +51,47 @@ def step_row(step: int, result: StepResult, lrs: Mapping[str, float], domains: S
     for domain, loss, tokens in zip(domains, result.domain_loss, result.domain_tokens, strict=True):
         if tokens:
             row[f"loss/{domain}"] = float(loss)
-    routing = result.routing
-    if routing is not None:
-        row["balance_loss"], row["z_loss"] = routing.balance_loss, routing.z_loss
-        for name, layer_values in (("balance_loss", routing.balance_L), ("z_loss", routing.z_L)):
-            row |= {f"{name}/layer_{layer}": float(v) for layer, v in zip(routing.layers, layer_values, strict=True)}
-        for layer, loads in zip(routing.layers, routing.load_LE, strict=True):
-            row |= {f"load/layer_{layer}/expert_{expert}": float(load) for expert, load in enumerate(loads)}
+    if result.routing is not None:
+        row |= routing_row(result.routing, domains)
+    return row
+
+
+def routing_row(routing: RoutingSummary, domains: Sequence[str]) -> Row:
+    """The routers' scalars of one step, of the tokens of its global batch. Layers are numbered from 0 over the whole
+    model. Every `load...` sums to 1 over a layer's experts; where a group has no token, its loads are left out."""
+    row: Row = {"balance_loss": routing.balance_loss, "z_loss": routing.z_loss}
+    load_LE = routing.load_LE
+    columns = {
+        "balance_loss": routing.balance_L,
+        "z_loss": routing.z_L,
+        "router/max_over_mean": routing.max_over_mean_L,
+        # std over mean, of the experts' tokens
+        "router/cv": load_LE.std(-1, correction=0) * load_LE.shape[-1],
+        "router/dead_experts": (routing.counts_LE == 0).sum(-1),
+        "router/load_entropy": routing.load_entropy_L,
+        "router/choice_entropy": routing.entropy_L,
+        "router/gate_margin": routing.margin_L,
+    }
+    for name, values_L in columns.items():
+        row |= {f"{name}/layer_{layer}": value for layer, value in zip(routing.layers, values_L.tolist(), strict=True)}
+    tables = {
+        "load": routing.counts_LE,
+        "load_image": routing.counts_by_modality(IMAGE),
+        "load_text": routing.counts_by_modality(TEXT),
+    }
+    tables |= {
+        f"load_source/{domain}": counts_LE
+        for domain, counts_LE in zip(domains, routing.counts_by_domain(), strict=True)
+    }
+    for name, counts_LE in tables.items():
+        if counts_LE.any():
+            for layer, loads_E in zip(routing.layers, shares(counts_LE).tolist(), strict=True):
+                row |= {f"{name}/layer_{layer}/expert_{expert}": load for expert, load in enumerate(loads_E)}
     return row
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, appended and flushed as it comes."""
+    """`metrics.jsonl`, and `events.jsonl`: one JSON object with a `step` a line, appended and flushed as it comes."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         """Opens the file for a run that goes on after `resume_step`: later rows, and a half-written last one, are

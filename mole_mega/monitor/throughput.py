@@ -37,15 +37,15 @@ class Throughput:
         self._last = time.perf_counter()
 
 
-def progress_line(row: Row, steps: int) -> str:
-    """step, loss, tokens/s and the time left."""
+def progress_line(row: Row, steps: int, note: str = "") -> str:
+    """step, loss, tokens/s, the time left, and what else there is to say."""
     step = int(row["step"])
     left = (steps - step) * row["seconds_per_step"]
     balance = f"  balance {row['balance_loss']:.4f}" if "balance_loss" in row else ""
     skipped = "  NOT FINITE, step skipped" if row["skipped"] else ""
     return (
         f"step {step}/{steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}{balance}  "
-        f"{row['tokens_per_second']:.0f} tok/s  left {_clock(left)}{skipped}"
+        f"{row['tokens_per_second']:.0f} tok/s  left {_clock(left)}{skipped}{note}"
     )
 
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from mole_mega import config as run_config
+from mole_mega.adapters.routing import RoutingSummary
 from mole_mega.checkpoint.base import save_base
 from mole_mega.checkpoint.store import trainable_entries
 from mole_mega.config import ParallelConfig, RunConfig
@@ -31,6 +32,7 @@ from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
+from mole_mega.monitor.experts import measure_experts
 from mole_mega.platform import parallel as platform
 from mole_mega.platform.launch import launch
 from mole_mega.platform.parallel import Parallel
@@ -198,10 +200,21 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
         # Adam hides the size of a gradient from the weights: a norm that counts a part twice would clip unseen
         result[f"loss/grad_norm_{step}"] = torch.tensor(outcome.grad_norm, dtype=torch.float64)
         if outcome.routing is not None:
-            result[f"loss/balance_{step}"] = torch.tensor(outcome.routing.balance_loss, dtype=torch.float64)
+            result |= {f"loss/{name}_{step}": value for name, value in _routing_figures(outcome.routing).items()}
+    if run.adapter.method == "mole":
+        layers, blocks = stepper.router_plan.layers, model.module.mole_layers()
+        experts = measure_experts(blocks, layers, run.adapter.num_experts, parallel.groups, parallel.device)
+        result["loss/delta_norms"], result["loss/similarities"] = experts.delta_norm_LE, experts.similarity_LEE
     weights = _whole(entries, {name: parameters[name].detach() for name in entries}, parallel)
     result |= {f"weight/{key}": tensor for key, tensor in weights.items()}
     return result if parallel.is_main else None
+
+
+def _routing_figures(routing: RoutingSummary) -> dict[str, torch.Tensor]:
+    """What the board shows of a step's routing: counts by source and modality, and means over tokens."""
+    names = ("counts_LGE", "balance_L", "z_L", "entropy_L", "margin_L")
+    figures = {name: getattr(routing, name).contiguous() for name in names}
+    return figures | {"balance": torch.tensor(routing.balance_loss, dtype=torch.float64)}
 
 
 def _fill_adapters(entries: dict[str, Any], scale: float) -> None:

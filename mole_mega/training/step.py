@@ -13,7 +13,7 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from mole_mega.adapters.routers import RoutingSummary, router_loss_gradients
+from mole_mega.adapters.routers import plan_routers, router_loss_gradients, summarize
 from mole_mega.config import RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.monitor.metrics import StepResult
@@ -61,7 +61,7 @@ class Evaluator:
         return logits, partial(sum_scores, batch=batch, num_domains=self.num_domains, tp_group=group)
 
     @staticmethod
-    def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
+    def _run(model: Any, batch: Batch, labels: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         return model(
             tokens=batch.tokens,
             position_ids=batch.position_ids,
@@ -69,13 +69,15 @@ class Evaluator:
             image_mask=batch.image_mask,
             pixels=batch.pixels,
             labels=labels,
+            **kwargs,
         )
 
 
 class Stepper(Evaluator):
-    """Runs steps of one model under one layout."""
+    """Runs steps of one model under one layout. `balance_factor` multiplies `adapter.balance_weight`."""
 
     model: DistributedDataParallel
+    balance_factor: float = 1.0
 
     def __init__(
         self,
@@ -87,7 +89,8 @@ class Stepper(Evaluator):
     ) -> None:
         super().__init__(run, model, parallel, num_domains)
         self.optimizer = optimizer
-        self._routing: RoutingSummary | None = None
+        self.router_plan = plan_routers(model.module.routers(), num_domains)
+        self._routing_table: torch.Tensor | None = None
         model.config.finalize_model_grads_func = self._finalize
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
@@ -115,6 +118,7 @@ class Stepper(Evaluator):
         applied, grad_norm = self._gradients_are_finite() and loss == loss and abs(loss) != float("inf"), float("nan")
         if applied:
             _, grad_norm, _ = self.optimizer.step()
+        table = self._routing_table
         return StepResult(
             loss=loss,
             domain_loss=domain_loss / domain_tokens.clamp(min=1),
@@ -122,12 +126,13 @@ class Stepper(Evaluator):
             places=int(places.sum()),
             grad_norm=float(grad_norm),
             applied=applied,
-            routing=self._routing,
+            # only now, when the step's other figures have waited for the device anyway
+            routing=None if table is None else summarize(table, self.router_plan, self.run.adapter),
         )
 
     def _forward(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch: Batch = next(batches).to(self.parallel.device)
-        loss = self._run(model, batch, batch.labels)
+        loss = self._run(model, batch, batch.labels, domains=batch.domains)
         return loss, partial(sum_loss, batch=batch, num_domains=self.num_domains)
 
     def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
@@ -139,7 +144,13 @@ class Stepper(Evaluator):
             groups = self.parallel.groups
             dist.broadcast(total, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
             dist.all_reduce(total, group=groups.dp_cp)
-            self._routing = router_loss_gradients(routers, groups, self.run.adapter, total.to(torch.float32))
+            self._routing_table = router_loss_gradients(
+                routers,
+                self.router_plan,
+                self.run.adapter,
+                total.to(torch.float32),
+                balance_factor=self.balance_factor,
+            )
         finalize_model_grads(models, num_tokens, **kwargs)
 
     def _gradients_are_finite(self) -> bool:

@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from mole_mega import config as run_config
+from mole_mega.adapters.routing import RouterMemory
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import load_base, read_size
 from mole_mega.checkpoint.store import (
@@ -34,12 +35,15 @@ from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import CheckFailedError, ExitCode
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
-from mole_mega.monitor.metrics import MetricsFile, Row, StepResult, step_row
-from mole_mega.monitor.tensorboard import Board
+from mole_mega.monitor.alarms import Alarm, observe, progress_note
+from mole_mega.monitor.experts import expert_row, measure_experts
+from mole_mega.monitor.logs import RunLogs
+from mole_mega.monitor.metrics import Row, StepResult, step_row
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.evaluation import Answer, answer_questions, answer_row, evaluation_row, write_answers
 from mole_mega.training.optimizer import build_optimizer, set_lr
+from mole_mega.training.reseed import Reseed, reseed_expert
 from mole_mega.training.step import Evaluator, Stepper
 
 # A sequence is padded to a multiple of this and of the tensor-parallel size.
@@ -172,6 +176,8 @@ class Trainer:
         self.stepper = Stepper(run, self.model, self.optimizer, parallel, len(self.loader.domains))
         self.state = self._start()
         self._counted_before = self.state.data_counts
+        if run.adapter.method == "mole":
+            self._remember(self.state.routers or RouterMemory.empty(len(self._router_layers), run.adapter.num_experts))
         # trainable tensors that no gradient was seen to reach yet; a resumed run saw them before
         self._unproved = set() if self.state.applied_steps else _names_to_prove(run, self.model)
         self._signal_received = False
@@ -181,7 +187,7 @@ class Trainer:
         run = self.run
         signal.signal(signal.SIGTERM, self._on_signal)
         self._announce()
-        metrics, board = self._open_logs()
+        logs = self._open_logs()
         throughput = Throughput()
         saved = self.state.step
         code = ExitCode.DONE
@@ -189,10 +195,9 @@ class Trainer:
             step = self.state.step + 1
             row, result = self._step(step)
             row |= throughput.step(result.places)
-            if step % run.monitor.every == 0 or not result.applied:
-                self._log(row, metrics, board)
+            self._log_step(row, result, self._watch_routing(step, result), logs)
             if self._due(run.validation.every, step):
-                self._log_validation(step, metrics, board)
+                self._log_validation(step, logs)
                 throughput.restart()
             if self.state.bad_steps_in_row >= run.train.max_bad_steps:
                 self._say(
@@ -224,9 +229,8 @@ class Trainer:
         for line in tally.table(self._write_mixture(self._data_counts())):
             self._say(line)
         self._say(f"peak memory of rank 0: {peak_memory_bytes() / 2**20:.0f} MiB")
-        for log in (metrics, board):
-            if log is not None:
-                log.close()
+        if logs is not None:
+            logs.close()
         return code
 
     def validate(self) -> Row:
@@ -311,29 +315,70 @@ class Trainer:
                 beside.replace(path)
         return tree
 
-    def _open_logs(self) -> tuple[MetricsFile | None, Board | None]:
-        folder, metrics, board = Path(self.run.run_dir), None, None
+    @property
+    def _router_layers(self) -> tuple[int, ...]:
+        return self.stepper.router_plan.layers
+
+    def _remember(self, routers: RouterMemory) -> None:
+        self.state = replace(self.state, routers=routers)
+        self.stepper.balance_factor = routers.balance_factor
+
+    def _watch_routing(self, step: int, result: StepResult) -> list[Alarm]:
+        """Count the step's tokens, and sound the alarms that it sets off and react to them. The same on every rank."""
+        if result.routing is None or not result.applied:
+            return []
+        run, memory = self.run, self.state.routers
+        assert memory is not None
+        memory, alarms = observe(memory, result.routing, step, run.monitor.alarms, run.adapter)
+        self._remember(memory)
+        for alarm in alarms:
+            if alarm.source is not None:
+                assert alarm.expert is not None
+                reseed = Reseed(step, alarm.layer, alarm.expert, alarm.source, run.monitor.alarms.reseed_noise)
+                reseed_expert(reseed, self.model, self.optimizer, self.parallel.groups, run.train.seed)
+        return alarms
+
+    def _open_logs(self) -> RunLogs | None:
+        folder, logs = Path(self.run.run_dir), None
         with files.shared_disk_errors("writing", folder):
             if self.parallel.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 if self.state.step < self.run.train.steps:  # else it says what the finished run was trained with
                     (folder / "config.yaml").write_text(run_config.dump(self.run))
-                if self.run.monitor.tensorboard:
-                    board = Board(folder / "tensorboard", self.state.step)
-                metrics = MetricsFile(folder / "metrics.jsonl", self.state.step)
-        return metrics, board
+                logs = RunLogs(folder, self.run.monitor, self.state.step, self._router_layers, self.loader.domains)
+        return logs
 
-    def _log(self, row: Row, metrics: MetricsFile | None, board: Board | None) -> None:
-        if metrics is not None:
-            metrics.write(row)
-            if "loss" in row:
-                self._say(progress_line(row, self.run.train.steps))
-        if board is not None:
-            board.write(row)
+    def _log_step(self, row: Row, result: StepResult, alarms: Sequence[Alarm], logs: RunLogs | None) -> None:
+        """Write a step down where that is due. All ranks call it: those with the experts measure them together."""
+        monitor, step, routing = self.run.monitor, int(row["step"]), result.routing
+        with_experts, with_pictures = (
+            routing is not None and (self._due(every, step) or (every > 0 and step == self.run.train.steps))
+            for every in (monitor.experts_every, monitor.pictures_every)
+        )
+        if with_experts:
+            assert self.state.routers is not None
+            statistics = measure_experts(
+                self.model.module.mole_layers(),
+                self._router_layers,
+                self.run.adapter.num_experts,
+                self.parallel.groups,
+                self.parallel.device,
+            )
+            row |= expert_row(statistics, self.state.routers)
+        if logs is None:
+            return
+        logs.alarms(alarms)
+        if with_pictures:
+            assert routing is not None
+            logs.pictures(routing, step)
+        if step % monitor.every == 0 or not result.applied or alarms or with_experts:
+            logs.row(row)
+            self._say(progress_line(row, self.run.train.steps, progress_note(alarms)))
 
-    def _log_validation(self, step: int, metrics: MetricsFile | None, board: Board | None) -> None:
+    def _log_validation(self, step: int, logs: RunLogs | None) -> None:
         scores = self.validate()
-        self._log({"step": step} | {f"validation_{key}": value for key, value in scores.items()}, metrics, board)
+        if logs is not None:
+            logs.row({"step": step} | {f"validation_{key}": value for key, value in scores.items()})
         self._say(f"validation after step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
 
     def _announce(self) -> None:

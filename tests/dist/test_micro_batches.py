@@ -1,6 +1,7 @@
 """What a step computes depends on its global batch alone: not on how it is cut into micro-batches, not on padding, not
 on recompute. And the balance loss is the formula's, in value and in gradient (METHODS: LLaVA-MoLE)."""
 
+import collections
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from test_layouts import GATES, RUN, SIZE
 
 from mole_mega.adapters.routers import MoLERouter
+from mole_mega.adapters.routing import RouterMemory
 from mole_mega.checkpoint.store import trainable_entries
+from mole_mega.config import AlarmsConfig
 from mole_mega.data.collate import stack
 from mole_mega.data.conversation import Example
+from mole_mega.monitor.alarms import observe
 from mole_mega.training import parity
 from mole_mega.training.optimizer import build_optimizer
 from mole_mega.training.step import Stepper
@@ -103,7 +107,10 @@ def assert_same_step(measured, expected):
     assert (result.places, result.routing.tokens) == (expected_result.places, expected_result.routing.tokens)
     assert result.routing.balance_loss == pytest.approx(expected_result.routing.balance_loss, rel=1e-6)
     assert result.routing.z_loss == pytest.approx(expected_result.routing.z_loss, rel=1e-6)
-    torch.testing.assert_close(result.routing.load_LE, expected_result.routing.load_LE, rtol=1e-6, atol=0)
+    assert torch.equal(result.routing.counts_LGE, expected_result.routing.counts_LGE)
+    for figure in ("entropy_L", "margin_L", "balance_L", "z_L"):
+        expected_L = getattr(expected_result.routing, figure)
+        torch.testing.assert_close(getattr(result.routing, figure), expected_L, rtol=1e-5, atol=0)
     for name, expected_gradient in expected_gradients.items():
         difference = (gradients[name] - expected_gradient).norm()
         assert difference <= 1e-5 * expected_gradient.norm(), name
@@ -138,7 +145,49 @@ def test_routing_counts_every_valid_place_and_no_other(reference_steps):
     result, _ = reference_steps["prob"]
     lengths = [len(example.tokens) for example, _ in samples()]
     assert result.places == result.routing.tokens == sum(lengths)
-    torch.testing.assert_close(result.routing.load_LE.sum(1), torch.ones(SIZE.language.num_layers))
+    torch.testing.assert_close(result.routing.load_LE.sum(1), torch.ones(SIZE.language.num_layers).double())
+
+
+class Recount:
+    """What each router put out for each micro-batch, to be counted token by token."""
+
+    def __init__(self, model):
+        self.chosen = {}  # layer -> [S, B, E] of each micro-batch
+        self._hooks = [router.register_forward_hook(self._remember) for router in model.routers()]
+
+    def _remember(self, router, args, output):
+        self.chosen.setdefault(router.layer_number - 1, []).append(output[1].unflatten(0, args[0].shape[:2]))
+
+    def tokens(self, batches):
+        """{(layer, domain, is an image place, expert): tokens}."""
+        for hook in self._hooks:
+            hook.remove()
+        table = collections.Counter()
+        for layer, chosen in self.chosen.items():
+            for batch, chosen_SBE in zip(batches, chosen, strict=True):
+                for row, place in batch.padding_mask.nonzero().tolist():
+                    (expert,) = chosen_SBE[place, row].nonzero().flatten().tolist()
+                    table[layer, int(batch.domains[row]), bool(batch.image_mask[row, place]), expert] += 1
+        return table
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.parametrize("gate", GATES)
+def test_tokens_by_source_and_modality_are_those_of_a_recount(make_model, gate, micro_batch_size):
+    batches = cut(micro_batch_size)
+    model = make_model(gate=gate)
+    recount = Recount(model)
+    routing = model.step(batches)[0].routing
+    expected = recount.tokens(batches)
+    assert {key[1:3] for key in expected} == {(0, False), (0, True), (1, False), (1, True)}
+    found = {
+        (layer, group // 2, bool(group % 2), expert): tokens
+        for layer, rows in zip(routing.layers, routing.counts_LGE.tolist(), strict=True)
+        for group, row in enumerate(rows)
+        for expert, tokens in enumerate(row)
+        if tokens
+    }
+    assert found == expected
 
 
 class Naive:
@@ -269,3 +318,35 @@ def test_evaluation_leaves_no_trace_in_the_routers(make_model, reference_steps):
     assert all(not tensor.any() for router in model.routers() for tensor in router.sums.tensors())
     assert all(isinstance(router, MoLERouter) for router in model.routers())
     assert_same_step(model.step(cut(2)), reference_steps["prob"])
+
+
+def test_a_balance_weight_that_was_raised_pulls_as_if_it_had_been_configured(make_model):
+    raised, configured = (make_model(gate="none", z_loss_weight=0.0, balance_weight=weight) for weight in (0.01, 0.03))
+    raised.stepper.balance_factor = 3.0
+    (result, gradients), (_, expected) = raised.step(cut(2)), configured.step(cut(2))
+    raised.stepper.balance_factor = 1.0
+    (plain_result, plain) = raised.step(cut(2))
+    for router in raised.routers():
+        name = ROUTER.format(router.layer) + "weight"
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradients[name], 3 * plain[name], rtol=1e-4, atol=1e-8)
+    # what is logged stays unweighted
+    assert result.routing.balance_loss == plain_result.routing.balance_loss
+
+
+def test_a_collapse_forced_by_a_bias_sets_off_every_alarm_in_that_layer_alone(make_model):
+    model = make_model(gate="prob")
+    num_experts = model.run.adapter.num_experts
+    memory = RouterMemory.empty(SIZE.language.num_layers, num_experts)
+    alarms = AlarmsConfig(collapse=0.99 * num_experts, dead_steps=2, entropy_floor=0.1)
+    told = []
+    for step in (1, 2):
+        with torch.no_grad():
+            model.routers()[2].bias[1] += 50.0 * (step == 1)
+        result, _ = model.step(cut(2))
+        memory, found = observe(memory, result.routing, step, alarms, model.run.adapter)
+        told += [(alarm.step, alarm.kind, alarm.layer, alarm.expert) for alarm in found]
+    with torch.no_grad():
+        model.routers()[2].bias[1] -= 50.0
+    dead = [(2, "dead_expert", 2, expert) for expert in range(num_experts) if expert != 1]
+    assert told == [(1, "collapse", 2, 1), (1, "low_entropy", 2, None), *dead]

@@ -205,3 +205,44 @@ def test_a_step_is_measured_in_a_process_of_its_own(memory):
     projector = 16 * 32 + 32 + 32 * 32 + 32
     experts = 4 * 3 * (32 + 48) * 4
     assert found["trainable"] == attention + projector + experts + 4 * 32 + 4
+
+
+# what the router board costs
+
+
+@pytest.fixture(scope="module")
+def board():
+    return load("bench_board")
+
+
+def test_the_board_is_measured_against_the_same_step_without_it(board, alone, tmp_path):
+    sizes = board.Sizes(layers=1, hidden=32, ffn=48, experts=4, rank=4, samples=4, length=16)
+    benches = board.build(sizes, alone, tmp_path)
+    for bench in benches.values():
+        bench.step(1, board.make_batch(sizes, 1))
+    on, off = (benches[case].result for case in ("on", "off"))
+    assert (on.loss, on.grad_norm) == (off.loss, off.grad_norm)
+    assert on.routing.balance_loss == off.routing.balance_loss
+    assert on.routing.counts_by_domain().sum((1, 2)).tolist() == [32.0, 16.0, 16.0]
+    rows = {case: (tmp_path / case / "metrics.jsonl").read_text() for case in benches}
+    assert "load_source" in rows["on"] and "load" not in rows["off"].replace("loss", "")
+
+
+def test_the_boards_rows_hold_times_and_operations(board, alone):
+    sizes = board.Sizes(layers=1, hidden=32, ffn=48, experts=4, rank=4, samples=4, length=16)
+    rows = board.measure(sizes, alone, repeats=2, warmups=1)
+    assert [row["case"] for row in rows] == ["on", "off", "experts", "pictures"]
+    assert all(row["ms"] > 0 and row["cpu_ms"] > 0 for row in rows)
+    on, off, *_ = rows
+    assert on["own_cpu_ms"] > off["own_cpu_ms"] > 0 and on["operations"] > off["operations"] > 100
+
+
+def test_the_boards_share_counts_pictures_and_experts_once_in_so_many_steps(board):
+    rows = [
+        {"case": "on", "ms": 1.0, "cpu_ms": 209.0, "own_cpu_ms": 7.0, "operations": 3},
+        {"case": "off", "ms": 1.0, "cpu_ms": 200.0, "own_cpu_ms": 6.0, "operations": 2},
+        {"case": "experts", "ms": 1.0, "cpu_ms": 30.0}, {"case": "pictures", "ms": 1.0, "cpu_ms": 70.0},
+    ]  # fmt: skip
+    assert board.share(rows, 100) == pytest.approx(0.01)
+    assert "1.00% of a step: met" in board.table(rows, 100)
+    assert "1.50% of a step: MISSED" in board.table(rows, 50)

@@ -195,6 +195,7 @@ def test_a_config_made_in_code_is_checked_for_nan_too(section, key):
         ("data", "max_image_pixels", 0), ("checkpoint", "every", -1), ("checkpoint", "keep", 0),
         ("validation", "every", -1), ("validation", "samples", 0), ("validation", "max_new_tokens", 0),
         ("monitor", "every", 0),
+        ("monitor", "experts_every", -1), ("monitor", "pictures_every", -1),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_its_key_and_number(section, key, value):
@@ -434,7 +435,13 @@ def all_set() -> RunConfig:
         },
         validation={"every": 3, "samples": 2, "generate": True, "max_new_tokens": 7},
         checkpoint={"every": 4, "keep": 1, "init_from": "/other"},
-        monitor={"every": 2, "tensorboard": False},
+        monitor={
+            "every": 2, "experts_every": 5, "pictures_every": 6, "tensorboard": False,
+            "alarms": {
+                "collapse": 3.0, "dead_steps": 7, "entropy_floor": 0.5, "repeat_every": 8, "reaction": "reseed",
+                "balance_factor": 1.5, "max_balance_weight": 2.0, "reseed_noise": 0.2,
+            },
+        },
     )  # fmt: skip
 
 
@@ -490,3 +497,39 @@ def test_a_key_given_twice_is_refused(tmp_path):
 def test_the_untrained_router_is_allowed_where_there_is_no_choice_or_another_loss_trains_it():
     for adapter in ({"num_experts": 1, "balance_weight": 0}, {"balance_weight": 0, "z_loss_weight": 0.1}):
         assert make(adapter={"gate": "none"} | adapter).adapter.gate == "none"
+
+
+# alarms, a section inside a section
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "value"),
+    [
+        ("collapse", 0, -0.5), ("dead_steps", 0, -1), ("entropy_floor", 0, -1.0), ("repeat_every", 1, 0),
+        ("balance_factor", 1, 0.5), ("max_balance_weight", 0, -1.0), ("reseed_noise", 0, -0.1),
+    ],
+)  # fmt: skip
+def test_an_alarm_out_of_range_is_refused_with_its_number(name, low, value):
+    message = refused(monitor={"alarms": {name: value}})
+    assert message == f"monitor.alarms.{name} must be at least {low}, got {value}"
+
+
+def test_an_unknown_alarm_or_reaction_is_named():
+    assert "unknown config key monitor.alarms.colapse; the nearest valid key is monitor.alarms.collapse" in refused(
+        monitor={"alarms": {"colapse": 2}}
+    )
+    assert "monitor.alarms.reaction must be one of none, raise_balance, reseed" in refused(
+        monitor={"alarms": {"reaction": "panic"}}
+    )
+
+
+def test_a_balance_weight_of_zero_cannot_be_raised():
+    message = refused(monitor={"alarms": {"reaction": "raise_balance"}}, adapter={"balance_weight": 0})
+    assert message == "monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0"
+    make(monitor={"alarms": {"reaction": "raise_balance"}}, adapter={"balance_weight": 0, "method": "lora"})
+
+
+def test_alarms_come_back_from_a_dumped_config_and_can_be_overridden(write):
+    run = run_config.load(write(), ["monitor.alarms.reaction=reseed", "monitor.alarms.collapse=3"])
+    assert (run.monitor.alarms.reaction, run.monitor.alarms.collapse) == ("reseed", 3.0)
+    assert run_config.load(write(run_config.dump(run))) == run

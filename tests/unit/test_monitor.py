@@ -1,19 +1,28 @@
 """What a run shows is what it did: every step once, in files that any reader takes."""
 
+import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from mole_mega.adapters.routers import RoutingSummary
-from mole_mega.monitor import throughput
+from mole_mega.adapters.routing import RouterMemory, RoutingSummary
+from mole_mega.config import MonitorConfig
+from mole_mega.monitor import pictures, throughput
+from mole_mega.monitor.alarms import Alarm
+from mole_mega.monitor.experts import ExpertStatistics, expert_row
+from mole_mega.monitor.logs import RunLogs
 from mole_mega.monitor.metrics import MetricsFile, StepResult, read_rows, step_row
-from mole_mega.monitor.tensorboard import Board
+from mole_mega.monitor.tensorboard import Board, board_layout
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
 
 
@@ -172,18 +181,44 @@ def test_a_row_holds_the_steps_scalars_and_each_domain_that_had_labels():
     }  # fmt: skip
 
 
-def test_a_row_holds_what_each_layers_router_did():
-    routing = RoutingSummary(
-        layers=(0, 5), tokens=20.0, load_LE=torch.tensor([[0.75, 0.25], [0.5, 0.5]]),
-        balance_L=torch.tensor([0.625, 0.5]), z_L=torch.tensor([1.0, 3.0]), balance_loss=0.5625, z_loss=2.0,
+def make_routing():
+    """Layers 0 and 5, two experts, three domains of which the second has no token; docs has text alone."""
+    counts_LDME = torch.zeros(2, 3, 2, 2).double()
+    counts_LDME[:, 0, 0] = torch.tensor([[6.0, 2.0], [0.0, 8.0]])  # docs, text
+    counts_LDME[:, 2, 0] = torch.tensor([[3.0, 1.0], [0.0, 4.0]])  # general, text
+    counts_LDME[:, 2, 1] = torch.tensor([[1.0, 3.0], [0.0, 4.0]])  # general, image
+    return RoutingSummary(
+        layers=(0, 5), counts_LGE=counts_LDME.flatten(1, 2), balance_L=torch.tensor([0.625, 0.5]),
+        z_L=torch.tensor([1.0, 3.0]), entropy_L=torch.tensor([0.5, 0.25]), margin_L=torch.tensor([0.375, 0.75]),
+        balance_loss=0.5625, z_loss=2.0,
     )  # fmt: skip
-    row = step_row(1, make_result(routing=routing), LRS, DOMAINS)
-    assert {key: row[key] for key in row if key not in step_row(1, make_result(), LRS, DOMAINS)} == {
+
+
+def test_a_row_holds_what_each_layers_router_did():
+    row = step_row(1, make_result(routing=make_routing()), LRS, DOMAINS)
+    share = 10 / 16
+    expected = {
         "balance_loss": 0.5625, "balance_loss/layer_0": 0.625, "balance_loss/layer_5": 0.5,
         "z_loss": 2.0, "z_loss/layer_0": 1.0, "z_loss/layer_5": 3.0,
-        "load/layer_0/expert_0": 0.75, "load/layer_0/expert_1": 0.25,
-        "load/layer_5/expert_0": 0.5, "load/layer_5/expert_1": 0.5,
+        "router/max_over_mean/layer_0": 2 * share, "router/max_over_mean/layer_5": 2.0,
+        "router/cv/layer_0": 2 * share - 1, "router/cv/layer_5": 1.0,
+        "router/dead_experts/layer_0": 0, "router/dead_experts/layer_5": 1,
+        "router/load_entropy/layer_0": -share * math.log(share) - (1 - share) * math.log(1 - share),
+        "router/load_entropy/layer_5": 0.0,
+        "router/choice_entropy/layer_0": 0.5, "router/choice_entropy/layer_5": 0.25,
+        "router/gate_margin/layer_0": 0.375, "router/gate_margin/layer_5": 0.75,
     }  # fmt: skip
+    for name, (zero, five) in {
+        "load": ((share, 1 - share), (0, 1)),
+        "load_text": ((0.75, 0.25), (0, 1)),
+        "load_image": ((0.25, 0.75), (0, 1)),
+        "load_source/docs": ((0.75, 0.25), (0, 1)),
+        "load_source/general": ((0.5, 0.5), (0, 1)),
+    }.items():
+        for layer, loads in ((0, zero), (5, five)):
+            expected |= {f"{name}/layer_{layer}/expert_{expert}": load for expert, load in enumerate(loads)}
+    found = {key: row[key] for key in row if key not in step_row(1, make_result(), LRS, DOMAINS)}
+    assert found == {key: pytest.approx(value) for key, value in expected.items()}
 
 
 def test_a_row_is_plain_numbers_that_both_writers_take(tmp_path):
@@ -192,6 +227,86 @@ def test_a_row_is_plain_numbers_that_both_writers_take(tmp_path):
     write_rows(tmp_path / "m", 0, [row])
     board_rows(tmp_path / "board", 0, [row])
     assert strict_rows(tmp_path / "m")[0]["loss"] == "nan" and "train/lr" in events(tmp_path / "board")
+
+
+# pictures
+
+
+def test_a_picture_shows_each_value_in_its_cell_and_grey_where_there_is_none():
+    values = np.array([[0.0, 1.0], [math.nan, 0.25]])
+    panel = pictures.Panel("title", values, ["a", "b"], ["x", "y"])
+    drawn = pictures.draw([panel])
+    assert drawn.dtype == np.uint8 and drawn.shape[2] == 3
+    cells = [[pictures.colour(value, 0, 1) for value in row] for row in values]
+    assert len({cell for row in cells for cell in row}) == 4
+    places = [[np.argwhere((drawn == cell).all(-1)).mean(0) for cell in row] for row in cells]
+    (top_left, top_right), (bottom_left, bottom_right) = places
+    # rows go down, columns to the right
+    assert top_left[0] == pytest.approx(top_right[0], abs=3) and bottom_left[0] - top_left[0] > 20
+    assert top_left[1] == pytest.approx(bottom_left[1], abs=3) and bottom_right[1] - bottom_left[1] > 20
+
+
+def test_colours_run_from_end_to_end_and_signs_have_two():
+    assert pictures.colour(-3.0, 0, 1) == pictures.colour(0.0, 0, 1) != pictures.colour(1.0, 0, 1)
+    lightness = [sum(pictures.colour(value, 0, 1)) for value in np.linspace(0, 1, 9)]
+    assert lightness == sorted(lightness)
+    (red, _, blue), (other_red, _, other_blue) = (pictures.colour(value, -1, 1) for value in (0.5, -0.5))
+    assert red > blue and other_red < other_blue
+    assert len(set(pictures.colour(0.0, -1, 1))) == 1
+
+
+def test_the_boards_pictures_and_alarms_come_back_from_tensorboard(tmp_path):
+    alarm = Alarm(3, "collapse", 5, 1, 2.0, 1.5)
+    config = MonitorConfig(tensorboard=True)
+    logs = RunLogs(tmp_path, config, 0, (0, 5), DOMAINS)
+    logs.row(step_row(3, make_result(routing=make_routing()), LRS, DOMAINS))
+    logs.alarms([alarm])
+    logs.pictures(make_routing(), 3)
+    logs.close()
+    assert strict_rows(tmp_path / "events.jsonl") == [alarm.row()]
+    read = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    read.Reload()
+    (text,) = read.Tensors("alarms/text_summary")
+    assert (text.step, text.tensor_proto.string_val[0].decode()) == (3, f"- {alarm}")
+    expected = pictures.routing_pictures(make_routing(), DOMAINS)
+    assert set(read.Tags()["images"]) == expected.keys() and len(expected) == 3
+    for tag, drawn in expected.items():
+        (event,) = read.Images(tag)
+        assert event.step == 3
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), drawn)
+
+
+def test_a_picture_of_a_source_without_tokens_is_grey():
+    by_source = pictures.routing_pictures(make_routing(), DOMAINS)["pictures/load_by_source"]
+    assert (by_source == pictures.colour(math.nan, 0, 1)).all(-1).sum() > 1000
+
+
+def test_the_custom_scalars_layout_shows_every_scalar_of_the_routers_once(tmp_path):
+    domains = ("docs", "bio", "a+b (c)")
+    logs = RunLogs(tmp_path, MonitorConfig(), 0, (0, 5), domains)
+    row = step_row(1, make_result(routing=make_routing()), LRS, domains)
+    row |= expert_row(ExpertStatistics((0, 5), torch.ones(2, 2), torch.ones(2, 2, 2)), RouterMemory.empty(2, 2))
+    logs.row(row)
+    logs.close()
+    read = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    read.Reload()
+    (event,) = read.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {(c.title, chart.title): list(chart.multiline.tag) for c in layout.category for chart in c.chart}
+    tags = read.Tags()["scalars"]
+    shown = {name: [tag for tag in tags if any(re.search(p, tag) for p in ps)] for name, ps in charts.items()}
+    routers = [tag for tag in tags if re.match("load|router/|expert/|(balance|z)_loss/", tag)]
+    assert len(routers) == 46
+    assert all(sum(tag in found for found in shown.values()) == 1 for tag in routers)
+    assert shown["load of a+b (c)", "layer 5"] == [f"load_source/a+b (c)/layer_5/expert_{e}" for e in (0, 1)]
+    assert shown["training", "loss by source"] == ["loss/docs", "loss/a+b (c)"]
+    empty = [name for name, found in shown.items() if not found]
+    # no validation in the row, and no token of the second source
+    assert empty == [("training", "validation"), ("load of bio", "layer 0"), ("load of bio", "layer 5")]
+
+
+def test_a_run_without_routers_has_a_layout_without_them():
+    assert board_layout((), DOMAINS).keys() == {"training"}
 
 
 # throughput

@@ -11,7 +11,14 @@ import torch
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mole_mega.adapters.routers import MoLERouter, RouterSums, gate_weights, router_loss_gradients
+from mole_mega.adapters.routers import (
+    MoLERouter,
+    RouterPlan,
+    RouterSums,
+    gate_weights,
+    router_loss_gradients,
+    summarize,
+)
 from mole_mega.config import AdapterConfig
 
 HIDDEN = 6
@@ -51,12 +58,21 @@ def route(x_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor) -> 
     return logits_TE, probs_TE, chosen_TE
 
 
-def summed(x_TH, weight_EH, bias_E, valid_T, cuts: Sequence[int]) -> RouterSums:
-    """Sums over micro-batches of `cuts` tokens each."""
+def route_to(*arguments) -> tuple[torch.Tensor, ...]:
+    """`route` with each token's choice as a number."""
+    logits_TE, probs_TE, chosen_TE = route(*arguments)
+    return logits_TE, probs_TE, chosen_TE.int().argmax(-1)
+
+
+def summed(x_TH, weight_EH, bias_E, valid_T, cuts: Sequence[int], group_T=None) -> RouterSums:
+    """Sums over micro-batches of `cuts` tokens each, which count by 4 groups where groups are given."""
     num_experts, hidden = weight_EH.shape
     sums = RouterSums(num_experts, hidden, torch.device("cpu"), balance=True, z=True)
-    for x, valid in zip(x_TH.split(list(cuts)), valid_T.split(list(cuts)), strict=True):
-        sums.add(x, *route(x, weight_EH, bias_E), valid)
+    if group_T is not None:
+        sums.count_groups(4)
+    groups = [None] * len(cuts) if group_T is None else group_T.split(list(cuts))
+    for x, valid, group in zip(x_TH.split(list(cuts)), valid_T.split(list(cuts)), groups, strict=True):
+        sums.add(x, *route_to(x, weight_EH, bias_E), valid, group)
     return sums
 
 
@@ -110,6 +126,27 @@ def test_the_statistics_are_those_of_the_valid_tokens(tokens, cuts):
     assert sums.tokens == tokens.valid_T.sum()
     assert torch.equal(sums.counts_E, chosen_TE[tokens.valid_T].sum(0).float())
     torch.testing.assert_close(sums.probs_E, probs_TE[tokens.valid_T].sum(0))
+    p_TE = probs_TE[tokens.valid_T].double()
+    torch.testing.assert_close(sums.entropy_sum.double(), -(p_TE * p_TE.log()).sum(), rtol=1e-5, atol=0)
+    first_T, second_T = p_TE.sort(-1).values[:, -2:].flip(-1).T
+    torch.testing.assert_close(sums.margin_sum.double(), (first_T - second_T).sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
+def test_tokens_are_counted_by_their_group(tokens, cuts, rng):
+    group_T = torch.randint(3, (40,), generator=rng)  # of 4: one stays without a token
+    group_T[~tokens.valid_T] = -1
+    sums = summed(tokens.x_TH, tokens.weight_EH, tokens.bias_E, tokens.valid_T, cuts, group_T)
+    _, _, chosen_TE = route(tokens.x_TH, tokens.weight_EH, tokens.bias_E)
+    for group in range(4):
+        assert torch.equal(sums.counts_GE[group], chosen_TE[group_T == group].sum(0).float())
+    assert sums.counts_GE.sum() == sums.tokens == tokens.valid_T.sum() and not sums.counts_GE[3].any()
+
+
+def test_one_expert_leaves_no_doubt(rng):
+    x_TH, weight_EH = torch.randn(5, HIDDEN, generator=rng), torch.randn(1, HIDDEN, generator=rng)
+    sums = summed(x_TH, weight_EH, torch.zeros(1), torch.ones(5).bool(), [5])
+    assert sums.margin_sum == 5 and sums.entropy_sum.abs() < 1e-5
 
 
 def test_what_padding_holds_changes_no_bit(tokens):
@@ -134,7 +171,7 @@ def test_bf16_inputs_are_summed_in_fp32(tokens):
     x_TH = tokens.x_TH.bfloat16()
     exact = summed(x_TH.float(), tokens.weight_EH, tokens.bias_E, tokens.valid_T, [40])
     sums = RouterSums(*tokens.weight_EH.shape, torch.device("cpu"), balance=True, z=True)
-    sums.add(x_TH, *route(x_TH.float(), tokens.weight_EH, tokens.bias_E), tokens.valid_T)
+    sums.add(x_TH, *route_to(x_TH.float(), tokens.weight_EH, tokens.bias_E), tokens.valid_T)
     assert all(t.dtype == torch.float32 for t in sums.tensors())
     assert all(torch.equal(a, b) for a, b in zip(sums.tensors(), exact.tensors(), strict=True))
 
@@ -142,12 +179,13 @@ def test_bf16_inputs_are_summed_in_fp32(tokens):
 # --- the losses of all routers of a batch ---
 
 
-def run_routers(routers, x_LTH, valid_T, cuts, adapter, alone, *, grad_scale=1.0):
+def run_routers(routers, x_LTH, valid_T, cuts, adapter, *, grad_scale=1.0):
     """Forward of all routers over micro-batches, then their losses' gradients; the summary."""
     for x_LtH, valid in zip(x_LTH.split(list(cuts), dim=1), valid_T.split(list(cuts)), strict=True):
         for router, x_tH in zip(routers, x_LtH, strict=True):
             router(x_tH[:, None], padding_mask=~valid[:, None])
-    return router_loss_gradients(routers, alone.groups, adapter, torch.tensor(float(grad_scale)))
+    plan = RouterPlan(tuple(router.layer for router in routers), num_groups=1)
+    return summarize(router_loss_gradients(routers, plan, adapter, torch.tensor(float(grad_scale))), plan, adapter)
 
 
 def reference_loss(routers, x_LTH, valid_T, adapter):
@@ -184,7 +222,7 @@ def test_the_losses_of_a_batch_have_autograds_gradient(alone, rng, num_experts, 
     x_LTH = torch.randn(3, 40, HIDDEN, generator=rng)
     valid_T = torch.rand(40, generator=rng) > 0.3
 
-    summary = run_routers(routers, x_LTH, valid_T, [7, 1, 20, 12], adapter, alone, grad_scale=17)
+    summary = run_routers(routers, x_LTH, valid_T, [7, 1, 20, 12], adapter, grad_scale=17)
     balance, z, gradients = reference_loss(routers, x_LTH, valid_T, adapter)
     assert (summary.layers, summary.tokens) == ((0, 2, 3), float(valid_T.sum()))
     assert summary.balance_loss == pytest.approx(float(balance), rel=1e-5)
@@ -201,7 +239,7 @@ def test_the_losses_are_added_to_what_the_backward_pass_left(alone, rng):
     for start in (0.0, 2.5):
         router = make_router(alone, **vars(adapter))
         router.weight.main_grad.fill_(start)
-        run_routers([router], x_LTH, valid_T, [12], adapter, alone)
+        run_routers([router], x_LTH, valid_T, [12], adapter)
         gradients.append(router.weight.main_grad)
     torch.testing.assert_close(gradients[0] + 2.5, gradients[1])
 
@@ -213,7 +251,7 @@ def test_a_step_starts_from_empty_sums(alone, rng):
     steps = []
     for _ in range(2):
         router.weight.main_grad.zero_()
-        summary = run_routers([router], x_LTH, valid_T, [12], adapter, alone)
+        summary = run_routers([router], x_LTH, valid_T, [12], adapter)
         steps.append((summary.balance_loss, summary.tokens, router.weight.main_grad.clone()))
     assert steps[0][:2] == steps[1][:2] and torch.equal(steps[0][2], steps[1][2])
 
@@ -221,8 +259,7 @@ def test_a_step_starts_from_empty_sums(alone, rng):
 def test_a_batch_without_valid_tokens_has_zero_losses_and_gradients(alone, rng):
     adapter = AdapterConfig(num_experts=3, balance_weight=0.5, z_loss_weight=0.5)
     router = make_router(alone, **vars(adapter))
-    summary = run_routers([router], torch.randn(1, 4, HIDDEN, generator=rng), torch.zeros(4).bool(), [4], adapter,
-                          alone)  # fmt: skip
+    summary = run_routers([router], torch.randn(1, 4, HIDDEN, generator=rng), torch.zeros(4).bool(), [4], adapter)
     assert (summary.balance_loss, summary.z_loss) == (0.0, 0.0)
     assert router.weight.main_grad.abs().max() == 0
 
@@ -239,7 +276,7 @@ def collapsed(alone, experts: Sequence[int], scope: str):
             router.weight.zero_()
             router.bias.copy_(torch.nn.functional.one_hot(torch.tensor(expert), 3) * 100.0)
     x_LTH, valid_T = torch.ones(len(experts), 8, HIDDEN), torch.ones(8, dtype=torch.bool)
-    return run_routers(routers, x_LTH, valid_T, [8], adapter, alone)
+    return run_routers(routers, x_LTH, valid_T, [8], adapter)
 
 
 def test_three_layers_collapsed_on_different_experts_cost_1_by_layer_and_a_third_pooled(alone):
@@ -265,7 +302,7 @@ def test_uniform_routing_costs_one_over_the_number_of_experts(alone, num_experts
         router.bias.zero_()
     x_LTH = torch.eye(num_experts, HIDDEN)[None].repeat(1, 4, 1)
     valid_T = torch.ones(4 * num_experts, dtype=torch.bool)
-    summary = run_routers([router], x_LTH, valid_T, [len(valid_T)], adapter, alone)
+    summary = run_routers([router], x_LTH, valid_T, [len(valid_T)], adapter)
     assert summary.load_LE.tolist() == [[pytest.approx(1 / num_experts)] * num_experts]
     assert summary.balance_loss == pytest.approx(1 / num_experts)
 
@@ -280,7 +317,7 @@ def test_the_balance_loss_may_lie_below_one_over_the_number_of_experts(alone):
         router.bias.zero_()
     x_TH = torch.zeros(3, HIDDEN)
     x_TH[:, :2] = p.log()
-    summary = run_routers([router], x_TH[None], torch.ones(3).bool(), [3], adapter, alone)
+    summary = run_routers([router], x_TH[None], torch.ones(3).bool(), [3], adapter)
     assert summary.balance_loss == pytest.approx((2 * p[:, 0].mean() + p[:, 1].mean()).item() / 3, rel=1e-6)
     assert summary.balance_loss < 0.45
 
@@ -288,8 +325,7 @@ def test_the_balance_loss_may_lie_below_one_over_the_number_of_experts(alone):
 def test_the_published_scope_averages_shares_over_layers_before_the_product(alone, rng):
     adapter = AdapterConfig(num_experts=3, balance_scope="model")
     routers = [make_router(alone, layer=layer, **vars(adapter)) for layer in range(2)]
-    summary = run_routers(routers, torch.randn(2, 20, HIDDEN, generator=rng), torch.ones(20).bool(), [20], adapter,
-                          alone)  # fmt: skip
+    summary = run_routers(routers, torch.randn(2, 20, HIDDEN, generator=rng), torch.ones(20).bool(), [20], adapter)
     assert summary.balance_loss != pytest.approx(float(summary.balance_L.mean()), abs=1e-5)
 
 
