@@ -67,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
                 args.json.write_text(json.dumps(found.scores, indent=1) + "\n")
             if not args.no_generate:
                 write_answers(found.answers, answers)
+                for source in run.data.validation:
+                    own = [answer for answer in found.answers if answer.source == source.name]
+                    if cut := sum(answer.cut for answer in own):
+                        limit = run.validation.max_new_tokens
+                        print(f"{cut} of {len(own)} answers of {source.name} were cut off at {limit} tokens")
                 print(f"answers: {answers}")
         platform.shutdown()
     return outcome.code

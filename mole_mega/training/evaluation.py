@@ -43,7 +43,8 @@ class Question:
 @dataclass(frozen=True)
 class Answer:
     """A question with what was written. `exact`: token for token, up to the stop token. `contains` and `anls` compare
-    the texts (monitor/scores.py). `turn` counts the sample's answers from 0."""
+    the texts (monitor/scores.py). `turn` counts the sample's answers from 0. `cut`: no stop token came before the limit
+    on new tokens, or the end of the context."""
 
     id: str
     source: str
@@ -54,6 +55,7 @@ class Answer:
     exact: bool
     contains: bool
     anls: float
+    cut: bool
 
 
 def evaluation_row(evaluator: Evaluator, batches: Sequence[Batch], domains: Sequence[str]) -> Row:
@@ -95,8 +97,9 @@ def answer_questions(
     `base` names the stop tokens. All ranks call it, with the validation batches of their data-parallel rank.
     """
     parallel = model.parallel
+    stop_ids = encoder.stop_ids(base)
     asked = sorted(questions(batches, parallel.dp_rank, encoder.places_per_image), key=lambda q: len(q.prompt))
-    written = _write(model, asked, batch_size, max_new_tokens, encoder.stop_ids(base))
+    written = _write(model, asked, batch_size, max_new_tokens, stop_ids)
     mine = []
     # each question is counted by one rank
     if parallel.pp_rank == 0 and parallel.tp_rank == 0:
@@ -112,6 +115,7 @@ def answer_questions(
                 exact=tokens == question.true,
                 contains=scores.contains(text, true),
                 anls=scores.anls(text, true),
+                cut=not tokens or tokens[-1] not in stop_ids,
             )
             mine.append((question.place, answer))
     everyone: list[list[tuple[tuple[int, ...], Answer]]] = [[] for _ in range(parallel.world_size)]

@@ -108,7 +108,9 @@ def test_the_base_answers_otherwise_and_an_answer_has_no_more_tokens_than_asked(
     code, text, _, of_base = evaluate("--base")
     assert code == 0, text
     assert [a["answer"] for a in of_base] != [a["answer"] for a in answers]
-    _, _, _, short = evaluate("--max-new-tokens", "1")
+    _, text, _, short = evaluate("--max-new-tokens", "1")
+    cut = sum(answer["cut"] for answer in short if answer["source"] == "text")
+    assert cut and f"{cut} of 3 answers of text were cut off at 1 tokens" in text
     assert all(len(s["answer"]) <= len(a["answer"]) for s, a in zip(short, answers, strict=True))
     assert [s["answer"] for s in short] != [a["answer"] for a in answers]
 
