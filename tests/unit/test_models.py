@@ -405,7 +405,13 @@ def test_more_padding_changes_neither_loss_nor_gradients_nor_statistics(alone, m
     for pad_to in (20, 33):
         inputs = make_inputs(pad_to=pad_to)
         gradients = gradients_of(model, inputs)
-        results.append((loss_of(model.eval(), inputs), gradients, [r.sums.tensors() for r in model.train().routers()]))
+        results.append(
+            (
+                loss_of(model.eval(), inputs),
+                gradients,
+                [[r.sums.tokens, *r.sums.tensors()] for r in model.train().routers()],
+            )
+        )
         results[-1] = (results[-1][0], gradients, [[t.clone() for t in tensors] for tensors in results[-1][2]])
         for router in model.routers():
             router.sums.clear()
