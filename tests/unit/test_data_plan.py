@@ -223,6 +223,7 @@ def test_reading_ahead_counts_only_what_was_handed_out(tmp_path):
     ahead = Loader(sources, plan.mixture, make_encoder(), SPEC, pad_token_id=PAD, prefetch=True)
     for step in range(5):
         ahead.micro_batches(step, 4, 2, 0, 1)
+    ahead._reader.submit(int).result()  # the next step has been read by now
     assert ahead.read == naive(plan, sources, 5)
 
 
