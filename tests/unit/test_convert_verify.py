@@ -277,7 +277,7 @@ ADAPTER_ROWS = {
         *(f"expert {i}: {row}" for i in range(2) for row in ("names", "tensors")),
         *("expert 0: logits", "expert 1: logits"),
     ],
-    ("experts", None): ROWS["peft, experts"],
+    ("experts", None): [row for row in ROWS["peft, experts"] if row != "base"],  # an adapter of any base may come in
     ("of peft", None): ["names", "tensors", "logits"],
     ("of a decoder", None): ["names", "tensors"],  # PEFT does not load it on a LLaVA
 }
