@@ -7,6 +7,7 @@ Everything is computed by this command; runs that are finished in --out are not 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -28,9 +29,8 @@ import runs  # noqa: E402
 from mole_mega.errors import report_errors  # noqa: E402
 
 TUNING_SEED = 1000  # none of the reported ones
-LORA_LRS = (2e-3, 5e-3, 1e-2, 2e-2)
-# (lr, router_lr): as many as LORA_LRS
-MOLE_LRS = ((5e-3, 5e-3), (5e-3, 2e-2), (1e-2, 1e-2), (1e-2, 4e-2))
+LORA_LRS = (5e-3, 1e-2, 2e-2, 4e-2)
+MOLE_LRS = tuple(itertools.product((1e-2, 2e-2), (1e-2, 3e-2)))  # (lr, router_lr): as many as LORA_LRS
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

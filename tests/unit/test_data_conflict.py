@@ -40,7 +40,9 @@ def scenes():
 
 def made(accuracy, loss=0.5, seeds=3, noise=0.0):
     """A row's figures: one accuracy for every domain, or one a domain; seeds differ by +-noise around it."""
-    by_domain = dict(zip(DOMAINS, accuracy, strict=True)) if isinstance(accuracy, tuple) else dict.fromkeys(DOMAINS, accuracy)
+    by_domain = (
+        dict(zip(DOMAINS, accuracy, strict=True)) if isinstance(accuracy, tuple) else dict.fromkeys(DOMAINS, accuracy)
+    )
     offsets = [noise * (seed - (seeds - 1) / 2) for seed in range(seeds)]
     return {f"accuracy/{d}": {s: v + offsets[s] for s in range(seeds)} for d, v in by_domain.items()} | {
         f"loss/{d}": {s: loss - offsets[s] for s in range(seeds)} for d in DOMAINS
@@ -54,7 +56,14 @@ def answers(evidence, figures, seconds=None):
 
 
 def every_row(**changed):
-    rows = {"alone_samples": 0.9, "alone_steps": 0.95, "mix": 0.6, "mix_twice": 0.7, "mix_wide": 0.85, "mole-prob-3": 0.8}
+    rows = {
+        "alone_samples": 0.9,
+        "alone_steps": 0.95,
+        "mix": 0.6,
+        "mix_twice": 0.7,
+        "mix_wide": 0.85,
+        "mole-prob-3": 0.8,
+    }
     return {name: made(value, noise=0.01) for name, value in rows.items()} | changed
 
 
