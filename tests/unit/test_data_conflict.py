@@ -1,4 +1,4 @@
-"""The data-conflict experiment's rules on made figures, its plan, its pictures, and that nothing finished runs twice."""
+"""The experiment's rules on made figures, its plan, its pictures, and that nothing finished runs twice."""
 
 import importlib
 import itertools
