@@ -34,6 +34,7 @@ QUESTIONS = {
     "all": "Describe the picture.",
 }
 ATTRIBUTES = ("subject", "corner", "mat")
+CONNECTIVES = ("at", "on")  # of the neutral wording
 
 CORNERS = {
     "top left": (0, 0),
@@ -152,12 +153,15 @@ class Subjects:
         if domain == "digits":
             return self._draw_digit(subject, rng)
         picture, image = self._pictures[subject]
-        boxes = tile_boxes(*image.size, picture.tile, self.held_out)
-        box = crop_inside(rng.choice(boxes), rng)
+        box = crop_inside(rng.choice(self.tiles(*image.size, picture.tile)), rng)
         crop = image.resize((SUBJECT, SUBJECT), Image.Resampling.BILINEAR, box=box)
         if domain == "photos" and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return crop, (picture.file, box)
+
+    def tiles(self, width: int, height: int, tile: int) -> list[tuple[int, int, int, int]]:
+        """The tiles of a picture that crops of this split are taken from."""
+        return tile_boxes(width, height, tile, self.held_out)
 
     def _draw_digit(self, subject: str, rng: random.Random) -> tuple[Image.Image, tuple[str, tuple[int, ...]]]:
         row = rng.choice(self._digit_rows[subject])

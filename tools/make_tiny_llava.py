@@ -1,8 +1,8 @@
-"""Build the demo's base model: a real transformers LLaVA of about two million parameters that reads images well.
+"""Build an example's base model: a real transformers LLaVA of a million or two parameters that reads images well.
 
 The model is pretrained here in plain torch: first the vision tower, as a classifier, then projector and language model
-on neutral conversations. All of it sees train crops of the demo's pictures only, no held-out crop, and never an answer
-in a domain's own convention.
+on neutral conversations. All of it sees train crops of the example's pictures only, no held-out crop, and never an
+answer in a domain's own convention. `RECIPES` holds what the examples' bases differ in.
 """
 
 import argparse
@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-import make_demo_data as demo
+import make_conflict_data
+import make_demo_data
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -36,8 +38,6 @@ from mole_mega.data.conversation import IGNORE_INDEX, VICUNA_CHAT_TEMPLATE, Enco
 from mole_mega.data.image import ImageSpec, preprocess
 from mole_mega.data.sources import ImageRef, Sample
 
-IMAGE_SIZE, PATCH_SIZE = demo.CANVAS, 8
-NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 VOCABULARY = 512
 IMAGE_TOKEN = "<image>"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", IMAGE_TOKEN)
@@ -48,17 +48,82 @@ SEED = 11
 KIND_WEIGHT = 0.5
 
 
-def demo_words() -> list[str]:
-    """Every word the demo's conversations use, the chat template's included, with the space before it if it has one."""
-    texts = [*demo.QUESTIONS.values(), *VICUNA_CHAT_TEMPLATE.split("'"), "assistant. user's USER:"]
-    values = [*demo.KINDS.values(), *demo.CORNERS, *demo.MATS, "at on"]
-    values += [subject for subjects in demo.SUBJECTS.values() for subject in subjects]
-    words = {word for text in texts for word in text.split()}
-    # A question begins after a line break, and `USER:` after a stop token: no space before either.
-    return sorted(words) + sorted(f" {word}" for word in {*words, *" ".join(values).split()})
+# Vicuna's turns without its opening sentence: short prompts make short steps.
+SHORT_CHAT_TEMPLATE = (
+    "{% macro words(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + words(message['content']) | trim + ' ' }}"
+    "{% else %}{{ 'ASSISTANT:' }}"
+    "{% generation %}{{ ' ' + words(message['content']) | trim + eos_token }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Recipe:
+    """What a base is made of. `pictures` is a data maker's module: its scenes, questions and neutral answers.
+    `template_words` are those that the chat template puts in."""
+
+    pictures: ModuleType
+    chat_template: str
+    template_words: str
+    patch_size: int
+    vision_width: int
+    width: int
+    ffn_width: int
+    num_heads: int
+
+    @property
+    def num_patches(self) -> int:
+        return (self.pictures.CANVAS // self.patch_size) ** 2
+
+    def words(self) -> list[str]:
+        """Every word of the conversations, the chat template's included, with the space before it if it has one."""
+        pictures = self.pictures
+        asked = {word for question in pictures.QUESTIONS.values() for word in question.split()}
+        words = asked | set(self.template_words.split())
+        answers = [*pictures.KINDS.values(), *pictures.CONNECTIVES]
+        answers += [value for values in self.vocabularies().values() for value in values]
+        # A question begins after a line break, and `USER:` after a stop token: no space before either.
+        return sorted(words) + sorted(f" {word}" for word in {*words, *" ".join(answers).split()})
+
+    def vocabularies(self) -> dict[str, list[str]]:
+        """The values of each attribute over all domains."""
+        pictures = self.pictures
+        return {
+            attribute: sorted({v for domain in pictures.DOMAINS for v in pictures.attribute_values(domain, attribute)})
+            for attribute in pictures.ATTRIBUTES
+        }
+
+
+RECIPES = {
+    "tiny_cpu": Recipe(
+        make_demo_data,
+        VICUNA_CHAT_TEMPLATE,
+        " ".join([*VICUNA_CHAT_TEMPLATE.split("'"), "assistant. user's USER:"]),
+        patch_size=8,
+        vision_width=160,
+        width=128,
+        ffn_width=352,
+        num_heads=8,
+    ),
+    "data_conflict": Recipe(
+        make_conflict_data,
+        SHORT_CHAT_TEMPLATE,
+        "USER: ASSISTANT:",
+        patch_size=12,
+        vision_width=96,
+        width=96,
+        ffn_width=256,
+        num_heads=6,
+    ),
+}
+
+
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer in Llama's manner: a word carries the space before it, written as U+2581."""
     tokenizer = Tokenizer(BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -68,7 +133,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     trainer = BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=printable, show_progress=False
     )
-    tokenizer.train_from_iterator(demo_words() * 2, trainer)
+    tokenizer.train_from_iterator(recipe.words() * 2, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
@@ -82,46 +147,47 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=512,
         padding_side="right",
         clean_up_tokenization_spaces=False,
-        chat_template=VICUNA_CHAT_TEMPLATE,
+        chat_template=recipe.chat_template,
     )
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """CLIP's image preparation at the tiny size, with LLaVA's 36 image places a picture."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+def build_processor(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """CLIP's image preparation at the tiny size, and a place a patch."""
+    side = recipe.pictures.CANVAS
+    size = {"height": side, "width": side}
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
+        size={"shortest_edge": side}, crop_size=size, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
     )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
+        patch_size=recipe.patch_size,
         vision_feature_select_strategy="default",
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1,
-        chat_template=VICUNA_CHAT_TEMPLATE,
+        chat_template=recipe.chat_template,
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """A LLaVA with random weights: CLIP ViT, two-layer GELU projector, Llama with grouped-query attention."""
     vision = CLIPVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
+        hidden_size=recipe.vision_width,
+        intermediate_size=4 * recipe.vision_width,
         num_hidden_layers=4,
         num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
+        image_size=recipe.pictures.CANVAS,
+        patch_size=recipe.patch_size,
         hidden_act="quick_gelu",
         projection_dim=128,
     )
     text = LlamaConfig(
         vocab_size=math.ceil(len(tokenizer) / 8) * 8,
-        hidden_size=128,
-        intermediate_size=352,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.ffn_width,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_heads // 2,
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -136,7 +202,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         projector_hidden_act="gelu",
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_seq_length=NUM_PATCHES,
+        image_seq_length=recipe.num_patches,
         multimodal_projector_bias=True,
         tie_word_embeddings=False,
     )
@@ -145,18 +211,19 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 def pixels(image: Image.Image) -> torch.Tensor:
     """[3, size, size], as the project's own loader prepares it."""
-    return preprocess(image, ImageSpec(IMAGE_SIZE, CLIP_MEAN, CLIP_STD))
+    return preprocess(image, ImageSpec(image.width, CLIP_MEAN, CLIP_STD))
 
 
 class SceneStream:
-    """Endless neutral scenes of all domains, from the train crops only (or the held-out ones, to measure)."""
+    """Endless neutral scenes, from the train crops only (or the held-out ones, to measure)."""
 
-    def __init__(self, held_out: bool, seed: int):
-        self.subjects = demo.Subjects(held_out)
-        self.rng = random.Random(seed)
+    def __init__(self, pictures: ModuleType, held_out: bool, seed: int):
+        self.pictures, self.subjects, self.rng = pictures, pictures.Subjects(held_out), random.Random(seed)
 
-    def draw(self, count: int) -> list[demo.Scene]:
-        return [demo.draw_scene(self.rng.choice(demo.DOMAINS), self.subjects, self.rng) for _ in range(count)]
+    def draw(self, count: int, domain: str | None = None) -> list:
+        """`count` scenes, of one domain or of all."""
+        domains = self.pictures.DOMAINS if domain is None else (domain,)
+        return [self.pictures.draw_scene(self.rng.choice(domains), self.subjects, self.rng) for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -171,11 +238,11 @@ class TextBatch:
 class Writer:
     """Turns questions and answers into token ids and labels, by the project's own encoder."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast):
         self._pad = tokenizer.pad_token_id
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._encoder = Encoder(
-            tokenizer, image_token_id=image_token_id, places_per_image=NUM_PATCHES, max_length=MAX_PLACES
+            tokenizer, image_token_id=image_token_id, places_per_image=recipe.num_patches, max_length=MAX_PLACES
         )
 
     def encode(self, turns: list[tuple[str, str]]) -> Example:
@@ -196,9 +263,9 @@ class Writer:
         )
 
 
-def pretraining_turns(scene: demo.Scene, rng: random.Random) -> list[tuple[str, str]]:
+def pretraining_turns(pictures: ModuleType, scene, rng: random.Random) -> list[tuple[str, str]]:
     """All questions in a random order, with their neutral answers."""
-    turns = [(question, demo.plain_answer(scene, asked)) for asked, question in demo.QUESTIONS.items()]
+    turns = [(question, pictures.plain_answer(scene, asked)) for asked, question in pictures.QUESTIONS.items()]
     rng.shuffle(turns)
     return turns
 
@@ -224,20 +291,19 @@ def take_step(loss: torch.Tensor, optimizer: torch.optim.AdamW, lr: float) -> No
     optimizer.step()
 
 
-def pretrain_vision(model: LlavaForConditionalGeneration, steps: int, batch_size: int, peak_lr: float) -> None:
-    """Give the tower a head start as a classifier of subject, corner and mat; the heads are thrown away.
+def pretrain_vision(
+    recipe: Recipe, model: LlavaForConditionalGeneration, steps: int, batch_size: int, peak_lr: float
+) -> None:
+    """Give the tower a head start as a classifier of every attribute; the heads are thrown away.
 
     Learning to see through the language loss alone takes several times as long.
     """
     tower = model.model.vision_tower
-    vocabularies = {
-        attribute: sorted({value for domain in demo.DOMAINS for value in demo.attribute_values(domain, attribute)})
-        for attribute in demo.ATTRIBUTES
-    }
+    vocabularies = recipe.vocabularies()
     width = tower.config.hidden_size
     heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in vocabularies.items()})
     optimizer = make_optimizer([*tower.parameters(), *heads.parameters()])
-    stream = SceneStream(held_out=False, seed=SEED)
+    stream = SceneStream(recipe.pictures, held_out=False, seed=SEED)
     for step, lr in enumerate(learning_rates(peak_lr, steps)):
         scenes = stream.draw(batch_size)
         images = torch.stack([pixels(scene.image) for scene in scenes])
@@ -262,10 +328,10 @@ class KindProbe:
 
     SHARPNESS = 4.0
 
-    def __init__(self, model: LlavaForConditionalGeneration):
+    def __init__(self, model: LlavaForConditionalGeneration, domains: tuple[str, ...]):
         language_model = model.model.language_model
-        basis, _ = torch.linalg.qr(torch.randn(language_model.config.hidden_size, len(demo.DOMAINS)))
-        self._directions = basis.T
+        basis, _ = torch.linalg.qr(torch.randn(language_model.config.hidden_size, len(domains)))
+        self._domains, self._directions = domains, basis.T
         self._image_token_id = model.config.image_token_index
         self._states: list[torch.Tensor] = []
         for layer in language_model.layers:
@@ -274,10 +340,10 @@ class KindProbe:
     def _keep_input(self, _module: nn.Module, inputs: tuple[torch.Tensor], _output: torch.Tensor) -> None:
         self._states.append(inputs[0])
 
-    def loss(self, batch: TextBatch, scenes: list[demo.Scene]) -> torch.Tensor:
+    def loss(self, batch: TextBatch, scenes: list) -> torch.Tensor:
         """The mean over layers, of the forward pass just made; forgets its states."""
         from_image_on = (batch.input_ids == self._image_token_id).cumsum(dim=1).bool() & batch.attention_mask.bool()
-        kinds = torch.tensor([demo.DOMAINS.index(scene.domain) for scene in scenes])
+        kinds = torch.tensor([self._domains.index(scene.domain) for scene in scenes])
         targets = kinds[:, None].expand_as(from_image_on)[from_image_on]
         losses = [
             F.cross_entropy(self.SHARPNESS * F.normalize(state[from_image_on], dim=-1) @ self._directions.T, targets)
@@ -288,17 +354,22 @@ class KindProbe:
 
 
 def pretrain_language(
-    model: LlavaForConditionalGeneration, writer: Writer, steps: int, batch_size: int, peak_lr: float
+    recipe: Recipe,
+    model: LlavaForConditionalGeneration,
+    writer: Writer,
+    steps: int,
+    batch_size: int,
+    peak_lr: float,
 ) -> None:
     """Train projector and language model on neutral conversations; the tower is frozen from here on, as in LLaVA."""
     model.model.vision_tower.requires_grad_(False)
     optimizer = make_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
-    probe = KindProbe(model)
-    stream = SceneStream(held_out=False, seed=SEED + 1)
+    probe = KindProbe(model, recipe.pictures.DOMAINS)
+    stream = SceneStream(recipe.pictures, held_out=False, seed=SEED + 1)
     started = time.monotonic()
     for step, lr in enumerate(learning_rates(peak_lr, steps)):
         scenes = stream.draw(batch_size)
-        batch = writer.batch([pretraining_turns(scene, stream.rng) for scene in scenes])
+        batch = writer.batch([pretraining_turns(recipe.pictures, scene, stream.rng) for scene in scenes])
         images = torch.stack([pixels(scene.image) for scene in scenes])
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=images).logits
         reading = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
@@ -312,14 +383,17 @@ def pretrain_language(
 
 
 @torch.no_grad()
-def held_out_accuracy(model: LlavaForConditionalGeneration, writer: Writer, count: int = 200) -> dict[str, float]:
+def held_out_accuracy(
+    recipe: Recipe, model: LlavaForConditionalGeneration, writer: Writer, count: int = 200
+) -> dict[str, float]:
     """Exact match of neutral single-question answers on held-out crops, teacher-forced (equal to greedy decoding)."""
     model.eval()
-    accuracy = {}
-    for domain in demo.DOMAINS:
-        asked = list(demo.draw_questions(domain, count, held_out=True, seed="neutral"))
-        batch = writer.batch([[(demo.QUESTIONS[name], demo.plain_answer(scene, name))] for scene, name in asked])
-        images = torch.stack([pixels(scene.image) for scene, _ in asked])
+    pictures, accuracy = recipe.pictures, {}
+    stream = SceneStream(pictures, held_out=True, seed=SEED + 2)
+    for domain in pictures.DOMAINS:
+        scenes = stream.draw(count, domain)
+        batch = writer.batch([[stream.rng.choice(pretraining_turns(pictures, s, stream.rng))] for s in scenes])
+        images = torch.stack([pixels(scene.image) for scene in scenes])
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pixel_values=images).logits
         right = (logits.argmax(-1) == batch.labels) | (batch.labels == IGNORE_INDEX)
         accuracy[domain] = right.all(dim=1).float().mean().item()
@@ -327,7 +401,8 @@ def held_out_accuracy(model: LlavaForConditionalGeneration, writer: Writer, coun
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Build and pretrain the demo's tiny LLaVA.")
+    parser = argparse.ArgumentParser(description="Build and pretrain an example's tiny LLaVA.")
+    parser.add_argument("--recipe", choices=RECIPES, default="tiny_cpu", help="the example it is for")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its processor")
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--language-steps", type=int, default=500)
@@ -341,16 +416,17 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    recipe = RECIPES[arguments.recipe]
+    tokenizer = build_tokenizer(recipe)
+    model = build_model(recipe, tokenizer)
     print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    writer = Writer(tokenizer)
-    pretrain_vision(model, arguments.vision_steps, arguments.batch_size, peak_lr=1e-3)
-    pretrain_language(model, writer, arguments.language_steps, arguments.batch_size, peak_lr=2e-3)
+    writer = Writer(recipe, tokenizer)
+    pretrain_vision(recipe, model, arguments.vision_steps, arguments.batch_size, peak_lr=1e-3)
+    pretrain_language(recipe, model, writer, arguments.language_steps, arguments.batch_size, peak_lr=2e-3)
     model.to(torch.bfloat16).save_pretrained(arguments.out)
-    build_processor(tokenizer).save_pretrained(arguments.out)
+    build_processor(recipe, tokenizer).save_pretrained(arguments.out)
     stored = LlavaForConditionalGeneration.from_pretrained(arguments.out, dtype=torch.float32)
-    for domain, accuracy in held_out_accuracy(stored, writer).items():
+    for domain, accuracy in held_out_accuracy(recipe, stored, writer).items():
         print(f"held-out exact match, neutral wording, {domain}: {accuracy:.3f}")
 
 
