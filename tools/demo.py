@@ -63,7 +63,7 @@ def main() -> int:
 
 def evaluate(name: str, *arguments: object) -> dict[str, float]:
     path = OUT / f"scores_{name}.json"
-    command("eval", EXAMPLE / "run.yaml", "--json", path, *arguments)
+    command("eval", EXAMPLE / "run.yaml", "--no-generate", "--json", path, *arguments)
     return json.loads(path.read_text())
 
 
