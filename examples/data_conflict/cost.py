@@ -6,6 +6,7 @@ Run as a program, in a process of its own: `cost.py REQUEST.json`, so that nothi
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -30,9 +31,9 @@ def measure(trees: dict[str, dict], blocks: int, steps: int) -> dict[str, list[f
         trainers[name] = Trainer(run, parallel, sys.stderr)
     medians: dict[str, list[float]] = {name: [] for name in trees}
     step = 0
-    for _ in range(blocks):
+    for block in range(-1, blocks):  # the first only warms up
         seconds: dict[str, list[float]] = {name: [] for name in trees}
-        for _ in range(steps):
+        for _ in range(steps if block >= 0 else 2):
             for name, trainer in trainers.items():
                 train = trainer.run.train
                 batches = trainer.loader.micro_batches(step, train.global_batch_size, train.micro_batch_size, 0, 1)
@@ -40,8 +41,9 @@ def measure(trees: dict[str, dict], blocks: int, steps: int) -> dict[str, list[f
                 trainer.stepper.train_step(batches)
                 seconds[name].append(time.perf_counter() - started)
             step += 1
-        for name, values in seconds.items():
-            medians[name].append(sorted(values)[len(values) // 2])
+        if block >= 0:
+            for name, values in seconds.items():
+                medians[name].append(statistics.median(values))
     return medians
 
 

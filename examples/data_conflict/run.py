@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ import evidence  # noqa: E402
 import make_conflict_data as scenes  # noqa: E402
 import runs  # noqa: E402
 
-from mole_mega.errors import report_errors  # noqa: E402
+from mole_mega.errors import ConfigError, report_errors  # noqa: E402
 
 TUNING_SEED = 1000  # none of the reported ones
 LORA_LRS = (5e-3, 1e-2, 2e-2, 4e-2)
 MOLE_LRS = tuple(itertools.product((1e-2, 2e-2), (1e-2, 3e-2)))  # (lr, router_lr): as many as LORA_LRS
+
+Point = tuple[runs.Row, dict[str, float]]  # a row to try, and its rates
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -38,9 +41,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("conflict_out"), help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
-    parser.add_argument("--quick", action="store_true", help="every phase with runs too short to mean anything")
-    parser.add_argument("--tune", action="store_true", help="only search the rates, and write them to --tuned")
-    parser.add_argument("--tuned", type=Path, default=HERE / "tuned.yaml", help="rates to use; default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="every phase, with runs too short to mean anything")
+    parser.add_argument("--tune", action="store_true", help="only search the learning rates, and write them to --tuned")
+    parser.add_argument("--tuned", type=Path, help="rates to use, searched for if missing (default: OUT/tuned.yaml)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 
@@ -49,13 +52,20 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare, then tune or run all and answer; returns the exit code."""
     args = parse(argv)
     with report_errors(debug=args.debug) as outcome:
+        if args.seeds < 1 or args.processes < 1:
+            raise ConfigError(f"--seeds and --processes must be at least 1, got {args.seeds} and {args.processes}")
         started = time.monotonic()
         settings = yaml.safe_load((HERE / "settings.yaml").read_text())
+        # a folder of its own: the data of a quick run are few
+        args.out = (args.out / "quick" if args.quick else args.out).resolve()
+        args.tuned = args.tuned or args.out / "tuned.yaml"
         if args.quick:
             settings["train"]["steps"], settings["validation"]["samples"] = 6, 24
         prepare(args.out, settings)
-        phase = tune if args.tune else experiment
-        phase(args, settings)
+        if args.tune or not args.tuned.exists():
+            tune(args, settings)
+        if not args.tune:
+            experiment(args, settings)
         print(f"\ntook {(time.monotonic() - started) / 60:.1f} minutes")
     return outcome.code
 
@@ -79,18 +89,18 @@ def tune(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     """Try each method's grid on the mix with one seed; write down the rates of the best validation accuracy."""
     grids = grid(settings["adapter"]["rank"])
     rows = [row for points in grids.values() for row, _ in points]
-    rates = {row.tuned: values for points in grids.values() for row, values in points}
-    jobs = list(runs.make_jobs(rows, [TUNING_SEED], settings, rates, args.out, scenes.DOMAINS, "validation"))
+    tried = {row.tuned: values for points in grids.values() for row, values in points}
+    jobs = list(runs.make_jobs(rows, [TUNING_SEED], settings, tried, args.out, scenes.DOMAINS, "validation"))
     say(f"{len(jobs)} runs, {len(LORA_LRS)} settings a method, scored on validation pictures")
     figures = runs.read_figures(runs.run_all(jobs, args.processes))
     best = {}
     for name, points in grids.items():
-        scores = {row.key: mean_accuracy(figures[row.key]) for row, _ in points}
-        chosen = max(scores, key=scores.__getitem__)
+        chosen, rates = best_point(points, figures)
         for row, values in points:
-            print(f"{name:<22} {rate_text(values):<34} {scores[row.key]:.3f}{'  <' if row.key == chosen else ''}")
-            if row.key == chosen:
-                best[name] = {"rates": values, "validation_accuracy": round(scores[row.key], 3)}
+            mark = "  <" if row == chosen else ""
+            print(f"{name:<22} {rate_text(values):<26} {mean_over_domains(figures[row.key], 'accuracy'):.3f}{mark}")
+        score = mean_over_domains(figures[chosen.key], "accuracy")
+        best[name] = {"rates": rates, "validation_accuracy": round(score, 3)}
     args.tuned.write_text(
         "# The best of each method's grid by validation accuracy on the mix, one seed; written by\n"
         f"#   python examples/data_conflict/run.py --tune{' --quick' if args.quick else ''}\n"
@@ -99,9 +109,19 @@ def tune(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     print(f"wrote {args.tuned}")
 
 
-def grid(rank: int) -> dict[str, list[tuple[runs.Row, dict[str, float]]]]:
+def best_point(points: Sequence[Point], figures: evidence.Figures) -> Point:
+    """The one of the highest accuracy; of equal ones, that of the lowest loss."""
+    return max(
+        points,
+        key=lambda point: tuple(
+            sign * mean_over_domains(figures[point[0].key], metric) for metric, sign in (("accuracy", 1), ("loss", -1))
+        ),
+    )
+
+
+def grid(rank: int) -> dict[str, list[Point]]:
     """{method: [(row, its rates)]}, equally many for each. The row's key and its tuned name are one."""
-    found: dict[str, list[tuple[runs.Row, dict[str, float]]]] = {}
+    found: dict[str, list[Point]] = {}
     for name, factor in (("lora", 1), ("lora_wide", runs.EXPERTS)):
         for lr in LORA_LRS:
             key = f"tune-{name}-{lr:g}"
@@ -117,8 +137,6 @@ def grid(rank: int) -> dict[str, list[tuple[runs.Row, dict[str, float]]]]:
 
 def experiment(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     """All rows and seeds, the step's cost, the table and the answers."""
-    if not args.tuned.exists():
-        raise FileNotFoundError(f"{args.tuned} is missing: search the rates with --tune, or name a file with --tuned")
     tuned = {name: entry["rates"] for name, entry in yaml.safe_load(args.tuned.read_text()).items()}
     rows = runs.table_rows(settings["adapter"]["rank"], len(scenes.DOMAINS))
     jobs = list(runs.make_jobs(rows, range(args.seeds), settings, tuned, args.out, scenes.DOMAINS, "test"))
@@ -179,9 +197,8 @@ def write_report(
     return "\n\n".join(parts) + "\n"
 
 
-def mean_accuracy(row: Mapping[str, Mapping[int, float]]) -> float:
-    values = [value for domain in scenes.DOMAINS for value in row[f"accuracy/{domain}"].values()]
-    return sum(values) / len(values)
+def mean_over_domains(row: Mapping[str, Mapping[int, float]], metric: str) -> float:
+    return statistics.fmean(value for domain in scenes.DOMAINS for value in row[f"{metric}/{domain}"].values())
 
 
 def rate_text(rates: Mapping[str, float]) -> str:

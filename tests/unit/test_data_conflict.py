@@ -1,4 +1,4 @@
-"""The experiment's rules on made figures, its plan, its pictures, and that nothing finished runs twice."""
+"""The data-conflict experiment: its rules on made figures, its plan, its pictures, and that no finished run repeats."""
 
 import importlib
 import itertools
@@ -31,6 +31,12 @@ def evidence():
 @pytest.fixture(scope="module")
 def runs():
     return importlib.import_module("runs")
+
+
+@pytest.fixture(scope="module")
+def run():
+    """The command; the module's name is not its own in a process that runs other examples."""
+    return importlib.import_module("run")
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +197,18 @@ def test_finished_runs_are_not_repeated_and_changed_ones_are(runs, jobs, capsys)
     assert not (some[1].folder / "checkpoints").exists()
     assert "1 of 3 runs are at hand" in capsys.readouterr().out
     assert runs.run_all(some, 1, work)[2]["settings"]["train"]["lr"] == some[2].run.train.lr
+
+
+def test_every_method_gets_as_many_tries_and_the_best_of_them(run):
+    grids = run.grid(rank=1)
+    assert set(grids) == {"lora", "lora_wide", "mole_none", "mole_prob", "mole_straight_through"}
+    assert len({len(points) for points in grids.values()}) == 1
+    for points in grids.values():
+        assert len({tuple(rates.items()) for _, rates in points}) == len({row.key for row, _ in points}) == len(points)
+    points = grids["lora"][:3]
+    keys = [row.key for row, _ in points]
+    figures = {keys[0]: made(0.5, loss=0.3), keys[1]: made(0.6, loss=0.9), keys[2]: made(0.6, loss=0.8)}
+    assert run.best_point(points, figures) == points[2]  # by accuracy, and where that is equal by loss
 
 
 def test_figures_of_domains_trained_apart_come_together_in_one_row(runs):
