@@ -13,8 +13,9 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
+# two files at a time: most tests wait on one core, and those of layouts start processes of their own
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

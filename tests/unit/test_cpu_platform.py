@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,15 @@ def test_a_layout_can_be_left_for_another_in_the_same_world(platform, parallel):
     platform.leave_groups()
     again = platform.initialize(ParallelConfig(), seed=1)
     assert again.tp_size == 1 and dist.is_initialized()
+
+
+def test_a_layout_that_was_left_keeps_no_thread(platform, parallel):
+    counts = []
+    for _ in range(3):
+        platform.leave_groups()
+        platform.initialize(ParallelConfig(), seed=1)
+        counts.append(len(os.listdir("/proc/self/task")))
+    assert counts[0] > 1 and len(set(counts)) == 1, counts
 
 
 def test_shutdown_twice_is_harmless(platform):
