@@ -333,7 +333,12 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 
 def test_an_unwritable_place_is_one_line(run_dir, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "file" in refused(capsys, run_dir, "--out", tmp_path / "file")
+    folder = tmp_path / "file"
+    said = f"error: --out: {folder} is a file, not a folder that can be written to\n"
+    assert [refused(capsys, run_dir, "--out", out) for out in (folder, folder / "x")] == [said] * 2
+    (run_dir / "report.md").mkdir()
+    assert f"--out: {run_dir / 'report.md'} is a folder, not a file" in refused(capsys, run_dir)
+    assert not (run_dir / "report.html").exists()
 
 
 @pytest.mark.parametrize(
