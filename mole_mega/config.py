@@ -175,7 +175,8 @@ class AlarmsConfig:
     entropy_floor: float = 0.0
     repeat_every: int = 100
     # raise_balance: at any alarm, adapter.balance_weight times `balance_factor`, up to `max_balance_weight`.
-    # reseed: a dead expert becomes a copy of the layer's busiest one, each number times 1 + `reseed_noise` N(0, 1).
+    # reseed: dead experts become copies of the layer's busiest ones, one of each, each number times
+    # 1 + `reseed_noise` N(0, 1).
     reaction: Literal["none", "raise_balance", "reseed"] = "none"
     balance_factor: float = 2.0
     max_balance_weight: float = 1.0
