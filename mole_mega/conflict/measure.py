@@ -170,14 +170,15 @@ class _Laboratory:
         )
 
     def _check_shares(self) -> None:
-        """Raise ConfigError for a source that the mix would not read at all, before anything is trained."""
-        mix = self._loader(None).plan
+        """Raise ConfigError, before anything is trained, for a source of which the mix reads so little that no number
+        of steps alone reads as much."""
+        mix, batch = self._loader(None).plan, self.run.train.global_batch_size
         assert mix is not None
         for source, samples in zip(self.sources, mix.drawn(self.run.train.steps), strict=True):
-            if samples == 0:
+            if 2 * samples < batch:
                 raise ConfigError(
-                    f"data.sources {source!r}: its share is so small that {self.run.train.steps} steps on the mix read "
-                    "none of it; raise --steps or its weight"
+                    f"data.sources {source!r}: {self.run.train.steps} steps on the mix read {samples} of its samples, "
+                    f"less than half a batch of {batch}; raise --steps or its weight"
                 )
 
     def _loader(self, only: str | None, repeat: int = 0) -> Loader:

@@ -160,12 +160,14 @@ def test_a_schedule_counts_by_its_mean_and_passes_do_not():
         shared({"name": "a"}, {"name": "late", "weight": ((20, 0.0), (30, 1.0))})
 
 
-def test_a_source_that_the_mix_would_not_read_is_named_before_anything_is_trained(make_run, answers, tmp_path):
+def test_a_source_that_the_mix_would_hardly_read_is_named_before_anything_is_trained(make_run, answers, tmp_path):
     sources = [{"name": name, "path": str(answers / f"{name}.json")} for name in ("red", "green")]
     sources[1]["weight"] = 1e-6
     path = make_run(tmp_path, data={"sources": sources})
     code, text = commands.run([path, "--steps", 2], tmp_path / "log", module="mole_mega.conflict.command")
-    assert code == 2 and "data.sources 'green': its share is so small that 4 steps" in text and text.count("\n") == 1
+    assert (
+        code == 2 and "data.sources 'green': 4 steps on the mix read 1 of its samples" in text and text.count("\n") == 1
+    )
 
 
 def test_a_mixture_of_one_source_is_refused(make_run, answers, tmp_path):
