@@ -175,7 +175,8 @@ class AlarmsConfig:
     entropy_floor: float = 0.0
     repeat_every: int = 100
     # raise_balance: at any alarm, adapter.balance_weight times `balance_factor`, up to `max_balance_weight`.
-    # reseed: a dead expert becomes a copy of the layer's busiest one, each number times 1 + `reseed_noise` N(0, 1).
+    # reseed: dead experts become copies of the layer's busiest ones, one of each, each number times
+    # 1 + `reseed_noise` N(0, 1).
     reaction: Literal["none", "raise_balance", "reseed"] = "none"
     balance_factor: float = 2.0
     max_balance_weight: float = 1.0
@@ -322,6 +323,7 @@ def validate(config: RunConfig) -> None:
             if names.count(name) > 1:
                 raise ConfigError(f"data.{kind} has the name {name!r} {names.count(name)} times; a name is a domain")
         for source in sources:
+            _validate_name(source.name, f"data.{kind}")
             _validate_weight(source, f"data.{kind} {source.name!r}")
         if any(source.epochs is not None or len(source.points) > 1 for source in sources) and kind == "validation":
             raise ConfigError("data.validation is read once, in order: it has no epochs and no schedule")
@@ -342,8 +344,32 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
     ):  # fmt: skip
         if not getattr(alarms, name) >= low:
             raise ConfigError(f"monitor.alarms.{name} must be at least {low}, got {getattr(alarms, name)}")
-    if alarms.reaction == "raise_balance" and adapter.method == "mole" and adapter.balance_weight == 0:
+    if 0 < alarms.collapse <= 1:
+        raise ConfigError(
+            f"monitor.alarms.collapse must be above 1, or 0 for off, got {alarms.collapse}: the busiest expert "
+            "always has at least the mean's tokens"
+        )
+    if adapter.method != "mole":
+        return
+    if adapter.num_experts > 1 and alarms.entropy_floor > math.log(adapter.num_experts):
+        raise ConfigError(
+            f"monitor.alarms.entropy_floor must be at most ln {adapter.num_experts} = "
+            f"{math.log(adapter.num_experts):.4g} with adapter.num_experts {adapter.num_experts}, got "
+            f"{alarms.entropy_floor}: no load has more entropy, so the alarm would never be silent"
+        )
+    if alarms.reaction == "raise_balance" and adapter.balance_weight == 0:
         raise ConfigError("monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0")
+
+
+def _validate_name(name: str, where: str) -> None:
+    """A name is part of the names of metrics, and stands in progress lines and on pages."""
+    if not name.isprintable():
+        raise ConfigError(f"{where} has the name {name!r}: a name has no line breaks and no control characters")
+    if name != name.strip() or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ConfigError(
+            f"{where} has the name {name!r}: a name is not empty, has no space at its ends, and is no path: none of "
+            "its parts between slashes is empty, . or .."
+        )
 
 
 def _validate_weight(source: SourceConfig, where: str) -> None:

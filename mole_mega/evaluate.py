@@ -11,6 +11,7 @@ from pathlib import Path
 from mole_mega import config
 from mole_mega.config import RunConfig
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
+from mole_mega.outputs import check_file, check_folder
 
 KINDS = ("loss", "token_accuracy", "accuracy", "exact_match", "contains", "anls")
 
@@ -51,13 +52,17 @@ def main(argv: list[str] | None = None) -> int:
         if not run.data.validation:
             raise ConfigError("data.validation is empty: there is nothing to evaluate on")
         answers = args.answers or Path(run.run_dir) / "eval" / f"{checkpoint.name if checkpoint else 'base'}.jsonl"
+        if args.json:
+            check_file(args.json, "--json")
+        if not args.no_generate:
+            check_folder(answers.parent, "--answers")
+            if answers.parent.is_dir():
+                check_file(answers, "--answers")
         from mole_mega.platform import parallel as platform
         from mole_mega.training.evaluation import write_answers
         from mole_mega.training.trainer import evaluate_checkpoint
 
         parallel = platform.initialize(run.parallel, run.train.seed)
-        if parallel.is_main:  # before the work, not after it
-            _refuse_unwritable([args.json] * bool(args.json) + [answers] * (not args.no_generate))
         found = evaluate_checkpoint(run, parallel, checkpoint, generate=not args.no_generate)
         if parallel.is_main:
             print(_table(found.scores))
@@ -75,17 +80,6 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"answers: {answers}")
         platform.shutdown()
     return outcome.code
-
-
-def _refuse_unwritable(paths: list[Path]) -> None:
-    """Raise OSError, naming the file, for one that could not be written."""
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with open(path, "a"):
-            pass
-        if not existed:
-            path.unlink()
 
 
 def _newest(run: RunConfig) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mole_mega import config
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
+from mole_mega.outputs import check_file
 
 if TYPE_CHECKING:
     from mole_mega.data.loader import RunData
@@ -48,8 +49,8 @@ def _preview(args: argparse.Namespace) -> None:
     for name, low in (("samples", 0), ("rows", 1)):
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} must be at least {low}, got {getattr(args, name)}")
-    if args.html is not None and not args.html.resolve().parent.is_dir():
-        raise ConfigError(f"--html: {args.html.resolve().parent} is not a folder")
+    if args.html is not None:
+        check_file(args.html, "--html")
     run = config.load(args.run, args.overrides)
     names = [source.name for source in run.data.sources]
     if args.source is not None and args.source not in names:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from mole_mega import config
 from mole_mega.errors import quiet_libraries, report_errors
+from mole_mega.outputs import check_folder
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -23,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with report_errors(debug=args.debug) as outcome:
         run = config.load(args.run, args.overrides)
+        check_folder(Path(run.run_dir), "run_dir")
         if not args.debug:
             quiet_libraries()
         from mole_mega.platform import parallel as platform

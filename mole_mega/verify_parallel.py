@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mole_mega import config
 from mole_mega.errors import ConfigError, ExitCode, quiet_libraries, report_errors
+from mole_mega.outputs import check_file
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
     with report_errors(debug=args.debug) as outcome:
         if not args.debug:
             quiet_libraries()
+        if args.json:
+            check_file(args.json, "--json")
         from mole_mega.checkpoint.base import read_size
         from mole_mega.training.parity import Case, layout_name, scaled_down, standard_layouts, table, verify
 

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class RunState:
     bad_steps_in_row: int = 0
     # by source, what was trained on since the run began (data/tally.py)
     data_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    # the mixtures that the run was trained on, one after the other (data/tally.py)
+    data_phases: Sequence[Mapping[str, Any]] = ()
     # of a run whose adapters have routers
     routers: RouterMemory | None = None
 

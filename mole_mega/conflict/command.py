@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
 from mole_mega import config
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
+from mole_mega.outputs import check_file, check_folder
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,8 +46,14 @@ def main(argv: list[str] | None = None) -> int:
             value = getattr(args, name)
             if value is not None and not value >= low:
                 raise ConfigError(f"--{name} must be at least {low}, got {value}")
+            if value == math.inf:
+                raise ConfigError(f"--{name} must be a finite number, got {value}")
+        if args.out is not None:
+            check_folder(args.out, "--out")
+        if args.json is not None:
+            check_file(args.json, "--json")
         run = config.load(args.run, args.overrides)
-        from mole_mega.conflict.measure import Plan, measure, shared_adapter
+        from mole_mega.conflict.measure import Plan, measure, set_aside, shared_adapter
         from mole_mega.conflict.statistics import Rule, find
         from mole_mega.platform import parallel as platform
 
@@ -55,9 +63,11 @@ def main(argv: list[str] | None = None) -> int:
 
         def say(line: str) -> None:
             if parallel.is_main:
-                print(f"measured {line}", flush=True)
+                print(line, flush=True)
 
-        measured = measure(shared, plan, parallel, say)
+        for line in set_aside(run):
+            say(line)
+        measured = measure(shared, plan, parallel, lambda line: say(f"measured {line}"))
         if parallel.is_main:
             rule = Rule(cosine=args.cosine, margin=args.margin)
             _write(measured, find(measured, rule), rule, args.out, args.json)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mole_mega.conflict.statistics import Cosine, Findings, Loss, Measurement, Place, Rule
 from mole_mega.report.document import Document, Figure, Missing, Paragraph, Section, Table
+from mole_mega.report.shapes import number_of
 from mole_mega.report.svg import heat_map
 
 _GROUPS = ("mlp", "attention", "projector")
@@ -60,13 +61,16 @@ def verdict(measured: Measurement, found: Findings, rule: Rule) -> str:
 
 def explain(measured: Measurement, rule: Rule) -> list[str]:
     """What was done and what the figures mean, a paragraph each."""
+    once = _repeats(measured) == 1
     return [
         f"One plain LoRA was trained again and again from one start, each time to the end of a learning rate that goes "
-        f"down to 0: on the mix for {measured.steps} and {measured.mix_steps} steps of {measured.batch_size} samples, "
-        f"and on each source alone for {measured.steps} and as many as read the mix's samples of it; "
-        f"{_repeats(measured)} time{'s' * (_repeats(measured) > 1)}, with rows in another order.",
-        f"Cosines: {_batches(measured)} batches of each source, gradients taken after {measured.warm_steps} steps on "
-        "the mix: at the very start B = 0 and A has no gradient, and then all sources learn what they share; near the "
+        f"down to 0: on the mix for {measured.steps} and {number_of(measured.mix_steps, 'step')} of "
+        f"{measured.batch_size} samples, and on each source alone for {measured.steps} and as many as read the "
+        "mix's samples of it; "
+        f"{'all of it once' if once else f'all of it {_repeats(measured)} times, each with rows in another order'}.",
+        f"Cosines: {_batches(measured)} batches of each source, gradients taken after "
+        f"{number_of(measured.warm_steps, 'step')} on the mix: "
+        "at the very start B = 0 and A has no gradient, and then all sources learn what they share; near the "
         "mix's optimum all that is left is disagreement, however small, and the losses say whether it matters. "
         "Corrected for the batches' noise, ± one standard error (jackknife over batches). `same source` is the "
         "control: the plain, uncorrected cosine between halves of one source's batches; where it is low, noise is "
@@ -94,7 +98,10 @@ def warnings(measured: Measurement) -> list[str]:
             found.append(f"{source}: {share:.0%} of the rows it is judged by were trained on too; it has too few rows")
     for source, own in zip(measured.sources, measured.own_steps, strict=True):
         if own < 5:
-            found.append(f"{source}: the mix read {own} batches' worth of it; same-sample losses say little (--steps)")
+            found.append(
+                f"{source}: the mix read no more of it than {number_of(own, 'step')} alone; same-sample losses say "
+                "little (--steps)"
+            )
     if _repeats(measured) == 1:
         found.append("every run was made once: how much losses differ from run to run is not known (--repeats)")
     return found
@@ -102,16 +109,15 @@ def warnings(measured: Measurement) -> list[str]:
 
 def loss_table(measured: Measurement, found: Findings, rule: Rule) -> Table:
     """Losses alone and on the mix, at the same steps and at the same samples."""
+    steps = number_of(measured.steps, "step")
     header = (
-        "source", f"alone, {measured.steps} steps", f"mix, {measured.steps} steps", "mix - alone", "alone, steps",
-        "alone, same samples", f"mix, {measured.mix_steps} steps", "mix - alone", "",
+        "source", f"alone, {steps}", f"mix, {steps}", "mix - alone", "alone, steps",
+        "alone, same samples", f"mix, {number_of(measured.mix_steps, 'step')}", "mix - alone", "",
     )  # fmt: skip
     rows = []
     for s, source in enumerate(measured.sources):
-        steps, samples = found.same_steps[s], found.same_samples[s]
-        rows.append(
-            (source, *_loss_cells(steps), str(measured.own_steps[s]), *_loss_cells(samples), samples.state(rule))
-        )
+        samples, own = found.same_samples[s], str(measured.own_steps[s])
+        rows.append((source, *_loss_cells(found.same_steps[s]), own, *_loss_cells(samples), samples.state(rule)))
     return Table(header, rows)
 
 

@@ -6,6 +6,7 @@ tensor's parts once: those that a checkpoint would write.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -20,12 +21,13 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 from mole_mega import config as run_config
 from mole_mega.checkpoint.base import read_size
 from mole_mega.checkpoint.store import trainable_entries
-from mole_mega.config import ConfigError, RunConfig
+from mole_mega.config import ConfigError, RunConfig, SourceConfig
 from mole_mega.conflict.statistics import KINDS, Measurement, Place
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader
 from mole_mega.errors import CheckFailedError
 from mole_mega.platform.parallel import Parallel, seed_generators
+from mole_mega.report.shapes import number_of
 from mole_mega.training.loss import SCORE_ROWS
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
@@ -50,9 +52,13 @@ class Plan:
 
 def shared_adapter(run: RunConfig, plan: Plan) -> RunConfig:
     """The user's run with one plain LoRA for all sources, its learning rate going down to 0 over each short run, so
-    that a run's end says more than its last batch. Raises ConfigError for fewer than two sources, and where experts
-    would have no MLP to sit in."""
-    sources = tuple(source for source in run.data.sources if source.weight != 0)
+    that a run's end says more than its last batch. Of the sources it keeps what `set_aside` does not name. Raises
+    ConfigError for fewer than two sources, and where experts would have no MLP to sit in."""
+    sources = tuple(
+        replace(source, weight=weight, epochs=None)
+        for source in run.data.sources
+        if (weight := _mean_weight(source, run.train.steps)) > 0
+    )
     if len(sources) < 2:
         raise ConfigError(f"data.sources has {len(sources)} source with a weight above 0; a conflict takes two")
     if not run.adapter.layers:
@@ -78,6 +84,24 @@ def shared_adapter(run: RunConfig, plan: Plan) -> RunConfig:
     return shared
 
 
+def set_aside(run: RunConfig) -> list[str]:
+    """What these short runs do otherwise than the user's mixture asks, in words."""
+    limited = [source.name for source in run.data.sources if source.epochs is not None]
+    scheduled = [source for source in run.data.sources if len(source.points) > 1]
+    lines = []
+    if limited:
+        lines.append(f"epochs of {', '.join(limited)}: ignored, these are short runs that may read rows again")
+    if scheduled:
+        means = ", ".join(f"{source.name} {_mean_weight(source, run.train.steps):.4g}" for source in scheduled)
+        lines.append(f"schedules of weights: taken as their means over train.steps {run.train.steps}: {means}")
+    return lines
+
+
+def _mean_weight(source: SourceConfig, steps: int) -> float:
+    """Over the steps of the user's whole run: a short run would see the beginning of a schedule alone."""
+    return math.fsum(map(source.weight_at, range(steps))) / steps if len(source.points) > 1 else source.points[0][1]
+
+
 def measure(run: RunConfig, plan: Plan, parallel: Parallel, say: Callable[[str], None]) -> Measurement:
     """Measure the mixture of a `shared_adapter` run; every rank returns the same. Raises CheckFailedError for a loss or
     gradient that is not finite."""
@@ -92,12 +116,13 @@ class _Laboratory:
         self.run, self.plan, self.parallel = run, plan, parallel
         self.sources = tuple(source.name for source in run.data.sources)
         self.size = read_size(Path(run.model.base))
+        self.alone = [self._loader(name) for name in self.sources]
+        self._check_shares()
         self.model = build_model(run, self.size, parallel)
         self.entries = trainable_entries(self.model)
         parameters = dict(self.model.module.named_parameters())
         self.parameters = {name: parameters[name] for name in self.entries}
         self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self.alone = [self._loader(name) for name in self.sources]
         self.trained_on: set[tuple[int, str]] = set()  # (source, sample id), of this rank
 
     def measure(self, say: Callable[[str], None]) -> Measurement:
@@ -105,7 +130,7 @@ class _Laboratory:
         stepper = self._fresh()
         self._train(stepper, self._loader(None), plan.warm_steps, schedule_steps=max(plan.steps, plan.warm_steps))
         products, repeated = self._gradients(stepper)
-        say(f"gradients: {plan.batches} batches of each source, after {plan.warm_steps} steps on the mix")
+        say(f"gradients: {plan.batches} batches of each source, after {number_of(plan.warm_steps, 'step')} on the mix")
         mix_steps, samples = plan.steps * len(self.sources), None
         losses: dict[str, list[list[np.ndarray]]] = {kind: [] for kind in KINDS}
         for repeat in range(plan.repeats):
@@ -124,7 +149,8 @@ class _Laboratory:
                 after = {steps: self._run(loader, steps, repeat, source)[1] for steps in {plan.steps, own}}
                 alone += after[plan.steps]
                 alone_samples += after[own]
-                say(f"{self.sources[source]} alone: {' and '.join(map(str, sorted(after)))} steps")
+                lengths = " and ".join(number_of(steps, "step") for steps in sorted(after))
+                say(f"{self.sources[source]} alone: {lengths}")
             losses["alone"].append(alone)
             losses["alone_samples"].append(alone_samples)
         assert samples is not None
@@ -142,6 +168,18 @@ class _Laboratory:
             seen=self._share_seen(),
             repeated=repeated,
         )
+
+    def _check_shares(self) -> None:
+        """Raise ConfigError, before anything is trained, for a source of which the mix reads so little that no number
+        of steps alone reads as much."""
+        mix, batch = self._loader(None).plan, self.run.train.global_batch_size
+        assert mix is not None
+        for source, samples in zip(self.sources, mix.drawn(self.run.train.steps), strict=True):
+            if 2 * samples < batch:
+                raise ConfigError(
+                    f"data.sources {source!r}: {self.run.train.steps} steps on the mix read {samples} of its samples, "
+                    f"less than half a batch of {batch}; raise --steps or its weight"
+                )
 
     def _loader(self, only: str | None, repeat: int = 0) -> Loader:
         """The mix (None), or one source's stream alone: its rows in the order in which the mix brings them."""

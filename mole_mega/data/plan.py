@@ -27,6 +27,16 @@ class Places:
     error: float
     rows: int
 
+    def describe(self, size: int) -> str:
+        """For people, of a source of `size` rows: with its error, in digits enough to show it, unless all rows were
+        counted."""
+        if size <= _ROWS_MEASURED:
+            return f"{self.mean:.1f}"
+        if not self.error:
+            return f"{self.mean:.1f} (as {self.rows} rows have, all alike)"
+        digits = max(1, -math.floor(math.log10(self.error)))
+        return f"{self.mean:.{digits}f} +- {self.error:.{digits}f}"
+
 
 @dataclass(frozen=True)
 class MixturePlan:
@@ -55,26 +65,33 @@ class MixturePlan:
             f"steps of {self.batch} are possible; set train.steps to that, or raise epochs"
         )
 
-    def asked_shares(self, steps: int) -> list[float]:
-        """Each source's asked share over so many steps, of the samples or the tokens, whichever weights are in."""
-        rows = self.mixture.asked(steps * self.batch)
+    def asked_shares(self, steps: int, first: int = 0) -> list[float]:
+        """Each source's asked share in the steps after step `first` up to `steps`, of the samples or the tokens,
+        whichever weights are in."""
+        before, until = (self.mixture.asked(step * self.batch) for step in (first, steps))
+        rows = [b - a for a, b in zip(before, until, strict=True)]
         amounts = [n * (places.mean if places else 1.0) for n, places in zip(rows, self.places, strict=True)]
         total = math.fsum(amounts)
         return [amount / total if total else 0.0 for amount in amounts]
 
-    def describe(self, steps: int) -> list[str]:
-        """A line a source: what was asked, and what that comes to in so many steps."""
-        samples, ends = max(1, steps * self.batch), self.mixture.ends()
-        planned = self.mixture.counts(samples)
+    def drawn(self, steps: int, first: int = 0) -> list[int]:
+        """How often the stream draws each source in the steps after step `first` up to `steps`."""
+        before, until = (self.mixture.counts(step * self.batch) for step in (first, steps))
+        return [b - a for a, b in zip(before, until, strict=True)]
+
+    def describe(self, steps: int, first: int = 0) -> list[str]:
+        """A line a source: what was asked, and what that comes to in the steps after step `first` up to `steps`."""
+        samples, ends = (steps - first) * self.batch, self.mixture.ends()
+        planned, shares = self.drawn(steps, first), self.asked_shares(steps, first)
         lines = []
-        for index, (source, share) in enumerate(zip(self.config.sources, self.asked_shares(steps), strict=True)):
+        for index, (source, share) in enumerate(zip(self.config.sources, shares, strict=True)):
             rows, size, places = planned[index], self.sizes[index], self.places[index]
             line = f"source {source.name}: {size} rows"
             if places is not None:
-                line += f" of {places.mean:.1f}{f' +- {places.error:.1f}' if places.error else ''} places"
+                line += f" of {places.describe(size)} places"
             line += f", asked {share:.1%} of the {self.config.weights_in}"
             line += f", planned {rows} of {samples} samples = {rows / size:.2f} epochs"
-            if ends.get(index, samples) < samples:
+            if ends.get(index, steps * self.batch) < steps * self.batch:
                 line += f"; runs out in step {(ends[index] - 1) // self.batch + 1} (epochs: {source.epochs})"
             lines.append(line)
         return lines

@@ -7,6 +7,7 @@ resumed run goes on as the straight one does.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -100,20 +101,22 @@ def _raise_balance(
 def _plan_reseeds(
     memory: RouterMemory, found: list[Alarm], routing: RoutingSummary
 ) -> tuple[RouterMemory, list[Alarm]]:
-    """Each dead expert becomes a copy of the expert that is the busiest once earlier copies have taken their half."""
-    unused_LE, counts_LE = memory.unused_steps_LE.clone(), routing.counts_LE.clone()
-    planned = []
+    """Each dead expert of a layer becomes a copy of another one: the first of the busiest, the next of the second
+    busiest, and so on through all that had a token in this step; only then is one copied again."""
+    unused_LE, planned = memory.unused_steps_LE.clone(), []
+    sources = {layer: itertools.cycle(_by_load(counts_E)) for layer, counts_E in
+               zip(routing.layers, routing.counts_LE.tolist(), strict=True)}  # fmt: skip
     for alarm in found:
-        if alarm.kind == "dead_expert":
-            assert alarm.expert is not None
-            row = routing.layers.index(alarm.layer)
-            source = int(counts_LE[row].argmax())
-            counts_LE[row, source] /= 2
-            counts_LE[row, alarm.expert] = counts_LE[row, source]
-            unused_LE[row, alarm.expert] = 0
+        if alarm.kind == "dead_expert" and (source := next(sources[alarm.layer], None)) is not None:
+            unused_LE[routing.layers.index(alarm.layer), alarm.expert] = 0
             alarm = replace(alarm, reaction=f"reseeded from expert {source}", source=source)
         planned.append(alarm)
     return replace(memory, unused_steps_LE=unused_LE), planned
+
+
+def _by_load(counts_E: Sequence[float]) -> list[int]:
+    """The experts that had tokens, the busiest first; of equals the one with the lower number."""
+    return sorted((expert for expert, count in enumerate(counts_E) if count), key=lambda expert: -counts_E[expert])
 
 
 def progress_note(told: Sequence[Alarm], most: int = 3) -> str:

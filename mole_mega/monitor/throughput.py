@@ -40,12 +40,14 @@ class Throughput:
 def progress_line(row: Row, steps: int, note: str = "") -> str:
     """step, loss, tokens/s, the time left, and what else there is to say."""
     step = int(row["step"])
-    left = (steps - step) * row["seconds_per_step"]
+    speed, left = "-", "-"
+    if row["seconds_per_step"]:  # 0 until there is a measurement
+        speed, left = f"{row['tokens_per_second']:.0f}", _clock((steps - step) * row["seconds_per_step"])
     balance = f"  balance {row['balance_loss']:.4f}" if "balance_loss" in row else ""
     skipped = "  NOT FINITE, step skipped" if row["skipped"] else ""
     return (
         f"step {step}/{steps}  loss {row['loss']:.4f}  grad {row['grad_norm']:.3g}  lr {row['lr']:.3g}{balance}  "
-        f"{row['tokens_per_second']:.0f} tok/s  left {_clock(left)}{skipped}{note}"
+        f"{speed} tok/s  left {left}{skipped}{note}"
     )
 
 

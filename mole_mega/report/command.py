@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mole_mega.errors import report_errors
+from mole_mega.outputs import check_file, check_folder
 from mole_mega.report.document import to_html, to_markdown
 from mole_mega.report.run_folder import read_run
 from mole_mega.report.sections import describe
@@ -24,10 +25,14 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     with report_errors(debug=args.debug) as outcome:
         run = read_run(args.run)
-        document = describe(run)
         out = args.out or args.run
+        check_folder(out, "--out")
         out.mkdir(parents=True, exist_ok=True)
-        for name, text in (("report.html", to_html(document)), ("report.md", to_markdown(document))):
+        writers = {"report.html": to_html, "report.md": to_markdown}
+        for name in writers:
+            check_file(out / name, "--out")
+        document = describe(run)
+        for name, text in ((name, write(document)) for name, write in writers.items()):
             (out / name).write_text(text, encoding="utf-8")
             print(f"wrote {out / name}")
         for problem in run.problems:

@@ -6,9 +6,8 @@ Every figure comes as it was written. What is not a finite number is no point of
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import yaml
 
 from mole_mega.errors import ConfigError
+from mole_mega.report import shapes
+from mole_mega.report.shapes import finite, number_of
 
 METRICS = "metrics.jsonl"
 _STEP = re.compile(r"step_(\d+)")
@@ -98,11 +99,6 @@ def read_run(path: Path) -> RunFolder:
     problems: list[str] = []
     metrics = _metrics(path / METRICS, problems)
     config_text = _text(path / "config.yaml", problems)
-    try:
-        config = yaml.safe_load(config_text or "")
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        problems.append(f"config.yaml is not YAML: {' '.join(str(error).split())}")
-        config = {}
     checkpoints = path / "checkpoints"
     found = [entry for entry in sorted(checkpoints.glob("step_*")) if _STEP.fullmatch(entry.name) and entry.is_dir()]
     latest = _text(checkpoints / "latest", problems)
@@ -110,25 +106,15 @@ def read_run(path: Path) -> RunFolder:
         path=path,
         metrics=metrics,
         config_text=config_text,
-        config=config if isinstance(config, dict) else {},
-        events=_rows(path / "events.jsonl", problems),
-        mixture=_object(path / "mixture.json", dict, problems),
-        layouts=_object(path / "verify_parallel.json", list, problems),
+        config=_settings(config_text, problems) if config_text is not None else {},
+        events=_rows(path / "events.jsonl", problems, shapes.event),
+        mixture=_object(path / "mixture.json", dict, problems, shapes.mixture),
+        layouts=_object(path / "verify_parallel.json", list, problems, shapes.layouts),
         answers=tuple(_answers(path / "eval", problems)),
         checkpoints=tuple(sorted((_checkpoint(entry) for entry in found), key=lambda checkpoint: checkpoint.step)),
         latest=latest.strip() if latest is not None else None,
         problems=tuple(problems),
     )
-
-
-def finite(value: Any) -> float | None:
-    """A JSON value as a finite number, None when it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # an int with more digits than a float has room for
-        return None
 
 
 def _is_non_finite(value: Any) -> bool:
@@ -160,9 +146,9 @@ def _metrics(path: Path, problems: list[str]) -> Metrics:
             else:
                 odd += 1
     if stepless:
-        problems.append(f"{path.name}: {stepless} rows without a step were left out")
+        problems.append(f"{path.name}: {number_of(stepless, 'row')} without a step left out")
     if odd:
-        problems.append(f"{path.name}: {odd} values that are no numbers were left out")
+        problems.append(f"{path.name}: {number_of(odd, 'value')} left out that {'is' if odd == 1 else 'are'} no number")
     if not steps:
         why = "; ".join(problems) or "it is empty"
         raise ConfigError(f"{path} has no usable row ({why}), so there is nothing to report")
@@ -173,36 +159,62 @@ def _metrics(path: Path, problems: list[str]) -> Metrics:
     )
 
 
-def _rows(path: Path, problems: list[str]) -> tuple[dict[str, Any], ...] | None:
-    """The objects of a file of JSON lines. Lines that are none are told with their numbers."""
-    rows, bad, last = [], [], 0
+def _rows(
+    path: Path, problems: list[str], fits: Callable[[dict[str, Any]], str] = lambda _: ""
+) -> tuple[dict[str, Any], ...] | None:
+    """The objects of a file of JSON lines. Lines that are none, and objects whose shape `fits` finds wrong, are left
+    out and told, the first with its number and the reason."""
+    rows, bad = [], []
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                last = number
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = None
-                if isinstance(row, dict):
-                    rows.append(row)
+                row, why = _row(line, fits)
+                if why:
+                    bad.append(f"line {number}, which was left out: {why}")
                 else:
-                    bad.append(number)
+                    rows.append(row)
     except FileNotFoundError:
         return None
     except OSError as error:
         problems.append(f"{path.name} could not be read: {error.strerror}")
         return None
-    if bad == [last]:
-        problems.append(f"{path.name}: the last line, {last}, is cut short or is not JSON, and was left out")
-    elif bad:
-        problems.append(f"{path.name}: {len(bad)} lines are not JSON objects and were left out, first line {bad[0]}")
+    if bad:
+        more = f" ({len(bad)} lines were left out in all)" if len(bad) > 1 else ""
+        problems.append(f"{path.name}: {bad[0]}{more}")
     return tuple(rows)
 
 
-def _object(path: Path, kind: type, problems: list[str]) -> Any:
+def _row(line: bytes, fits: Callable[[dict[str, Any]], str]) -> tuple[dict[str, Any], str]:
+    """(a line's object, why it cannot be used)."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        # only the end of a file can lack its line's end: what a kill leaves of a row
+        return {}, "it is not JSON" if line.endswith(b"\n") else "it is cut short or is not JSON"
+    return (row, fits(row)) if isinstance(row, dict) else ({}, "it is JSON, but not an object")
+
+
+def _settings(text: str, problems: list[str]) -> dict[str, Any]:
+    """The sections of a config, without the settings that are not what they should be."""
+    try:
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problems.append(f"config.yaml is not YAML: {' '.join(str(error).split())}")
+        return {}
+    if not isinstance(config, dict):
+        problems.append(f"config.yaml has no settings: it holds no mapping of keys but {type(config).__name__}")
+        return {}
+    sections = {key: dict(value) for key, value in config.items() if isinstance(value, dict)}
+    found = {path: why for path in shapes.SETTINGS if (why := shapes.setting(path, config))}
+    for section, key in found:
+        sections.get(section, {}).pop(key, None)
+    problems += [f"config.yaml: {why}, and counts as not recorded" for why in dict.fromkeys(found.values())]
+    return sections
+
+
+def _object(path: Path, kind: type, problems: list[str], fits: Callable[[Any], str] = lambda _: "") -> Any:
     text = _text(path, problems)
     if text is None:
         return None
@@ -210,9 +222,11 @@ def _object(path: Path, kind: type, problems: list[str]) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, kind):
+    name = "object" if kind is dict else "list"
+    why = fits(value) if isinstance(value, kind) else f"it is not a JSON {name}"
+    if not why:
         return value
-    problems.append(f"{path.name} could not be read: it is not a JSON {'object' if kind is dict else 'list'}")
+    problems.append(f"{path.name} could not be used: {why}")
     return None
 
 
@@ -233,7 +247,7 @@ def _answers(folder: Path, problems: list[str]) -> Iterator[Answers]:
         return int(match[1]) if match else -1, path.name
 
     for path in sorted(folder.glob("*.jsonl"), key=order):
-        rows = _rows(path, problems)
+        rows = _rows(path, problems, shapes.answer)
         if rows is not None:
             yield Answers(path.stem, rows)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from mole_mega.report.document import (
     Section,
     Table,
 )
-from mole_mega.report.run_folder import RunFolder, Series, finite
+from mole_mega.report.run_folder import RunFolder, Series
+from mole_mega.report.shapes import finite, number_of
 from mole_mega.report.svg import NONE, heat_map, hundredths, line_chart, number
 
 # Loads of one step are those of one global batch, and noisy: the maps show the mean of the last rows.
@@ -34,6 +36,7 @@ _MIXTURE_FIRST = ("share_asked", "share_realised", "rows", "tokens", "labelled_t
 _MAX_SIMILARITY_EXPERTS = 16
 _MAX_LINES = 8
 _HALF_WIDTH = 468  # of a line of the page
+_LOSS_OR_GRADIENT = re.compile(r"grad_norm|(\w+_)?loss(/.*)?", re.DOTALL)
 
 Loads = dict[int, dict[int, Series]]  # layer, expert
 
@@ -57,7 +60,7 @@ def describe(run: RunFolder) -> Document:
     if run.problems:
         sections.insert(1, ("Could not be read", [Missing(problem) for problem in run.problems]))
     first, last = run.metrics.steps[0], run.metrics.steps[-1]
-    lead = f"{len(run.metrics.steps):,} logged steps, from {first:,} to {last:,}."
+    lead = f"{number_of(len(run.metrics.steps), 'logged step')}, from {first:,} to {last:,}."
     return Document(f"Run {run.path.resolve().name}", lead, [Section(title, blocks) for title, blocks in sections])
 
 
@@ -111,7 +114,7 @@ def losses(run: RunFolder) -> list[Block]:
     if validation:
         held_out_figures.append(_curves(validation, "Validation loss by source.", "loss", width=_HALF_WIDTH))
     if accuracy:
-        text = "Validation accuracy by source: the share of answers that are right word for word."
+        text = "Validation accuracy by source: the share of samples whose every answer is right token for token."
         figure = _curves(accuracy, text, "accuracy", bounds=(0.0, 1.0), width=_HALF_WIDTH)
         held_out_figures.append(figure)
     if held_out_figures:
@@ -140,8 +143,10 @@ def losses(run: RunFolder) -> list[Block]:
         blocks += [Table(header, rows), Paragraph("@ is the step at which a figure was logged.")]
     skipped = sum(value > 0 for _, value in metrics.series.get("skipped", ()))
     if skipped or metrics.not_finite:
-        worst = ", ".join(f"{key} at {len(steps)} steps" for key, steps in list(metrics.not_finite.items())[:8])
-        text = f"{skipped} logged steps were skipped because a loss or gradient was not finite."
+        worst = ", ".join(
+            f"{key} at {number_of(len(steps), 'step')}" for key, steps in list(metrics.not_finite.items())[:8]
+        )
+        text = f"Skipped because a loss or gradient was not finite: {number_of(skipped, 'logged step')}."
         blocks.append(Missing(f"{text} Not finite, and left out of the curves: {worst or 'nothing else'}."))
     return blocks
 
@@ -244,13 +249,13 @@ def routers(run: RunFolder) -> list[Block]:
 def alarms(run: RunFolder) -> list[Block]:
     if run.events is None:
         return [
-            Missing("not recorded: there is no events.jsonl, so this run either raised no alarm or watched for none")
+            Missing("not recorded: there is no events.jsonl, which a run has from its first step on, alarms or none")
         ]
     if not run.events:
         return [Paragraph("None was raised: events.jsonl is empty.")]
     keys = ("step", "kind", "layer", "expert", "value", "limit", "reaction")
     rows = [tuple(_field(event.get(key)) for key in keys) for event in run.events[:_MAX_EVENTS]]
-    kinds = [str(event.get("kind", "unnamed")) for event in run.events]
+    kinds = [event["kind"] for event in run.events]
     summary = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     blocks: list[Block] = [Paragraph(f"{len(kinds)} in all: {summary}."), Table(keys, rows)]
     if len(run.events) > _MAX_EVENTS:
@@ -291,9 +296,7 @@ def experts(run: RunFolder) -> list[Block]:
 def mixture(run: RunFolder) -> list[Block]:
     if run.mixture is None:
         return [Missing("not recorded: there is no mixture.json")]
-    rows = _mixture_rows(run.mixture)
-    if not rows:
-        return [Missing("mixture.json names no source"), Code(_json(run.mixture))]
+    rows = [(name, _flat(entry)) for name, entry in run.mixture["sources"].items()]
     named = dict.fromkeys(key for _, row in rows for key in row)
     keys = [key for key in _MIXTURE_FIRST if key in named]
     keys += [key for key in named if key not in keys]
@@ -302,6 +305,15 @@ def mixture(run: RunFolder) -> list[Block]:
     rest = {key: value for key, value in run.mixture.items() if not isinstance(value, dict | list)}
     if rest:
         blocks.append(Paragraph(", ".join(f"{key.replace('_', ' ')} {_field(value)}" for key, value in rest.items())))
+    phases = run.mixture.get("phases", [])
+    if len(phases) > 1:
+        header = ("steps", "source", "shares of", "share asked", "share realised")
+        cells = [
+            (f"{part['from_step']:,} to {part['to_step']:,}", name, part["shares_of"],
+             *(_field(entry.get(key)) for key in ("share_asked", "share_realised")))
+            for part in phases for name, entry in part["sources"].items()
+        ]  # fmt: skip
+        blocks += [Paragraph("The mixture was changed on the way:"), Table(header, cells, text_columns=3)]
     return blocks
 
 
@@ -313,20 +325,19 @@ def answers(run: RunFolder) -> list[Block]:
     for evaluation in run.answers:
         by_source: dict[str, list[dict[str, Any]]] = {}
         for row in evaluation.rows:
-            by_source.setdefault(str(row.get("source", "unnamed")), []).append(row)
+            by_source.setdefault(row["source"], []).append(row)
         for source, found in by_source.items():
             cells = []
             for measure in measures:
-                scores = [_score(row[measure]) for row in found if measure in row]
-                usable = [score for score in scores if score is not None]
-                cells.append(f"{sum(usable) / len(usable):.3f} of {len(usable):,}" if usable else "not recorded")
+                scores = [float(row[measure]) for row in found if row.get(measure) is not None]
+                cells.append(f"{sum(scores) / len(scores):.3f} of {len(scores):,}" if scores else "not recorded")
             rows.append((evaluation.name, source, *cells))
     blocks: list[Block] = [Table(("file", "source", *measures), rows, text_columns=2)]
     last = run.answers[-1]
     picked: dict[str, dict[str, Any]] = {}
     for row in last.rows:
         if "answer" in row:
-            picked.setdefault(str(row.get("source", "unnamed")), row)
+            picked.setdefault(row["source"], row)
     if picked:
         columns = ("prompt", "true", "answer")
         shown = [(source, *(_field(row.get(key)) for key in columns)) for source, row in picked.items()]
@@ -360,14 +371,7 @@ def _checks(run: RunFolder) -> list[tuple[str, str, str]]:
     # the trainer logs a step's row after its check
     proved = f"training stops before its first row otherwise, and this run has logged step {run.metrics.steps[-1]:,}"
     found = [("a gradient reached everything trainable at step 1", "passed", proved)]
-    skipped = run.metrics.series.get("skipped")
-    if skipped is None:
-        found.append(("every logged loss and gradient was finite", "not recorded", ""))
-    else:
-        bad = [step for step, value in skipped if value]
-        text = f"{len(bad)} of {len(skipped)} logged steps were not" + (f", the first at {bad[0]}" if bad else "")
-        found.append(("every logged loss and gradient was finite", "FAILED" if bad else "passed", text))
-    found.append(_base_check(run))
+    found += [_finite_check(run), _base_check(run)]
     for checkpoint in run.checkpoints:
         outcome = "FAILED" if checkpoint.trouble else "passed"
         text = checkpoint.trouble or "every file of its manifest is there in its size (contents are hashed on loading)"
@@ -383,11 +387,26 @@ def _checks(run: RunFolder) -> list[tuple[str, str, str]]:
         how = "mole-mega verify-parallel RUN.yaml --json RUN/verify_parallel.json puts it here"
         found.append(("layouts compute the same", "not recorded", how))
     else:
-        rows = [row for row in run.layouts if isinstance(row, dict)]
-        wrong = [str(row.get("case")) for row in rows if row.get("equal") is not True]
-        text = f"differing: {', '.join(wrong)}" if wrong else f"{len(rows)} layouts equal one process"
-        found.append(("layouts compute the same", "FAILED" if wrong or not rows else "passed", text))
+        wrong = [row["case"] for row in run.layouts if not row["equal"]]
+        text = (
+            f"differing: {', '.join(wrong)}"
+            if wrong
+            else f"compared with one process: {number_of(len(run.layouts), 'layout')}"
+        )
+        found.append(("layouts compute the same", "FAILED" if wrong or not run.layouts else "passed", text))
     return found
+
+
+def _finite_check(run: RunFolder) -> tuple[str, str, str]:
+    """By what the rows hold, and by what the trainer skipped; either may have been logged without the other."""
+    name, metrics = "every logged loss and gradient was finite", run.metrics
+    logged = {step for key, line in metrics.series.items() if _LOSS_OR_GRADIENT.fullmatch(key) for step, _ in line}
+    bad = {step for key, steps in metrics.not_finite.items() if _LOSS_OR_GRADIENT.fullmatch(key) for step in steps}
+    bad |= {step for step, value in metrics.series.get("skipped", ()) if value}
+    if not logged | bad:
+        return name, "not recorded", ""
+    text = f"{len(bad)} of {len(logged | bad):,} logged steps were not" + (f", the first at {min(bad)}" if bad else "")
+    return name, "FAILED" if bad else "passed", text
 
 
 def _base_check(run: RunFolder) -> tuple[str, str, str]:
@@ -547,18 +566,6 @@ def _entropy(shares: Iterable[float]) -> float:
     return -sum(share * math.log(share) for share in shares if share > 0)
 
 
-def _mixture_rows(tree: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(source, its figures): from `sources` as a list of named objects or as objects by name, or from the top."""
-    sources = tree.get("sources", tree)
-    if isinstance(sources, list):
-        named = [row for row in sources if isinstance(row, dict)]
-        pairs = [(str(row.get("name", row.get("source", "unnamed"))), row) for row in named]
-    else:
-        pairs = [(str(name), row) for name, row in sources.items() if isinstance(row, dict)]
-    flat = [(name, _flat(row)) for name, row in pairs]
-    return [(name, {k: v for k, v in row.items() if k not in ("name", "source")}) for name, row in flat]
-
-
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
@@ -608,7 +615,3 @@ def _field(value: Any) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1 if isinstance(value, dict) and len(value) > 4 else None, default=str)
-
-
-def _score(value: Any) -> float | None:
-    return float(value) if isinstance(value, bool) else finite(value)

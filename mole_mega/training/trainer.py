@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -141,7 +141,7 @@ def skipped_samples(loader: Loader, parallel: Parallel) -> tally.Tally:
 def _skipped_lines(skipped: tally.Tally, loader: Loader) -> list[str]:
     """For people: a line a kind, and examples from this rank."""
     lines = [
-        f"left out {count} samples of {source}: {kind}"
+        f"left out {count} sample{'s' * (count != 1)} of {source}: {kind}"
         for source, kinds in skipped.items()
         for kind, count in kinds.items()
     ]
@@ -176,6 +176,7 @@ class Trainer:
         self.stepper = Stepper(run, self.model, self.optimizer, parallel, len(self.loader.domains))
         self.state = self._start()
         self._counted_before = self.state.data_counts
+        self._first_of_phase, self._phases_before = self._mixtures_before()
         if run.adapter.method == "mole":
             self._remember(self.state.routers or RouterMemory.empty(len(self._router_layers), run.adapter.num_experts))
         # trainable tensors that no gradient was seen to reach yet; a resumed run saw them before
@@ -185,6 +186,10 @@ class Trainer:
     def train(self) -> int:
         """Run to the last step; returns the exit code."""
         run = self.run
+        if self.state.step >= run.train.steps:
+            had = f"{self.state.step} step{'s' * (self.state.step != 1)}"
+            self._say(f"nothing to train: this run already has {had}, of {run.train.steps} asked (train.steps)")
+            return ExitCode.DONE
         signal.signal(signal.SIGTERM, self._on_signal)
         self._announce()
         logs = self._open_logs()
@@ -224,9 +229,11 @@ class Trainer:
             )
             code = ExitCode.STOPPED_ITSELF
         elif code == ExitCode.DONE:
-            self._say(f"done: {self.state.step} steps, last checkpoint at step {saved} in {self.store.folder}")
+            had = f"{self.state.step} step{'s' * (self.state.step != 1)}"
+            self._say(f"done: {had}, last checkpoint at step {saved} in {self.store.folder}")
         self._say_skipped_samples()
-        for line in tally.table(self._write_mixture(self._data_counts())):
+        self._take_stock()
+        for line in tally.table(self._write_mixture()):
             self._say(line)
         self._say(f"peak memory of rank 0: {peak_memory_bytes() / 2**20:.0f} MiB")
         if logs is not None:
@@ -292,22 +299,37 @@ class Trainer:
         return RunState(step=0, base_hash=self.base_hash, applied_steps=0)
 
     def _save(self) -> None:
-        self.state = replace(self.state, data_counts=self._data_counts())
+        self._take_stock()
         try:
             path = self.store.save(self.model, self.optimizer, self.state)
         except files.CheckpointError as error:
             raise files.CheckpointError(f"{error}. Last good checkpoint: {self.store.latest() or 'none'}") from error
-        self._write_mixture(self.state.data_counts)
+        self._write_mixture()
         self._say(f"saved {path}")
 
-    def _data_counts(self) -> tally.Tally:
-        """What the whole run has trained on so far, by source; all ranks call it."""
-        return tally.add([self._counted_before, *_of_each_reader(self.loader.read, self.parallel)])
+    def _mixtures_before(self) -> tuple[int, tuple[tally.Phase, ...]]:
+        """(the step after which this run's mixture began, the phases before it): a run that goes on with the mixture
+        that it had goes on with its phase."""
+        phases, step = tuple(self.state.data_phases), self.state.step
+        if not phases:
+            return 0, ()
+        *before, last = phases
+        first = last["from_step"] - 1
+        if tally.ask_the_same(last, tally.phase(self.plan, first, step, {})):
+            return first, tuple(before)
+        return step, phases
 
-    def _write_mixture(self, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    def _take_stock(self) -> None:
+        """Bring up to date what the whole run has trained on so far, by source and by phase; all ranks call it."""
+        counts = tally.add([self._counted_before, *_of_each_reader(self.loader.read, self.parallel)])
+        taken = tally.taken_since(self._phases_before, counts)
+        phase = tally.phase(self.plan, self._first_of_phase, self.state.step, taken)
+        self.state = replace(self.state, data_counts=counts, data_phases=(*self._phases_before, phase))
+
+    def _write_mixture(self) -> dict[str, Any]:
         """Write `mixture.json`, asked against realised, and return what it holds."""
         path = Path(self.run.run_dir) / "mixture.json"
-        tree = tally.manifest(self.plan, self.state.step, counts)
+        tree = tally.manifest(self.state.data_phases, self.state.data_counts)
         with files.shared_disk_errors("writing", path):
             if self.parallel.is_main:
                 beside = path.with_name(f".{path.name}.new")
@@ -343,8 +365,7 @@ class Trainer:
         with files.shared_disk_errors("writing", folder):
             if self.parallel.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
-                if self.state.step < self.run.train.steps:  # else it says what the finished run was trained with
-                    (folder / "config.yaml").write_text(run_config.dump(self.run))
+                (folder / "config.yaml").write_text(run_config.dump(self.run))
                 logs = RunLogs(folder, self.run.monitor, self.state.step, self._router_layers, self.loader.domains)
         return logs
 
@@ -390,7 +411,9 @@ class Trainer:
             f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
         self._say(f"prompts: {self.loader.encoder.prompts}")
-        for line in self.plan.describe(self.run.train.steps):
+        if self._phases_before:
+            self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")
+        for line in self.plan.describe(self.run.train.steps, self._first_of_phase):
             self._say(line)
 
     def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:

@@ -367,6 +367,8 @@ MISTAKES = {
         "run out after 29 samples (mixed 1 x 20 rows, text 1 x 9 rows): 7 of 8 steps of 4 are possible",
     ),
     "no data": (["data.sources.0.path=nowhere.json"], 1, "nowhere.json does not exist"),
+    # before the base is looked at
+    "no place": (["run_dir=/dev/null/run", "model.base=nowhere"], 1, "run_dir: /dev/null is a file, not a folder that"),
 }
 
 
@@ -460,7 +462,7 @@ def test_under_torchrun_a_run_directory_that_one_rank_cannot_write_is_said_once(
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == INPUT_ERROR, result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: writing /proc/x failed: No such file or directory")
+    assert line == "error: run_dir: /proc/x cannot be written to: No such file or directory"
 
 
 @pytest.mark.parametrize(

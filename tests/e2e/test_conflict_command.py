@@ -9,6 +9,9 @@ from functools import partial
 import commands
 import pytest
 
+from mole_mega.config import ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
+from mole_mega.conflict.measure import Plan, set_aside, shared_adapter
+
 # fp32, after 6 steps of Adam, which magnifies rounding: each figure against one process
 TOLERANCE = 2e-4
 # words that the tiny base knows
@@ -35,11 +38,15 @@ def answers(tmp_path_factory):
 def ask(make_run, answers, tmp_path_factory):
     """ask(sources, *flags, nproc, layout) -> (what was printed, the figures as JSON, the folder of the page)."""
 
-    def run(names, *flags, nproc=1, **layout):
+    def run(names, *flags, nproc=1, mixture=None, settings=(), **layout):
         folder = tmp_path_factory.mktemp("conflict")
         sources = [{"name": name, "path": str(answers / f"{name}.json")} for name in names]
+        for source, own in zip(sources, settings, strict=False):
+            source |= own
         train = {"global_batch_size": 8, "micro_batch_size": 4, "lr": 0.005, "warmup_steps": 0}
-        path = make_run(folder, data={"sources": sources}, train=train, adapter={"dropout": 0}, parallel=layout)
+        path = make_run(
+            folder, data={"sources": sources} | (mixture or {}), train=train, adapter={"dropout": 0}, parallel=layout
+        )
         arguments = [path, "--repeats", 1, "--json", folder / "figures.json", "--out", folder / "page", *flags]
         code, text = commands.run(arguments, folder / "log", nproc=nproc, module="mole_mega.conflict.command")
         assert code == 0, text
@@ -113,6 +120,54 @@ def test_a_layout_measures_what_one_process_measures(short, one_process, layout)
                 else:
                     assert row[key] == value, (layout, kind, key)
     assert compared > 40
+
+
+def test_a_mixture_with_passes_schedules_tokens_and_a_temperature_is_measured(short, one_process):
+    """As one of plain weights is that comes to the same shares: each source's rows, and their places, are as many."""
+    text, figures, _ = short(
+        mixture={"weights_in": "tokens", "temperature": 2.0},
+        # the mean over the run's 6 steps is 2.5
+        settings=({"epochs": 1, "weight": [[0, 0], [5, 5]]}, {"weight": 2.5}),
+    )
+    assert "epochs of red: ignored" in text
+    assert "schedules of weights: taken as their means over train.steps 6: red 2.5" in text
+    assert figures["losses"] == one_process["losses"] and figures["cosines"] == one_process["cosines"]
+
+
+def shared(*sources, steps=10):
+    run = RunConfig(
+        run_dir="run",
+        model=ModelConfig(base="base"),
+        train=TrainConfig(steps=steps),
+        data=DataConfig(sources=tuple(SourceConfig(path="x", **source) for source in sources)),
+    )
+    kept = shared_adapter(run, Plan(steps=5, warm_steps=5, repeats=1, batches=3, chunks=2)).data.sources
+    return [(source.name, source.weight, source.epochs) for source in kept], set_aside(run)
+
+
+def test_a_schedule_counts_by_its_mean_and_passes_do_not():
+    kept, lines = shared(
+        {"name": "a", "weight": ((0, 0.0), (4, 8.0))}, {"name": "b", "epochs": 2}, {"name": "c", "weight": 0.0},
+        {"name": "late", "weight": ((20, 0.0), (30, 1.0))},
+    )  # fmt: skip
+    assert kept == [("a", pytest.approx((0 + 2 + 4 + 6 + 6 * 8) / 10), None), ("b", 1.0, None)]
+    assert lines == [
+        "epochs of b: ignored, these are short runs that may read rows again",
+        "schedules of weights: taken as their means over train.steps 10: a 6, late 0",
+    ]
+    assert shared({"name": "a"}, {"name": "b"})[1] == []
+    with pytest.raises(ConfigError, match="has 1 source with a weight above 0"):
+        shared({"name": "a"}, {"name": "late", "weight": ((20, 0.0), (30, 1.0))})
+
+
+def test_a_source_that_the_mix_would_hardly_read_is_named_before_anything_is_trained(make_run, answers, tmp_path):
+    sources = [{"name": name, "path": str(answers / f"{name}.json")} for name in ("red", "green")]
+    sources[1]["weight"] = 1e-6
+    path = make_run(tmp_path, data={"sources": sources})
+    code, text = commands.run([path, "--steps", 2], tmp_path / "log", module="mole_mega.conflict.command")
+    assert (
+        code == 2 and "data.sources 'green': 4 steps on the mix read 1 of its samples" in text and text.count("\n") == 1
+    )
 
 
 def test_a_mixture_of_one_source_is_refused(make_run, answers, tmp_path):

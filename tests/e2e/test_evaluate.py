@@ -91,7 +91,7 @@ def test_training_logs_and_keeps_the_answers_that_eval_writes(trained, evaluate)
     for kind, key in (("exact_match", "exact"), ("contains", "contains"), ("anls", "anls")):
         own = [answer[key] for answer in answers if answer["source"] == "mixed"]
         assert figures[f"{kind}/mixed"] == pytest.approx(sum(own) / len(own))
-    assert "left out 1 samples of mixed: image missing" in text
+    assert "left out 1 sample of mixed: image missing" in text
 
 
 def test_processes_that_share_the_work_give_the_same(evaluate):

@@ -95,13 +95,16 @@ def test_a_finished_run_that_is_started_again_does_nothing(train, tmp_path):
     sections = {"train": {"steps": 2}, "checkpoint": {"every": 0}}
     assert train("run", **sections)[0] == 0
     rows = read_rows(tmp_path / "run")
-    before = (tmp_path / "run/checkpoints/step_2/manifest.json").read_bytes()
-    code, text = train("run", **sections)
-    assert code == 0
-    assert "going on after step 2" in text
-    assert "saved" not in text
-    assert read_rows(tmp_path / "run") == rows
-    assert (tmp_path / "run/checkpoints/step_2/manifest.json").read_bytes() == before
+    names = ("checkpoints/step_2/manifest.json", "mixture.json", "config.yaml", "events.jsonl")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in names}
+    changed_data = {"data": {"weights_in": "tokens", "temperature": 2.0}}
+    for steps, more in ((2, {}), (1, {}), (2, changed_data)):
+        code, text = train("run", **(sections | {"train": {"steps": steps}} | more))
+        assert code == 0
+        assert f"nothing to train: this run already has 2 steps, of {steps} asked (train.steps)" in text
+        assert "saved" not in text and "done" not in text and "source mixed" not in text
+        assert read_rows(tmp_path / "run") == rows
+        assert {name: (tmp_path / "run" / name).read_bytes() for name in names} == before
 
 
 def test_a_run_goes_on_only_with_the_adapters_that_it_began_with(train, tmp_path):
@@ -140,6 +143,16 @@ def test_what_a_run_goes_on_with_otherwise_than_before_is_said(train, tmp_path, 
         "which moves the learning rates), train.lr 0.003 -> 0.001, data.sources"
     ]
     assert "lr: 0.001" in (tmp_path / "run/config.yaml").read_text()
+    # each mixture is held against the steps in which it was asked
+    assert "this mixture is asked from step 3 on, another one before:" in text
+    assert "source text: 9 rows, asked 100.0% of the samples, planned 8 of 8 samples = 0.89 epochs" in text
+    mixture = read_mixture(tmp_path / "run")
+    assert [(part["from_step"], part["to_step"], list(part["sources"])) for part in mixture["phases"]] == [
+        (1, 2, ["mixed", "text"]), (3, 4, ["text"]),
+    ]  # fmt: skip
+    counts = {name: (entry["share_asked"], entry["drawn"], entry["rows"]) for name, entry in mixture["sources"].items()}
+    assert counts == {"text": (0.625, 10, 10), "mixed": (0.375, 6, 6)}
+    assert mixture["samples"] == mixture["samples_counted"] == 16
 
 
 def test_recompute_draws_the_dropout_that_the_first_pass_drew(train, tmp_path):

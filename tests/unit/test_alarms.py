@@ -108,8 +108,17 @@ def test_a_balance_weight_above_the_maximum_is_left_alone():
     assert memory.balance_factor == 1.0 and [alarm.reaction for alarm in told] == ["none"]
 
 
-def test_dead_experts_become_copies_of_the_busiest_one_after_earlier_copies_took_half():
-    reseed = AlarmsConfig(dead_steps=2, reaction="reseed", collapse=1.5)
+RESEED = AlarmsConfig(dead_steps=2, reaction="reseed")
+
+
+def copied(*counts_LE):
+    """[(layer, dead expert, the one that it becomes a copy of)] of what is reseeded once these loads went on."""
+    _, told = watch([routing(*counts_LE)] * 2, RESEED)
+    return [(alarm.layer, alarm.expert, alarm.source) for alarm in told]
+
+
+def test_dead_experts_become_copies_of_experts_that_are_busy_and_start_anew():
+    reseed = replace(RESEED, collapse=1.5)
     memory, told = watch([routing([0, 30, 20, 0])] * 2, reseed)
     assert brief(told) == [
         (1, "collapse", 2, 1, 2.4), (2, "dead_expert", 2, 0, 2), (2, "dead_expert", 2, 3, 2),
@@ -119,6 +128,23 @@ def test_dead_experts_become_copies_of_the_busiest_one_after_earlier_copies_took
     ]  # fmt: skip
     # they have to be without tokens for as long again
     assert memory.unused_steps_LE.tolist() == [[0, 0, 0, 0]]
+
+
+def test_each_dead_expert_of_a_layer_is_a_copy_of_another_one_in_the_order_of_load():
+    """Also where the busiest one has nearly all: its half is more than all that the others have."""
+    assert copied([0, 3, 90, 0, 5, 0]) == [(2, 0, 2), (2, 3, 4), (2, 5, 1)]
+    # layers do not take from one another; of equals the lower number is first
+    assert copied([0, 7, 7, 7], [9, 0, 8, 0]) == [(2, 0, 1), (3, 1, 0), (3, 3, 2)]
+
+
+def test_an_expert_is_copied_twice_only_when_all_others_were_copied_once():
+    assert copied([0, 0, 0, 0, 0, 60, 30]) == [(2, 0, 5), (2, 1, 6), (2, 2, 5), (2, 3, 6), (2, 4, 5)]
+
+
+def test_a_layer_without_a_token_has_nothing_to_copy():
+    memory, told = watch([routing([0, 0, 0, 0], BALANCED)] * 2, RESEED)
+    assert [(alarm.expert, alarm.reaction, alarm.source) for alarm in told] == [(e, "none", None) for e in range(4)]
+    assert memory.unused_steps_LE.tolist() == [[2] * 4, [0] * 4]
 
 
 # --- what is remembered ---

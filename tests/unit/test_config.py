@@ -235,6 +235,36 @@ def test_a_domain_named_twice_is_refused_with_its_name_and_count(kind):
     assert f"data.{kind} has the name 'docs' 3 times" in refused(data={kind: [source, source, source]})
 
 
+@pytest.mark.parametrize("kind", ["sources", "validation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\nb",
+        "a\r",
+        "\x1b[31mred",
+        "a\x00b",
+        "a\u2028b",
+        "a\u202eb",
+        "",
+        " a",
+        "a/../b",
+        "..",
+        "./a",
+        "a//b",
+        "/a",
+        "a/",
+    ],
+)
+def test_a_name_that_could_break_a_line_or_leave_a_folder_is_refused_as_it_is_written(kind, name):
+    message = refused(data={kind: [{"name": name, "path": "x"}]})
+    assert message.startswith(f"data.{kind} has the name {name!r}: a name ") and message.isprintable()
+
+
+@pytest.mark.parametrize("name", ["vqa/train", "a b", "a..b", "médecine 医", "1.5", "yes: no"])
+def test_other_names_are_the_users_own(name):
+    assert make(data={"sources": [{"name": name, "path": "x"}]}).data.sources[0].name == name
+
+
 def test_the_same_domain_may_be_trained_and_validated_on():
     assert make(data={"validation": [{"name": "a", "path": "v.json"}]}).data.validation[0].name == "a"
 
@@ -512,6 +542,22 @@ def test_the_untrained_router_is_allowed_where_there_is_no_choice_or_another_los
 def test_an_alarm_out_of_range_is_refused_with_its_number(name, low, value):
     message = refused(monitor={"alarms": {name: value}})
     assert message == f"monitor.alarms.{name} must be at least {low}, got {value}"
+
+
+@pytest.mark.parametrize("limit", [0.25, 1.0])
+def test_a_collapse_that_no_load_can_stay_below_is_refused(limit):
+    message = refused(monitor={"alarms": {"collapse": limit}})
+    assert message.startswith(f"monitor.alarms.collapse must be above 1, or 0 for off, got {limit}")
+
+
+def test_an_entropy_floor_above_every_load_is_refused_with_the_experts_that_it_depends_on():
+    alarms = {"alarms": {"entropy_floor": 1.2}}
+    message = refused(monitor=alarms, adapter={"num_experts": 3})
+    assert message.startswith(
+        "monitor.alarms.entropy_floor must be at most ln 3 = 1.099 with adapter.num_experts 3, got 1.2"
+    )
+    for adapter in ({"num_experts": 4}, {"num_experts": 1}, {"method": "lora", "num_experts": 3}):
+        assert make(monitor=alarms, adapter=adapter).monitor.alarms.entropy_floor == 1.2
 
 
 def test_an_unknown_alarm_or_reaction_is_named():

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from mole_mega.conflict import command, describe
 from mole_mega.conflict.statistics import (
+    KINDS,
     Cosine,
     Loss,
     Measurement,
@@ -251,6 +253,17 @@ def test_rows_that_repeat_or_were_seen_are_warned_of():
     assert "digits: 40%" in first and "scans: 100%" in second and "scans" in third
 
 
+def test_one_is_not_told_as_many():
+    rng = np.random.default_rng(0)
+    once = {kind: [a[:1] for a in losses(rng, 0.1)] for kind in KINDS}
+    measured = dataclasses.replace(
+        measurement([0.0], (0.0, 0.0)), losses=once, steps=1, mix_steps=2, warm_steps=1, own_steps=(1, 1)
+    )
+    text = describe.text(measured, find(measured, RULE), RULE, colour=False)
+    assert "all of it once." in text and "times" not in text and "taken after 1 step on the mix" in text
+    assert not re.search(r"\b1 (steps|batches|times)\b", text)
+
+
 # the command's own input
 
 
@@ -263,6 +276,10 @@ def test_rows_that_repeat_or_were_seen_are_warned_of():
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--warm", "0"], "--warm must be at least 1"),
         (["--margin", "nan"], "--margin must be at least 0, got nan"),
+        (["--cosine", "nan"], "--cosine must be at least 0, got nan"),
+        (["--cosine", "inf"], "--cosine must be a finite number, got inf"),
+        (["--out", "/dev/null"], "--out: /dev/null is a file, not a folder that can be written to"),
+        (["--json", "/"], "--json: / is a folder, not a file that can be written"),
         ([], "cannot read nowhere.yaml"),
     ],
 )

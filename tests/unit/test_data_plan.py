@@ -239,7 +239,7 @@ def test_the_manifest_says_asked_and_realised_and_its_table_prints(tmp_path):
     sources = [Colours("ocr", 11, tmp_path, bad=[3], broken=[4]), Colours("vqa", 7, tmp_path)]
     plan = plan_of(sources, batch=8, settings=[(3.0, None), (1.0, None)])
     counts = read(sources, plan, 5)
-    tree = json.loads(json.dumps(tally.manifest(plan, 5, counts)))
+    tree = json.loads(json.dumps(tally.manifest([tally.phase(plan, 0, 5, counts)], counts)))
     assert tree["samples"] == tree["samples_counted"] == 40
     ocr, vqa = tree["sources"]["ocr"], tree["sources"]["vqa"]
     assert (ocr["share_asked"], vqa["share_asked"]) == (0.75, 0.25)
@@ -260,10 +260,82 @@ def test_the_manifest_says_asked_and_realised_and_its_table_prints(tmp_path):
 def test_a_run_that_kept_no_counts_or_had_other_sources_says_so():
     plan = plan_of([SHORT], batch=8)
     old = {"gone": {"rows": 8, "tokens": 80}}
-    tree = tally.manifest(plan, 5, tally.add([old, {"short": {"rows": 16, "tokens": 160}}]))
+    counts = tally.add([old, {"short": {"rows": 16, "tokens": 160}}])
+    tree = tally.manifest([tally.phase(plan, 0, 5, counts)], counts)
     assert tree["sources"]["gone"]["share_realised"] == pytest.approx(1 / 3)
     assert tree["sources"]["gone"]["share_asked"] == 0
     assert tally.table(tree)[-1] == "  counted: 24 of 40 samples; no counts were kept of the rest"
+
+
+def test_a_run_that_changes_its_mixture_is_held_against_each_for_its_own_steps():
+    """5 steps of 8 at 3 to 1, then 15 steps of 4 at 1 to 4 with the first source gone: asked, drawn and realised."""
+    other = Texts("other", 30, [7])
+    sources = {source.name: source for source in (SHORT, LONG, other)}
+    first = plan_of([SHORT, LONG], batch=8, settings=[(3.0, None), (1.0, None)])
+    then = plan_of([LONG, other], batch=4, settings=[(1.0, None), (4.0, None)])
+    before, after = read([SHORT, LONG], first, 5), read([LONG, other], then, 20, first=5)
+    phases = [tally.phase(first, 0, 5, before)]
+    counts = tally.add([before, after])
+    assert tally.taken_since(phases, counts)["other"]["rows"] == after["other"]["rows"] == 48
+    phases.append(tally.phase(then, 5, 20, tally.taken_since(phases, counts)))
+    tree = tally.manifest(phases, counts)
+    assert (tree["step"], tree["samples"], tree["samples_counted"]) == (20, 100, 100)
+    found = {
+        name: (entry["share_asked"], entry["drawn"], entry["rows"], entry["epochs_begun"])
+        for name, entry in tree["sources"].items()
+    }
+    assert found == {
+        "long": (pytest.approx(0.4 * 0.25 + 0.6 * 0.2), 22, 22, 1),
+        "other": (pytest.approx(0.6 * 0.8), 48, 48, 2),
+        "short": (pytest.approx(0.4 * 0.75), 30, 30, 1),
+    }
+    assert len(sources["other"]) == 30 and tree["sources"]["short"]["weight"] is None
+    spans = [(part["from_step"], part["to_step"], part["sources"]["long"]["rows"]) for part in tree["phases"]]
+    assert spans == [(1, 5, 10), (6, 20, 12)]
+    lines = tally.table(tree)
+    assert lines[-2:] == [
+        "  steps 1 to 5, asked / realised of the samples: short 75.00% / 75.00%, long 25.00% / 25.00%",
+        "  steps 6 to 20, asked / realised of the samples: long 20.00% / 20.00%, other 80.00% / 80.00%",
+    ]
+
+
+def test_phases_in_tokens_weigh_by_their_tokens_and_units_are_not_mixed():
+    in_tokens = [plan_of([SHORT, LONG], settings=[(weight, None)], weights_in="tokens") for weight in (1.0, 3.0)]
+    before, after = {"short": {"rows": 9, "tokens": 100}}, {"short": {"rows": 1, "tokens": 300}}
+    phases = [tally.phase(in_tokens[0], 0, 1, before), tally.phase(in_tokens[1], 1, 9, after)]
+    counts = tally.add([before, after])
+    shares = [entry["share_asked"] for entry in tally.manifest(phases, counts)["sources"].values()]
+    assert shares == pytest.approx([(100 * 0.5 + 300 * 0.75) / 400, (100 * 0.5 + 300 * 0.25) / 400])
+    phases[0] = tally.phase(plan_of([SHORT, LONG]), 0, 1, before)
+    tree = tally.manifest(phases, counts)
+    assert {entry["share_asked"] for entry in tree["sources"].values()} == {None}
+    assert tally.table(tree)[2].split()[:2] == ["short", "-"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"settings": [(2.0, None)]}, {"settings": [(1.0, 3)]}, {"settings": [(((0, 1.0), (9, 2.0)), None)]},
+     {"weights_in": "tokens"}, {"temperature": 2.0}, {"seed": 4}, {"batch": 5}],
+    ids=str,
+)  # fmt: skip
+def test_a_phase_knows_its_own_plan_from_another_one(change):
+    plan = plan_of([SHORT, LONG])
+    one = json.loads(json.dumps(tally.phase(plan, 0, 3, read([SHORT, LONG], plan, 3))))
+    assert tally.ask_the_same(one, tally.phase(plan_of([SHORT, LONG]), 0, 8, {}))
+    assert not tally.ask_the_same(one, tally.phase(plan_of([SHORT, LONG], **change), 0, 3, {}))
+    assert not tally.ask_the_same(one, tally.phase(plan_of([LONG, SHORT]), 0, 3, {}))
+
+
+def test_what_is_left_of_a_run_is_planned_from_the_step_where_its_mixture_began():
+    lines = plan_of([SHORT, LONG], settings=[(3.0, None)]).describe(20, 12)
+    assert lines[0].endswith("asked 75.0% of the samples, planned 60 of 80 samples = 0.94 epochs")
+
+
+def test_the_plan_shows_the_error_of_a_mean_unless_all_rows_were_counted():
+    few, many = (Texts("a", size, [3]) for size in (512, 513))
+    assert plan_module.Places(80.81, 0.0, 400).describe(len(few)) == "80.8"
+    shown = [plan_module.Places(80.8149, error, 512).describe(len(many)) for error in (3.26, 0.31, 0.0149, 0.0)]
+    assert shown == ["80.8 +- 3.3", "80.8 +- 0.3", "80.81 +- 0.01", "80.8 (as 512 rows have, all alike)"]
 
 
 def test_a_plan_depends_on_files_config_and_seed_alone():

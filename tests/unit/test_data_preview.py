@@ -197,6 +197,7 @@ def test_the_command_shows_first_what_training_draws_first(run_file, capsys):
         (["--source", "c"], "--source: data.sources has no 'c'; there are a, b"),
         (["--rows", "0"], "--rows must be at least 1, got 0"),
         (["--html", "/nowhere/page.html"], "--html: /nowhere is not a folder"),
+        (["--html", "/tmp", "model.base=nowhere"], "--html: /tmp is a folder, not a file that can be written"),
         (["data.sources.b.wheight=1"], "nearest valid key is data.sources[1].weight"),
         (["data.sources.c.weight=1"], "'c' is not an index below 2, nor a name of a, b"),
         (["model.base=nowhere"], "is not a base checkpoint: cannot read model.json"),

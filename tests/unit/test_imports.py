@@ -12,19 +12,21 @@ PACKAGE = Path(__file__).parents[2] / "mole_mega"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
+    # whether a command can write where it is told to
+    "outputs": {"errors"},
     "platform": {"errors", "config"},
     "adapters": {"errors", "config", "platform"},
     "models": {"errors", "config", "platform", "adapters"},
     "data": {"errors", "config"},
     "monitor": {"errors", "config", "adapters"},
     # reads files alone: fast, and without torch
-    "report": {"errors", "config"},
+    "report": {"errors", "config", "outputs"},
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
     # data: an export says how pictures and prompts were prepared in training
     "convert": {"errors", "config", "platform", "adapters", "models", "data", "checkpoint"},
     "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint"},
     # short trainings, told as a report tells
-    "conflict": {"errors", "config", "platform", "data", "report", "checkpoint", "training"},
+    "conflict": {"errors", "config", "platform", "data", "report", "checkpoint", "training", "outputs"},
 }
 # Every other file at the top of the package is an entry point: it may import all rooms, and no room imports it.
 

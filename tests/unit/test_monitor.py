@@ -363,6 +363,11 @@ def test_the_progress_line_says_how_far_and_how_long():
     assert "loss nan" in bad and "balance 0.2500" in bad and bad.endswith("NOT FINITE, step skipped")
 
 
+def test_the_first_progress_line_claims_no_speed_and_no_time_left():
+    line = progress_line(step_row(1, make_result(), LRS, DOMAINS) | Throughput().step(1000), 20)
+    assert line == "step 1/20  loss 0.5000  grad 2  lr 0.1  - tok/s  left -"
+
+
 def test_peak_memory_is_in_bytes_and_at_least_what_is_held():
     held = torch.ones(2**22)
     assert held.numel() * 4 < peak_memory_bytes() < 2**40

@@ -217,6 +217,10 @@ def test_a_whole_run_passes_its_checks(run_dir):
         ("one base", lambda folder: (folder / "checkpoints/step_10/state.json").write_text('{"base_hash": "other"}')),
         ("one base", lambda folder: (folder / "config.yaml").write_text("model: {base_hash: other}")),
         ("finite", lambda folder: write_lines(folder / "metrics.jsonl", [row(1), row(2) | {"skipped": 1}])),
+        ("finite", lambda folder: write_lines(folder / "metrics.jsonl", [row(1), row(2) | {"grad_norm": "nan"}])),
+        ("finite", lambda folder: write_lines(folder / "metrics.jsonl", [row(1), row(2) | {"loss/scans": "inf"}])),
+        ("finite", lambda folder: write_lines(folder / "metrics.jsonl", [{"step": 3, "loss": "nan"}])),
+        ("finite", lambda folder: write_lines(folder / "metrics.jsonl", [row(1) | {"validation_loss/a": "nan"}])),
         ("layouts", lambda folder: (folder / "verify_parallel.json").write_text('[{"case": "TP 2", "equal": false}]')),
         ("layouts", lambda folder: (folder / "verify_parallel.json").write_text("[]")),
     ],
@@ -224,6 +228,13 @@ def test_a_whole_run_passes_its_checks(run_dir):
 def test_a_check_fails_when_what_it_is_about_is_spoilt(run_dir, check, spoil):
     spoil(run_dir)
     assert outcome_of(run_dir, check) == "FAILED"
+
+
+def test_losses_without_a_word_on_skipped_steps_are_checked_and_no_losses_are_not(run_dir):
+    write_lines(run_dir / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
+    assert outcome_of(run_dir, "finite") == "passed"
+    write_lines(run_dir / "metrics.jsonl", [{"step": 1, "expert/delta_norm/layer_0/expert_0": "nan"}])
+    assert outcome_of(run_dir, "finite") == "not recorded"
 
 
 def test_layouts_that_were_proved_equal_are_a_check_passed(run_dir):
@@ -298,7 +309,7 @@ def refused(capsys, *arguments):
         (None, "has no metrics.jsonl"),
         (b"", "it is empty"),
         (b"\x00\xff\xfe not json\n", "is not JSON"),
-        (b'{"loss": 1}\n[1, 2]\n', "rows without a step"),
+        (b'{"loss": 1}\n[1, 2]\n', "1 row without a step"),
         (b'{"step": -1, "loss": 1}\n{"step": true}\n{"step": "x"}\n', "3 rows without a step"),
         (b"[" * 100_000, "is not JSON"),
     ],
@@ -322,16 +333,31 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 
 def test_an_unwritable_place_is_one_line(run_dir, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert "file" in refused(capsys, run_dir, "--out", tmp_path / "file")
+    folder = tmp_path / "file"
+    said = f"error: --out: {folder} is a file, not a folder that can be written to\n"
+    assert [refused(capsys, run_dir, "--out", out) for out in (folder, folder / "x")] == [said] * 2
+    (run_dir / "report.md").mkdir()
+    assert f"--out: {run_dir / 'report.md'} is a folder, not a file" in refused(capsys, run_dir)
+    assert not (run_dir / "report.html").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("metrics.jsonl", b'\xff\xfe\n{"step": 3, "loss": 1.0}\nnull\n', "2 lines are not JSON objects"),
-        ("metrics.jsonl", b'{"step": 3, "loss": 1.0}\n{"step": 4, "lo', "the last line, 2, is cut short"),
-        ("metrics.jsonl", b'{"step": 3, "loss": [1], "loss/a": true}\n', "2 values that are no numbers"),
-        ("events.jsonl", b"\x89PNG\x00\x01", "is not JSON"),
+        (
+            "metrics.jsonl",
+            b'\xff\xfe\n{"step": 3, "loss": 1.0}\nnull\n',
+            "line 1, which was left out: it is not JSON (2",
+        ),
+        (
+            "metrics.jsonl",
+            b'{"step": 3, "loss": 1.0}\nnull\n',
+            "line 2, which was left out: it is JSON, but not an object",
+        ),
+        ("metrics.jsonl", b'{"step": 3, "loss": 1.0}\n{"step": 4, "lo', "line 2, which was left out: it is cut short"),
+        ("metrics.jsonl", b'{"step": 3, "loss": 1.0}\n{"step": 4, "lo\n', "line 2, which was left out: it is not JSON"),
+        ("metrics.jsonl", b'{"step": 3, "loss": [1], "loss/a": true}\n', "2 values left out that are no number"),
+        ("events.jsonl", b"\x89PNG\x00\x01", "it is cut short"),
         ("mixture.json", b"[]", "not a JSON object"),
         ("mixture.json", b"\xff", "not UTF-8"),
         ("config.yaml", b"a: [", "not YAML"),
@@ -348,6 +374,95 @@ def test_a_corrupt_file_is_told_at_the_top_and_the_rest_is_reported(run_dir, cap
     assert said in Page(page).text
 
 
+ALARM = {"step": 7, "kind": "collapse", "layer": 1, "expert": None, "value": 2.75, "limit": 2.5}
+ANSWER = {"source": "digits", "answer": "one", "exact": True}
+ONE_SOURCE = {"sources": {"digits": {"rows": 3, "share_asked": 1.0}}}
+
+
+def changed(tree, **change):
+    """JSON of a row, with some values changed (None: the key gone)."""
+    return json.dumps({key: value for key, value in (tree | change).items() if value is not None}).encode()
+
+
+def one_source(**change):
+    return changed({}, sources={"digits": ONE_SOURCE["sources"]["digits"] | change})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("events.jsonl", changed(ALARM, step=None), "it has no step"),
+        ("events.jsonl", changed(ALARM, step="7"), "step is '7'"),
+        ("events.jsonl", changed(ALARM, step=-1), "step is -1"),
+        ("events.jsonl", changed(ALARM, kind=[1]), "kind is a list"),
+        ("events.jsonl", changed(ALARM, value=10**400), "value is 1000"),
+        ("events.jsonl", changed(ALARM, layer=True), "layer is True"),
+        ("events.jsonl", b"{}", "it has no step"),
+        ("mixture.json", b"{}", "sources is no object that names one or more"),
+        ("mixture.json", b'{"sources": {}}', "sources is no object that names one or more"),
+        ("mixture.json", b'{"sources": [{"name": "digits", "rows": 3}]}', "sources is no object"),
+        ("mixture.json", b'{"sources": {"digits": 3}}', "source 'digits' is no object"),
+        ("mixture.json", b'{"sources": {"digits": {}}}', "source 'digits': it has no rows"),
+        ("mixture.json", one_source(rows="many"), "source 'digits': rows is 'many'"),
+        ("mixture.json", one_source(share_asked=7.5), "source 'digits': share_asked is 7.5"),
+        ("mixture.json", one_source(tokens=-3), "source 'digits': tokens is -3"),
+        ("mixture.json", changed(ONE_SOURCE, phases={}), "phases is no list"),
+        ("mixture.json", changed(ONE_SOURCE, phases=[3]), "phases[0]: sources is no object"),
+        ("mixture.json", changed(ONE_SOURCE, phases=[ONE_SOURCE]), "phases[0]: it has no from_step"),
+        ("eval/step_20.jsonl", changed(ANSWER, source=None), "it has no source"),
+        ("eval/step_20.jsonl", changed(ANSWER, exact="yes"), "exact is 'yes'"),
+        ("eval/step_20.jsonl", changed(ANSWER, anls=3), "anls is 3"),
+        ("eval/step_20.jsonl", changed(ANSWER, answer=None, exact=None), "neither an answer nor one of exact"),
+        ("config.yaml", b"- 1", "it holds no mapping of keys but list"),
+        ("config.yaml", b"", "it holds no mapping of keys but NoneType"),
+        ("config.yaml", b"adapter: [1]", "adapter is no section of keys"),
+        ("config.yaml", b"train: {steps: many}", "train.steps is 'many', no whole number"),
+        ("config.yaml", b"adapter: {method: {a: 1}}", "adapter.method is an object, no text"),
+        ("verify_parallel.json", b"[1]", "entry 1 is no object"),
+        ("verify_parallel.json", b'[{"case": "TP 2", "equal": true}, {"case": "PP 2"}]', "entry 2: it has no equal"),
+        ("verify_parallel.json", b'[{"case": "TP 2", "equal": "yes"}]', "entry 1: equal is 'yes'"),
+    ],
+)
+def test_what_is_well_formed_but_of_another_shape_is_told_with_the_reason_and_not_used(
+    run_dir, capsys, name, content, said
+):
+    (run_dir / "verify_parallel.json").write_text('[{"case": "TP 2", "equal": true}]')
+    assert read_run(run_dir).problems == ()
+    (run_dir / name).write_bytes(content)
+    _, markdown = report(run_dir)
+    told = capsys.readouterr().out
+    assert f"not read: {name.split('/')[-1]}" in told and said in told
+    assert "## Could not be read" in markdown
+    run = read_run(run_dir)
+    left = {"events.jsonl": run.events, "eval/step_20.jsonl": run.answers[0].rows, "mixture.json": run.mixture,
+            "verify_parallel.json": run.layouts, "config.yaml": run.setting("train", "steps")}  # fmt: skip
+    assert not left[name]
+    if name == "verify_parallel.json":
+        assert outcome_of(run_dir, "layouts") == "not recorded"
+
+
+def test_a_bad_row_among_good_ones_is_left_out_alone(run_dir):
+    write_lines(run_dir / "events.jsonl", [ALARM, {"step": 8}, ALARM | {"step": 9}])
+    run = read_run(run_dir)
+    assert [event["step"] for event in run.events] == [7, 9]
+    assert run.problems == ("events.jsonl: line 2, which was left out: it has no kind",)
+
+
+def test_a_mixture_that_was_changed_on_the_way_is_shown_by_phase(run_dir):
+    parts = [
+        {"from_step": 1, "to_step": 1500, "shares_of": "rows", "sources": {"digits": {"rows": 3, "share_asked": 0.25}}},
+        {
+            "from_step": 1501,
+            "to_step": 1600,
+            "shares_of": "tokens",
+            "sources": {"scans": {"rows": 4, "share_asked": 1}},
+        },
+    ]
+    (run_dir / "mixture.json").write_text(json.dumps(ONE_SOURCE | {"phases": parts}))
+    rows = table_rows(report(run_dir)[1], "The mixture, asked and realised")
+    assert rows[-2:] == [["1 to 1,500", "digits", "rows", "0.25", "-"], ["1,501 to 1,600", "scans", "tokens", "1", "-"]]
+
+
 def test_odd_values_in_any_file_make_no_traceback(run_dir):
     odd = [None, "x", 1e400, -1, True, [], {"a": {"b": [1]}}, 10**400, "<b>", math.nan]
     write_lines(run_dir / "events.jsonl", [{"step": value, "kind": value, "value": value} for value in odd] + [{}])
@@ -362,7 +477,7 @@ def test_values_that_are_not_finite_are_counted_and_not_drawn(run_dir):
     rows = [row(1), row(2) | {"loss": "nan", "skipped": 1}, row(3) | {"loss": math.inf, "skipped": 1}]
     write_lines(run_dir / "metrics.jsonl", rows)
     page, markdown = report(run_dir)
-    assert "loss at 2 steps" in markdown and "2 logged steps were skipped" in markdown
+    assert "loss at 2 steps" in markdown and "was not finite: 2 logged steps." in markdown
     assert "nan" not in "".join(re.findall(r'points="([^"]*)"', page))
 
 
@@ -374,9 +489,9 @@ EVIL = "<script>alert(1)</script>\"'&|`*x*\x00\x1b[0m\n# top"
 def test_names_of_a_run_can_neither_run_nor_break_the_page(run_dir):
     values = {key.replace("digits", EVIL): value for key, value in row(1).items()}
     write_lines(run_dir / "metrics.jsonl", [values, values | {"step": 2}])
-    write_lines(run_dir / "events.jsonl", [{"step": 1, "kind": EVIL, "reaction": EVIL}])
+    write_lines(run_dir / "events.jsonl", [ALARM | {"kind": EVIL, "reaction": EVIL}])
     write_lines(run_dir / "eval" / "x.jsonl", [{"source": EVIL, "answer": EVIL, "prompt": EVIL, "true": EVIL}])
-    (run_dir / "mixture.json").write_text(json.dumps({"sources": {EVIL: {EVIL: EVIL}}}))
+    (run_dir / "mixture.json").write_text(json.dumps({"sources": {EVIL: {"rows": 1, EVIL: EVIL}}}))
     (run_dir / "config.yaml").write_text("# </pre><script>alert(2)</script> ```\n````\nadapter: {method: mole}\n")
     page, markdown = report(run_dir)
     seen = Page(page)
