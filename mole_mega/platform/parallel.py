@@ -7,6 +7,7 @@ global state.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from dataclasses import dataclass
 
@@ -126,9 +127,20 @@ def seed_generators(seed: int) -> None:
 
 
 def leave_groups() -> None:
-    """Give up the layout, but not the world: `initialize` can then make another."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    """Give up the layout, but not the world: `initialize` can then make another. All ranks call it.
+
+    Megatron-Core only forgets its groups. Each of gloo's keeps a thread that wakes a hundred times a second; a process
+    that tries one layout after another would come to wait for its own. The thread ends with the last reference to its
+    group, and models, which refer to many, are full of cycles.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    dist.barrier()  # nobody closes a connection that another still reads from
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def shutdown() -> None:
