@@ -7,7 +7,6 @@ Everything is computed by this command; runs that are finished in --out are not 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from mole_mega.errors import ConfigError, report_errors  # noqa: E402
 
 TUNING_SEED = 1000  # none of the reported ones
 LORA_LRS = (5e-3, 1e-2, 2e-2, 4e-2)
-MOLE_LRS = tuple(itertools.product((1e-2, 2e-2), (1e-2, 3e-2)))  # (lr, router_lr): as many as LORA_LRS
+MOLE_LRS = ((1e-2, 1e-2), (2e-2, 1e-2), (2e-2, 4e-2), (4e-2, 1e-2))  # (lr, router_lr): as many as LORA_LRS
 
 Point = tuple[runs.Row, dict[str, float]]  # a row to try, and its rates
 
@@ -81,7 +80,7 @@ def prepare(out: Path, settings: Mapping[str, Any]) -> None:
         train = settings["train"]
         # a run of twice the samples sees none twice
         count = 2 * train["steps"] * train["global_batch_size"] // len(scenes.DOMAINS)
-        scenes.write_data(data, {"train": count, "validation": 300, "test": 400})
+        scenes.write_data(data, {"train": count, "validation": 300, "test": 300})
         (data / "complete").touch()
 
 
