@@ -184,7 +184,7 @@ def test_reading_ahead_changes_neither_batches_nor_counts_and_passes_errors_on(t
 
 def test_kept_samples_are_read_once_and_change_no_batch(tmp_path):
     def loader(kept):
-        made = make_loader(tmp_path, bad=[1, 2], validation_sources=[Colours("vqa", 9, tmp_path)])
+        made = make_loader(tmp_path, bad=[1, 2], validation_sources=[Colours("vqa", 9, tmp_path, bad=[3])])
         made.kept = kept
         return made
 
