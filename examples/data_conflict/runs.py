@@ -121,7 +121,7 @@ def by_need(jobs: Iterable[Job]) -> list[Job]:
     def turn(job: Job) -> int:
         return 0 if job.row in compared else 1 if len(job.domains) == 1 else 2
 
-    return sorted(jobs, key=lambda job: (turn(job), job.seed))
+    return sorted(jobs, key=turn)  # stable: seed by seed, as they come
 
 
 def finished(job: Job) -> Result | None:
