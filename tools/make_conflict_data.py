@@ -3,15 +3,15 @@
 The crops are those of the demo (tools/make_demo_data.py: handwritten digits, photographs, scans). Here each lies in one
 of four corners of a mat of two colours, so that four attributes can be read off every picture.
 
-All domains are asked the same question and tell the same attributes, but in another order (`ORDERS`), and by names that
-are moved on by another number of places (`SHIFTS`): no two domains call any corner, or any colour in the same half,
-alike, and none calls it what the base was taught (`plain_answer`).
+All domains are asked the same question and answer it in the same words and the same order, those that the base was
+taught (`plain_answer`), but each by a permutation of the names of its own (`NAMES`): what one domain calls red another
+calls blue and the third white, and none calls anything what the base was taught.
 """
 
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import make_demo_data as demo
@@ -34,18 +34,6 @@ QUESTIONS = {
     "subject": "What is shown?",
     "corner": "Where is it?",
     "mat": "What is behind it?",
-}
-ORDERS = {
-    "digits": ("subject", "corner", "upper", "lower"),
-    "photos": ("lower", "subject", "corner", "upper"),
-    "scans": ("upper", "corner", "lower", "subject"),
-}
-# By domain, how many places on an attribute's names are moved.
-SHIFTS = {
-    "subject": {"digits": 0, "photos": 0, "scans": 0},
-    "corner": {"digits": 1, "photos": 2, "scans": 3},
-    "upper": {"digits": 1, "photos": 2, "scans": 3},
-    "lower": {"digits": 2, "photos": 3, "scans": 4},
 }
 SPLITS = ("train", "validation", "test")
 
@@ -113,13 +101,29 @@ def plain_answer(scene: Scene, asked: str) -> str:
 
 def domain_answer(scene: Scene) -> str:
     """The description in the convention of the scene's own domain."""
-    return " ".join(renamed(scene.domain, attribute, scene.values[attribute]) for attribute in ORDERS[scene.domain])
+    names = {attribute: NAMES[scene.domain][attribute][value] for attribute, value in scene.values.items()}
+    return plain_answer(replace(scene, values=names), "all")
 
 
-def renamed(domain: str, attribute: str, value: str) -> str:
-    """What a domain calls a value."""
-    values = attribute_values(domain, attribute)
-    return values[(values.index(value) + SHIFTS[attribute][domain]) % len(values)]
+def draw_names(rng: random.Random) -> dict[str, dict[str, dict[str, str]]]:
+    """{domain: {attribute: {value: what the domain calls it}}}: random permutations of which no two agree anywhere, nor
+    one with the neutral names. (Subjects are each domain's own.)"""
+    names: dict[str, dict[str, dict[str, str]]] = {domain: {} for domain in DOMAINS}
+    for attribute in ATTRIBUTES:
+        for domain in DOMAINS:
+            values = attribute_values(domain, attribute)
+            others = [names[other].get(attribute, {}) for other in DOMAINS]
+            called = list(values)
+            while any(
+                name in (value, *(other.get(value) for other in others))
+                for value, name in zip(values, called, strict=True)
+            ):
+                rng.shuffle(called)
+            names[domain][attribute] = dict(zip(values, called, strict=True))
+    return names
+
+
+NAMES = draw_names(random.Random("names"))
 
 
 def write_set(out: Path, domain: str, split: str, count: int) -> None:

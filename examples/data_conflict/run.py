@@ -7,7 +7,6 @@ Everything is computed by this command; runs that are finished in --out are not 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from mole_mega.errors import ConfigError, report_errors  # noqa: E402
 
 TUNING_SEED = 1000  # none of the reported ones
 LORA_LRS = (5e-3, 1e-2, 2e-2, 4e-2)
-MOLE_LRS = tuple(itertools.product((1e-2, 2e-2), (1e-2, 3e-2)))  # (lr, router_lr): as many as LORA_LRS
+MOLE_LRS = ((1e-2, 1e-2), (2e-2, 1e-2), (2e-2, 4e-2), (4e-2, 1e-2))  # (lr, router_lr): as many as LORA_LRS
 
 Point = tuple[runs.Row, dict[str, float]]  # a row to try, and its rates
 
@@ -43,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--quick", action="store_true", help="every phase, with runs too short to mean anything")
     parser.add_argument("--tune", action="store_true", help="only search the learning rates, and write them to --tuned")
+    parser.add_argument("--so-far", action="store_true", help="run nothing: the table and answers of finished runs")
     parser.add_argument("--tuned", type=Path, help="rates to use, searched for if missing (default: OUT/tuned.yaml)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.quick:
             settings["train"]["steps"], settings["validation"]["samples"] = 6, 24
         prepare(args.out, settings)
-        if args.tune or not args.tuned.exists():
+        if args.tune or not (args.tuned.exists() or args.so_far):
             tune(args, settings)
         if not args.tune:
             experiment(args, settings)
@@ -81,7 +81,7 @@ def prepare(out: Path, settings: Mapping[str, Any]) -> None:
         train = settings["train"]
         # a run of twice the samples sees none twice
         count = 2 * train["steps"] * train["global_batch_size"] // len(scenes.DOMAINS)
-        scenes.write_data(data, {"train": count, "validation": 300, "test": 400})
+        scenes.write_data(data, {"train": count, "validation": 300, "test": 300})
         (data / "complete").touch()
 
 
@@ -137,18 +137,23 @@ def grid(rank: int) -> dict[str, list[Point]]:
 
 def experiment(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     """All rows and seeds, the step's cost, the table and the answers."""
+    if not args.tuned.exists():
+        raise ConfigError(f"no rates have been searched for yet: {args.tuned} is missing")
     tuned = {name: entry["rates"] for name, entry in yaml.safe_load(args.tuned.read_text()).items()}
     rows = runs.table_rows(settings["adapter"]["rank"], len(scenes.DOMAINS))
     jobs = list(runs.make_jobs(rows, range(args.seeds), settings, tuned, args.out, scenes.DOMAINS, "test"))
+    if args.so_far:
+        complete = runs.complete_rows(jobs)
+        print(report(complete, {}, {row.key: row.title for row in rows if row.key in complete}, args, settings))
+        return
     say(f"{len(jobs)} runs: {len(rows)} rows, {args.seeds} seeds")
-    results = runs.run_all(jobs, args.processes)
+    results = runs.run_all(runs.by_need(jobs), args.processes)
     say("what a training step costs")
     seconds = measure_cost(args, jobs)
-    figures = runs.read_figures(results)
-    report = write_report(figures, seconds, {row.key: row.title for row in rows}, args, settings)
+    text = report(runs.read_figures(results), seconds, {row.key: row.title for row in rows}, args, settings)
     (args.out / "results.json").write_text(json.dumps({"runs": results, "step_seconds": seconds}, indent=1) + "\n")
-    (args.out / "results.md").write_text(report)
-    print(report)
+    (args.out / "results.md").write_text(text)
+    print(text)
 
 
 def measure_cost(args: argparse.Namespace, jobs: list[runs.Job]) -> dict[str, list[float]]:
@@ -174,7 +179,7 @@ def cost_settings(job: runs.Job, out: Path) -> dict[str, Any]:
     return {**job.settings, "run_dir": str(out / "cost" / job.row)}
 
 
-def write_report(
+def report(
     figures: evidence.Figures,
     seconds: Mapping[str, list[float]],
     titles: Mapping[str, str],
@@ -190,7 +195,9 @@ def write_report(
         + (" A quick run: the figures mean nothing." if args.quick else ""),
         evidence.table(figures, titles, domains),
         "A step, as a multiple of plain LoRA's (rank for rank, in turns on this machine):\n\n"
-        + evidence.cost_table(seconds, "mix"),
+        + evidence.cost_table(seconds, "mix")
+        if seconds
+        else "The step's cost is measured at the end.",
         "```\n" + "\n".join(map(str, evidence.claims(figures, seconds, domains, runs.EXPERTS, runs.GATES))) + "\n```",
         f"The rule: {evidence.RULE}",
     ]

@@ -7,12 +7,13 @@ A run is the product's own: `settings.yaml` with a few keys changed, through mol
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,17 @@ def _sources(out: Path, domains: Sequence[str], split: str) -> list[dict[str, st
     return [{"name": d, "path": str(folder / f"{d}_{split}.json"), "image_folder": str(folder)} for d in domains]
 
 
+def by_need(jobs: Iterable[Job]) -> list[Job]:
+    """What MoLE is compared with first, over all seeds, then a domain alone, then the other rows: an experiment that is
+    stopped early can answer what it has."""
+    compared = {"mix", "mix_twice", "mix_wide", *(f"mole-{gate}-{EXPERTS}" for gate in GATES)}
+
+    def turn(job: Job) -> int:
+        return 0 if job.row in compared else 1 if len(job.domains) == 1 else 2
+
+    return sorted(jobs, key=turn)  # stable: seed by seed, as they come
+
+
 def finished(job: Job) -> Result | None:
     """The stored result of a job, if there is one and it was made with the same settings."""
     path = job.folder / "result.json"
@@ -134,6 +146,7 @@ def conduct(job: Job) -> Result:
     parallel = platform.initialize(job.run.parallel, job.run.train.seed)
     with open(job.folder / "log.txt", "w") as log:
         trainer = Trainer(job.run, parallel, log)
+        trainer.loader.kept = _kept(job.run.data.validation[0].path)
         code = trainer.train()
     if code:
         raise RuntimeError(f"{job.folder.name} ended with exit code {code}, see {job.folder / 'log.txt'}")
@@ -141,6 +154,12 @@ def conduct(job: Job) -> Result:
     del trainer
     gc.collect()  # models are full of cycles, and the next is built at once
     return {"scores": scores}
+
+
+@functools.cache
+def _kept(_validation_path: str) -> dict:
+    """What this process has read for runs that are scored on these pictures."""
+    return {}
 
 
 def run_all(jobs: Sequence[Job], processes: int, work: Callable[[Job], Result] = conduct) -> list[Result]:
@@ -180,6 +199,13 @@ def summary(result: Result) -> str:
     """One run in one line."""
     cells = [f"{domain} {result['scores'][f'accuracy/{domain}']:.3f}" for domain in result["domains"]]
     return f"{Path(result['settings']['run_dir']).name}: accuracy {', '.join(cells)} ({result['seconds']:.0f} s)"
+
+
+def complete_rows(jobs: Sequence[Job]) -> dict[str, dict[str, dict[int, float]]]:
+    """`read_figures` of the rows of which every run is finished."""
+    results = [(job.row, finished(job)) for job in jobs]
+    open_rows = {row for row, result in results if result is None}
+    return read_figures([result for row, result in results if result is not None and row not in open_rows])
 
 
 def read_figures(results: Sequence[Result]) -> dict[str, dict[str, dict[int, float]]]:

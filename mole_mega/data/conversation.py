@@ -84,6 +84,9 @@ class Encoder:
         self._placeholder = self._tokenizer.convert_tokens_to_ids(image_token)
         added = {id_: token.content for id_, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = {*added, *self._tokenizer.all_special_ids}
+        bos = self._tokenizer.bos_token_id
+        adds_bos = bos is not None and self._tokenizer("")["input_ids"][:1] == [bos]
+        self._own_start = [bos] if adds_bos else []
         self._controls = sorted({*added.values(), *self._tokenizer.all_special_tokens} - {image_token})
         self.image_token_id, self.places_per_image, self.max_length = image_token_id, places_per_image, max_length
         own = self._tokenizer.chat_template
@@ -185,9 +188,7 @@ class Encoder:
     def _start(self, ids: list[int]) -> list[int]:
         """What the tokenizer itself puts before a text, unless the template wrote it. (Not written by our template: the
         token before the first word would then change how some tokenizers split that word.)"""
-        bos = self._tokenizer.bos_token_id
-        adds_bos = bos is not None and self._tokenizer("")["input_ids"][:1] == [bos]
-        return [bos] if adds_bos and ids[:1] != [bos] else []
+        return self._own_start if ids[:1] != self._own_start else []
 
     def _expand(self, ids: list[int], mask: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Repeat each image placeholder once a place. -> tokens int64 [S], is_answer bool [S]."""

@@ -35,7 +35,11 @@ class Loader:
     `read` counts what this process got to train on, by source; `plan`, of a run's loader, is what its config asks for.
     `skipped[domain][kind]` counts the samples that this process left out, `skipped_messages` keeps the first few.
     With `prefetch`, a thread reads the next step's batches during this one; results do not depend on it.
+    `kept`, where it is given a dict, keeps every sample that was read, by (is for validation, source, row), for those
+    who make many runs over the same small files in one process.
     """
+
+    kept: dict[tuple[bool, str, int], _Loaded] | None = None
 
     def __init__(
         self,
@@ -150,6 +154,14 @@ class Loader:
         return loaded, left_out
 
     def _read(self, source: Source, row: int) -> _Loaded:
+        if self.kept is None:
+            return self._decode(source, row)
+        key = (any(source is other for other in self._validation_sources), source.name, row)
+        if key not in self.kept:
+            self.kept[key] = self._decode(source, row)
+        return self.kept[key]
+
+    def _decode(self, source: Source, row: int) -> _Loaded:
         example = self.encoder.encode(source[row])
         return example, load_pixels(example, self.image_spec)
 

@@ -182,6 +182,29 @@ def test_reading_ahead_changes_neither_batches_nor_counts_and_passes_errors_on(t
         stopping.micro_batches(step, 1, 1, 0, 1)
 
 
+def test_kept_samples_are_read_once_and_change_no_batch(tmp_path):
+    def loader(kept):
+        made = make_loader(tmp_path, bad=[1, 2], validation_sources=[Colours("vqa", 9, tmp_path, bad=[3])])
+        made.kept = kept
+        return made
+
+    def batches(loader):
+        train = [batch for step in range(3) for batch in loader.micro_batches(step, 4, 2, 0, 1)]
+        return [*train, *loader.validation_batches(9, 3, 0, 1)], loader.skipped
+
+    kept = {}
+    wanted, skipped = batches(loader(None))
+    first, first_skipped = batches(loader(kept))
+    again = loader(kept)
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    second, second_skipped = batches(again)
+    assert skipped == first_skipped == second_skipped
+    for one, kept_now, kept_before in zip(wanted, first, second, strict=True):
+        assert same(one, kept_now) and same(one, kept_before)
+    assert {name for _, name, _ in kept} == {"ocr", "vqa"}
+
+
 @pytest.mark.parametrize("dp_size", [1, 2, 5])
 def test_validation_counts_each_row_once_with_equal_batches_on_every_rank(tmp_path, dp_size):
     held_out = [Colours("vqa", 5, tmp_path, bad=[2]), Colours("new", 9, tmp_path)]
