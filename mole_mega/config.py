@@ -16,11 +16,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from mole_mega.errors import ConfigError as ConfigError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a number of the config may lie; the bounds belong to it unless they are open."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:  # NaN lies nowhere
+        return (value > self.low if self.low_open else value >= self.low) and (
+            value < self.high if self.high_open else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'above' if self.low_open else 'at least'} {self.low}"
+        return f"in {'(' if self.low_open else '['}{self.low}, {self.high}{')' if self.high_open else ']'}"
+
+
+Count = Annotated[int, Range(0)]
+PositiveInt = Annotated[int, Range(1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, low_open=True)]
+Share = Annotated[float, Range(0, 1)]
+ProperShare = Annotated[float, Range(0, 1, high_open=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +65,10 @@ class ParallelConfig:
     """Sizes of the process grid. Data parallelism is what is left of the world. TP > 1 always means sequence
     parallelism: Megatron-Core's MoE layer does not train without it."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-    context: int = 1
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    expert: PositiveInt = 1
+    context: PositiveInt = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +76,15 @@ class AdapterConfig:
     """What is trained beside the frozen base (LLaVA-MoLE, arXiv 2401.16160)."""
 
     method: Literal["mole", "lora"] = "mole"
-    num_experts: int = 3
-    rank: int = 32
-    alpha: float = 64.0
-    dropout: float = 0.0
+    num_experts: PositiveInt = 3
+    rank: PositiveInt = 32
+    alpha: Positive = 64.0
+    dropout: ProperShare = 0.0
     gate: Literal["none", "prob", "straight_through"] = "prob"
-    top_k: int = 1
-    balance_weight: float = 0.01
+    top_k: PositiveInt = 1
+    balance_weight: NonNegative = 0.01
     balance_scope: Literal["layer", "model"] = "layer"
-    z_loss_weight: float = 0.0
+    z_loss_weight: NonNegative = 0.0
     expert_parallel: Literal["tokens"] = "tokens"
     router_bias: bool = True
     attention: bool = True
@@ -68,28 +96,28 @@ class AdapterConfig:
 class TrainConfig:
     """The optimisation. Learning rates left at None follow `lr`; `schedule_steps` left at None follows `steps`."""
 
-    steps: int
-    schedule_steps: int | None = None
-    global_batch_size: int = 16
-    micro_batch_size: int = 1
-    seed: int = 0
-    lr: float = 2e-4
-    projector_lr: float | None = None
-    router_lr: float | None = None
+    steps: PositiveInt
+    schedule_steps: PositiveInt | None = None
+    global_batch_size: PositiveInt = 16
+    micro_batch_size: PositiveInt = 1
+    seed: Count = 0
+    lr: NonNegative = 2e-4
+    projector_lr: NonNegative | None = None
+    router_lr: NonNegative | None = None
     projector: bool = True
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    warmup_steps: Count = 0
+    min_lr_ratio: Share = 0.0
+    weight_decay: NonNegative = 0.0
+    adam_beta1: ProperShare = 0.9
+    adam_beta2: ProperShare = 0.999
+    adam_eps: Positive = 1e-8
+    clip_grad: NonNegative = 1.0
     precision: Literal["fp32", "bf16"] = "bf16"
     distributed_optimizer: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     # A step with a non-finite loss or gradient is skipped; so many in a row stop the run (exit code 4).
-    max_bad_steps: int = 5
+    max_bad_steps: PositiveInt = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +161,12 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...]
     weights_in: Literal["samples", "tokens"] = "samples"
-    temperature: float | None = None
+    temperature: Positive | None = None
     validation: tuple[SourceConfig, ...] = ()
-    max_length: int = 2048
+    max_length: Annotated[int, Range(2)] = 2048
     # A sample that cannot be used (broken image, no assistant turn, too long): leave it out and count it, or stop.
     on_bad_sample: Literal["skip", "stop"] = "skip"
-    max_image_pixels: int = 89_478_485
+    max_image_pixels: PositiveInt = 89_478_485
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +174,10 @@ class ValidationConfig:
     """Validation loss by domain, every `every` steps (0: never) on at most `samples` of each source. With `generate`
     the model also writes its answers, greedily, of at most `max_new_tokens` each."""
 
-    every: int = 0
-    samples: int = 64
+    every: Count = 0
+    samples: PositiveInt = 64
     generate: bool = False
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +185,8 @@ class CheckpointConfig:
     """Save every `every` steps (0: only at the end) and keep the newest `keep`. `init_from` starts a new run from
     another run's adapters: weights only, step 0."""
 
-    every: int = 0
-    keep: int = 2
+    every: Count = 0
+    keep: PositiveInt = 2
     init_from: str = ""
 
 
@@ -168,19 +196,19 @@ class AlarmsConfig:
     goes on is told, and reacted to, again after `repeat_every` steps."""
 
     # the busiest expert has at least so many times the mean's tokens (E when one expert has all)
-    collapse: float = 0.0
+    collapse: NonNegative = 0.0
     # an expert had no token for so many steps in a row
-    dead_steps: int = 100
+    dead_steps: Count = 100
     # the entropy of the load, in nats, is below this (log E when balanced)
-    entropy_floor: float = 0.0
-    repeat_every: int = 100
+    entropy_floor: NonNegative = 0.0
+    repeat_every: PositiveInt = 100
     # raise_balance: at any alarm, adapter.balance_weight times `balance_factor`, up to `max_balance_weight`.
     # reseed: dead experts become copies of the layer's busiest ones, one of each, each number times
     # 1 + `reseed_noise` N(0, 1).
     reaction: Literal["none", "raise_balance", "reseed"] = "none"
-    balance_factor: float = 2.0
-    max_balance_weight: float = 1.0
-    reseed_noise: float = 0.05
+    balance_factor: Annotated[float, Range(1)] = 2.0
+    max_balance_weight: NonNegative = 1.0
+    reseed_noise: NonNegative = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +216,9 @@ class MonitorConfig:
     """What is logged, every `every` steps. Norms and similarities of the experts (`experts_every`) and TensorBoard's
     pictures (`pictures_every`) cost more; 0: never, else also at the last step."""
 
-    every: int = 1
-    experts_every: int = 100
-    pictures_every: int = 100
+    every: PositiveInt = 1
+    experts_every: Count = 100
+    pictures_every: Count = 100
     tensorboard: bool = True
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
@@ -251,41 +279,52 @@ def dump(config: RunConfig) -> str:
 
 def validate(config: RunConfig) -> None:
     """Checks that need no model: ranges and the fields that depend on one another. Raises ConfigError."""
-    adapter, train, data, parallel = config.adapter, config.train, config.data, config.parallel
     if not config.run_dir:
         raise ConfigError("run_dir is empty: name the folder that the run writes to")
-    for owner, name, low in [
-        (parallel, "tensor", 1), (parallel, "pipeline", 1), (parallel, "expert", 1), (parallel, "context", 1),
-        (adapter, "num_experts", 1), (adapter, "rank", 1), (adapter, "top_k", 1), (adapter, "balance_weight", 0),
-        (adapter, "z_loss_weight", 0), (train, "steps", 1), (train, "global_batch_size", 1),
-        (train, "micro_batch_size", 1),
-        (train, "lr", 0), (train, "warmup_steps", 0), (train, "max_bad_steps", 1), (train, "seed", 0),
-        (train, "weight_decay", 0), (train, "clip_grad", 0), (data, "max_length", 2), (data, "max_image_pixels", 1),
-        (config.checkpoint, "every", 0),
-        (config.checkpoint, "keep", 1), (config.validation, "every", 0), (config.validation, "samples", 1),
-        (config.validation, "max_new_tokens", 1),
-        (config.monitor, "every", 1), (config.monitor, "experts_every", 0), (config.monitor, "pictures_every", 0),
-    ]:  # fmt: skip
-        if not getattr(owner, name) >= low:  # `not >=` so that NaN fails too
-            raise ConfigError(f"{_section(config, owner)}.{name} must be at least {low}, got {getattr(owner, name)}")
-    for owner, name in [(adapter, "alpha"), (train, "adam_eps")]:
-        if not getattr(owner, name) > 0:
-            raise ConfigError(f"{_section(config, owner)}.{name} must be above 0, got {getattr(owner, name)}")
-    for name in ("projector_lr", "router_lr"):
-        if getattr(train, name) is not None and not getattr(train, name) >= 0:
-            raise ConfigError(f"train.{name} must be at least 0, got {getattr(train, name)}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(train, name) < 1:
-            raise ConfigError(f"train.{name} must be in [0, 1), got {getattr(train, name)}")
-    if not 0 <= adapter.dropout < 1:
-        raise ConfigError(f"adapter.dropout must be in [0, 1), got {adapter.dropout}")
-    if not 0 <= train.min_lr_ratio <= 1:
-        raise ConfigError(f"train.min_lr_ratio must be in [0, 1], got {train.min_lr_ratio}")
+    _validate_ranges(config, "")
+    _validate_parallel(config.parallel, config.adapter)
+    _validate_adapter(config.adapter, config.train)
+    _validate_batch(config.train)
+    _validate_sources("sources", config.data.sources)
+    _validate_sources("validation", config.data.validation)
+    _validate_alarms(config.monitor.alarms, config.adapter)
+
+
+def _validate_ranges(section: Any, where: str) -> None:
+    """Every number of a section and of those in it, against the range that its type names."""
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    for entry in dataclasses.fields(section):
+        value, bounds = getattr(section, entry.name), _range_of(hints[entry.name])
+        if dataclasses.is_dataclass(value):
+            _validate_ranges(value, f"{where}{entry.name}.")
+        elif bounds is not None and value is not None and value not in bounds:
+            raise ConfigError(f"{where}{entry.name} must be {bounds}, got {value}")
+
+
+def _range_of(hint: Any) -> Range | None:
+    """The range in a type hint, also in one of a number that may be None."""
+    if typing.get_origin(hint) is Annotated:
+        return next((extra for extra in hint.__metadata__ if isinstance(extra, Range)), None)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next((found for option in typing.get_args(hint) if (found := _range_of(option))), None)
+    return None
+
+
+def _validate_parallel(parallel: ParallelConfig, adapter: AdapterConfig) -> None:
     if parallel.context != 1:
         raise ConfigError(
             f"parallel.context is {parallel.context}: context parallelism needs Transformer Engine attention, "
             "which this version does not have; set it to 1"
         )
+    if adapter.method == "lora" and parallel.expert != 1:
+        raise ConfigError(f"parallel.expert is {parallel.expert}, but adapter.method lora has no experts to spread")
+    if adapter.method == "mole" and adapter.num_experts % parallel.expert:
+        raise ConfigError(
+            f"adapter.num_experts {adapter.num_experts} does not divide over parallel.expert {parallel.expert} ranks"
+        )
+
+
+def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
     if adapter.top_k != 1:
         raise ConfigError(
             f"adapter.top_k is {adapter.top_k}: expert_parallel 'tokens' routes each token to one expert; set it to 1"
@@ -304,46 +343,35 @@ def validate(config: RunConfig) -> None:
             "adapter.gate none gives the router no gradient, and adapter.balance_weight and adapter.z_loss_weight are "
             "both 0: the router would stay as it is initialised; set one of them, or another gate"
         )
-    if adapter.method == "lora" and parallel.expert != 1:
-        raise ConfigError(f"parallel.expert is {parallel.expert}, but adapter.method lora has no experts to spread")
-    if adapter.method == "mole" and adapter.num_experts % parallel.expert:
-        raise ConfigError(
-            f"adapter.num_experts {adapter.num_experts} does not divide over parallel.expert {parallel.expert} ranks"
-        )
+
+
+def _validate_batch(train: TrainConfig) -> None:
     if train.global_batch_size % train.micro_batch_size:
         raise ConfigError(
             f"train.global_batch_size {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}"
         )
-    if train.schedule_steps is not None and train.schedule_steps < 1:
-        raise ConfigError(f"train.schedule_steps must be at least 1, got {train.schedule_steps}")
-    for kind, sources in (("sources", data.sources), ("validation", data.validation)):
-        names = [source.name for source in sources]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"data.{kind} has the name {name!r} {names.count(name)} times; a name is a domain")
-        for source in sources:
-            _validate_name(source.name, f"data.{kind}")
-            _validate_weight(source, f"data.{kind} {source.name!r}")
-        if any(source.epochs is not None or len(source.points) > 1 for source in sources) and kind == "validation":
-            raise ConfigError("data.validation is read once, in order: it has no epochs and no schedule")
-        for step in sorted({step for source in sources for step, _ in source.points}):
-            if not sum(source.weight_at(step) for source in sources) > 0:
-                raise ConfigError(f"data.{kind}: all weights are 0" + (f" at step {step:g}" if step else ""))
-    if data.temperature is not None and not data.temperature > 0:
-        raise ConfigError(f"data.temperature must be above 0, got {data.temperature}")
-    if not data.sources:
+
+
+def _validate_sources(kind: str, sources: Sequence[SourceConfig]) -> None:
+    """`data.sources` or `data.validation`, whichever `kind` names."""
+    if kind == "sources" and not sources:
         raise ConfigError("data.sources is empty: name at least one source")
-    _validate_alarms(config.monitor.alarms, adapter)
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"data.{kind} has the name {name!r} {names.count(name)} times; a name is a domain")
+    for source in sources:
+        _validate_name(source.name, f"data.{kind}")
+        _validate_weight(source, f"data.{kind} {source.name!r}")
+    if any(source.epochs is not None or len(source.points) > 1 for source in sources) and kind == "validation":
+        raise ConfigError("data.validation is read once, in order: it has no epochs and no schedule")
+    for step in sorted({step for source in sources for step, _ in source.points}):
+        if not sum(source.weight_at(step) for source in sources) > 0:
+            raise ConfigError(f"data.{kind}: all weights are 0" + (f" at step {step:g}" if step else ""))
 
 
 def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
-    for name, low in (
-        ("collapse", 0), ("dead_steps", 0), ("entropy_floor", 0), ("repeat_every", 1), ("balance_factor", 1),
-        ("max_balance_weight", 0), ("reseed_noise", 0),
-    ):  # fmt: skip
-        if not getattr(alarms, name) >= low:
-            raise ConfigError(f"monitor.alarms.{name} must be at least {low}, got {getattr(alarms, name)}")
     if 0 < alarms.collapse <= 1:
         raise ConfigError(
             f"monitor.alarms.collapse must be above 1, or 0 for off, got {alarms.collapse}: the busiest expert "
@@ -395,10 +423,6 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise ConfigError(f"the key {key!r} stands {keys.count(key)} times in one section")
         return super().construct_mapping(node, deep)
-
-
-def _section(config: RunConfig, owner: Any) -> str:
-    return next(f.name for f in dataclasses.fields(config) if getattr(config, f.name) is owner)
 
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:

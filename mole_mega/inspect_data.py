@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mole_mega import config
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 from mole_mega.outputs import check_file
+from mole_mega.wording import number_of
 
 if TYPE_CHECKING:
     from mole_mega.data.loader import RunData
@@ -86,7 +87,7 @@ def _preview(args: argparse.Namespace) -> None:
     colour = sys.stdout.isatty() if args.color == "auto" else args.color == "always"
     for view in views:
         for shown in view.shown:
-            images = f", {len(shown.pixels)} image{'s' * (len(shown.pixels) > 1)}" if len(shown.pixels) else ""
+            images = f", {number_of(len(shown.pixels), 'image')}" if len(shown.pixels) else ""
             print(f"\n{view.name}, sample {shown.sample_id}: {shown.places} places, {shown.learned} learned{images}")
             print("  " + preview.as_text(shown, colour=colour).replace("\n", "\n  "))
     if args.html is not None:

@@ -4,10 +4,11 @@ The crops are those of the demo (tools/make_demo_data.py: handwritten digits, ph
 of four corners of a mat of two colours, so that four attributes can be read off every picture.
 
 All domains are asked the same question and answer it in the same words and the same order, those that the base was
-taught (`plain_answer`), but each by a permutation of the names of its own (`NAMES`): what one domain calls red another
-calls blue and the third white, and none calls anything what the base was taught.
+taught (`plain_answer`), but each by a permutation of the names of its own (`conventions`): what one domain calls red
+another calls blue and the third white, and none calls anything what the base was taught.
 """
 
+import functools
 import json
 import random
 from collections.abc import Mapping
@@ -101,13 +102,15 @@ def plain_answer(scene: Scene, asked: str) -> str:
 
 def domain_answer(scene: Scene) -> str:
     """The description in the convention of the scene's own domain."""
-    names = {attribute: NAMES[scene.domain][attribute][value] for attribute, value in scene.values.items()}
+    names = {attribute: conventions()[scene.domain][attribute][value] for attribute, value in scene.values.items()}
     return plain_answer(replace(scene, values=names), "all")
 
 
-def draw_names(rng: random.Random) -> dict[str, dict[str, dict[str, str]]]:
-    """{domain: {attribute: {value: what the domain calls it}}}: random permutations of which no two agree anywhere, nor
-    one with the neutral names. (Subjects are each domain's own.)"""
+@functools.cache
+def conventions() -> dict[str, dict[str, dict[str, str]]]:
+    """{domain: {attribute: {value: what the domain calls it}}}: permutations, always the same, of which no two agree
+    anywhere, nor one with the neutral names. (Subjects are each domain's own.)"""
+    rng = random.Random("names")
     names: dict[str, dict[str, dict[str, str]]] = {domain: {} for domain in DOMAINS}
     for attribute in ATTRIBUTES:
         for domain in DOMAINS:
@@ -121,9 +124,6 @@ def draw_names(rng: random.Random) -> dict[str, dict[str, dict[str, str]]]:
                 rng.shuffle(called)
             names[domain][attribute] = dict(zip(values, called, strict=True))
     return names
-
-
-NAMES = draw_names(random.Random("names"))
 
 
 def write_set(out: Path, domain: str, split: str, count: int) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from mole_mega.conflict.statistics import Cosine, Findings, Loss, Measurement, Place, Rule
 from mole_mega.report.document import Document, Figure, Missing, Paragraph, Section, Table
-from mole_mega.report.shapes import number_of
 from mole_mega.report.svg import heat_map
+from mole_mega.wording import number_of
 
 _GROUPS = ("mlp", "attention", "projector")
 _ABOUT = {

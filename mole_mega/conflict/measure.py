@@ -27,11 +27,11 @@ from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader
 from mole_mega.errors import CheckFailedError
 from mole_mega.platform.parallel import Parallel, seed_generators
-from mole_mega.report.shapes import number_of
 from mole_mega.training.loss import SCORE_ROWS
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
 from mole_mega.training.trainer import build_model, build_run_loader
+from mole_mega.wording import number_of
 
 _LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.(self_attention|mlp)\.")
 _GROUPS = {"self_attention": "attention", "mlp": "mlp"}

@@ -11,6 +11,7 @@ from typing import Any
 from mole_mega.data.conversation import IGNORE_INDEX, Example
 from mole_mega.data.plan import MixturePlan
 from mole_mega.data.sources import BadSample
+from mole_mega.wording import number_of
 
 # {source: {"rows" | "tokens" | "labelled_tokens" | "images" | "left_out/<kind>": how many}}
 Tally = dict[str, dict[str, int]]
@@ -166,8 +167,7 @@ def table(tree: Mapping[str, Any]) -> list[str]:
         begun = "-" if entry["epochs_begun"] is None else f"{entry['epochs_begun']}"
         shares = [_percent(entry["share_asked"]), _percent(entry["share_realised"])]
         rows.append((name, *shares, *counts, begun, f"{sum(entry['left_out'].values()):,}"))
-    steps = f"{tree['step']} step{'s' * (tree['step'] != 1)}"
-    lines = [f"mixture after {steps}, shares of {tree['shares_of']}:", *aligned(rows)]
+    lines = [f"mixture after {number_of(tree['step'], 'step')}, shares of {tree['shares_of']}:", *aligned(rows)]
     if tree["samples_counted"] != tree["samples"]:
         lines.append(
             f"  counted: {tree['samples_counted']:,} of {tree['samples']:,} samples; no counts were kept of the rest"

@@ -16,7 +16,8 @@ import yaml
 
 from mole_mega.errors import ConfigError
 from mole_mega.report import shapes
-from mole_mega.report.shapes import finite, number_of
+from mole_mega.report.shapes import finite
+from mole_mega.wording import number_of
 
 METRICS = "metrics.jsonl"
 _STEP = re.compile(r"step_(\d+)")

@@ -23,8 +23,9 @@ from mole_mega.report.document import (
     Table,
 )
 from mole_mega.report.run_folder import RunFolder, Series
-from mole_mega.report.shapes import finite, number_of
+from mole_mega.report.shapes import finite
 from mole_mega.report.svg import NONE, heat_map, hundredths, line_chart, number
+from mole_mega.wording import number_of
 
 # Loads of one step are those of one global batch, and noisy: the maps show the mean of the last rows.
 LAST_ROWS = 5

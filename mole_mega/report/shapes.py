@@ -30,11 +30,6 @@ def finite(value: Any) -> float | None:
         return None
 
 
-def number_of(count: int, noun: str) -> str:
-    """ "1 step", "2,000 steps"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 def event(row: Mapping[str, Any]) -> str:
     """Of a row of `events.jsonl`."""
     whole = ("step", _is_count), ("kind", _is_text), ("layer", _is_count), ("value", _is_number), ("limit", _is_number)

@@ -45,6 +45,7 @@ from mole_mega.training.evaluation import Answer, answer_questions, answer_row, 
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.reseed import Reseed, reseed_expert
 from mole_mega.training.step import Evaluator, Stepper
+from mole_mega.wording import number_of
 
 # A sequence is padded to a multiple of this and of the tensor-parallel size.
 _PAD_TO = 8
@@ -141,7 +142,7 @@ def skipped_samples(loader: Loader, parallel: Parallel) -> tally.Tally:
 def _skipped_lines(skipped: tally.Tally, loader: Loader) -> list[str]:
     """For people: a line a kind, and examples from this rank."""
     lines = [
-        f"left out {count} sample{'s' * (count != 1)} of {source}: {kind}"
+        f"left out {number_of(count, 'sample')} of {source}: {kind}"
         for source, kinds in skipped.items()
         for kind, count in kinds.items()
     ]
@@ -187,8 +188,8 @@ class Trainer:
         """Run to the last step; returns the exit code."""
         run = self.run
         if self.state.step >= run.train.steps:
-            had = f"{self.state.step} step{'s' * (self.state.step != 1)}"
-            self._say(f"nothing to train: this run already has {had}, of {run.train.steps} asked (train.steps)")
+            had = number_of(self.state.step, "step")
+            self._say(f"nothing to train: this run already has {had}, of {run.train.steps:,} asked (train.steps)")
             return ExitCode.DONE
         signal.signal(signal.SIGTERM, self._on_signal)
         self._announce()
@@ -229,8 +230,9 @@ class Trainer:
             )
             code = ExitCode.STOPPED_ITSELF
         elif code == ExitCode.DONE:
-            had = f"{self.state.step} step{'s' * (self.state.step != 1)}"
-            self._say(f"done: {had}, last checkpoint at step {saved} in {self.store.folder}")
+            self._say(
+                f"done: {number_of(self.state.step, 'step')}, last checkpoint at step {saved} in {self.store.folder}"
+            )
         self._say_skipped_samples()
         self._take_stock()
         for line in tally.table(self._write_mixture()):

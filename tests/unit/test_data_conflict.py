@@ -251,19 +251,19 @@ def test_figures_of_domains_trained_apart_come_together_in_one_row(runs):
 
 def test_no_two_domains_call_a_value_alike_and_none_as_the_base_was_taught(scenes):
     for domain, attribute in itertools.product(DOMAINS, scenes.ATTRIBUTES):
-        names = scenes.NAMES[domain][attribute]
+        names = scenes.conventions()[domain][attribute]
         values = scenes.attribute_values(domain, attribute)
         assert tuple(names) == values and sorted(names.values()) == sorted(values)  # a permutation
         assert all(name != value for value, name in names.items())
     for attribute in ("corner", "upper", "lower"):
         for value in scenes.attribute_values("digits", attribute):
-            assert len({scenes.NAMES[domain][attribute][value] for domain in DOMAINS}) == 3, (attribute, value)
+            assert len({scenes.conventions()[domain][attribute][value] for domain in DOMAINS}) == 3, (attribute, value)
 
 
 def test_domains_answer_in_the_neutral_words_but_for_the_names(scenes):
     values = {"subject": "cat", "corner": "top left", "upper": "red", "lower": "blue"}
     scene = scenes.Scene("photos", values, None, ("", ()))
-    names = {attribute: scenes.NAMES["photos"][attribute][value] for attribute, value in values.items()}
+    names = {attribute: scenes.conventions()["photos"][attribute][value] for attribute, value in values.items()}
     wanted = f"photo {names['subject']} at {names['corner']} {names['upper']} over {names['lower']}"
     assert scenes.domain_answer(scene) == wanted
     assert scene.values == values

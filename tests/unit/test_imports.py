@@ -11,22 +11,23 @@ PACKAGE = Path(__file__).parents[2] / "mole_mega"
 # DESIGN section 4: what each room may import of the others, lowest first. A folder not named here does not exist.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "wording": set(),
     "config": {"errors"},
     # whether a command can write where it is told to
     "outputs": {"errors"},
     "platform": {"errors", "config"},
     "adapters": {"errors", "config", "platform"},
     "models": {"errors", "config", "platform", "adapters"},
-    "data": {"errors", "config"},
+    "data": {"errors", "config", "wording"},
     "monitor": {"errors", "config", "adapters"},
     # reads files alone: fast, and without torch
-    "report": {"errors", "config", "outputs"},
+    "report": {"errors", "config", "outputs", "wording"},
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
     # data: an export says how pictures and prompts were prepared in training
     "convert": {"errors", "config", "platform", "adapters", "models", "data", "checkpoint"},
-    "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint"},
+    "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint", "wording"},
     # short trainings, told as a report tells
-    "conflict": {"errors", "config", "platform", "data", "report", "checkpoint", "training", "outputs"},
+    "conflict": {"errors", "config", "platform", "data", "report", "checkpoint", "training", "outputs", "wording"},
 }
 # Every other file at the top of the package is an entry point: it may import all rooms, and no room imports it.
 
