@@ -180,6 +180,18 @@ class ValidationConfig:
     max_new_tokens: PositiveInt = 128
 
 
+ScaleOf = Literal["channel", "block"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """`store_base` keeps the frozen linears of tower and decoder as float8 e4m3, with a `scale` an output channel or a
+    128 x 128 block; products run in the training precision."""
+
+    store_base: bool = False
+    scale: ScaleOf = "channel"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Save every `every` steps (0: only at the end) and keep the newest `keep`. `init_from` starts a new run from
@@ -236,6 +248,7 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

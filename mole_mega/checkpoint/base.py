@@ -7,20 +7,29 @@ path and hash and never copies it.
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.stream import LazyTensor, describe_tensors, write_tensors
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import MODEL_JSON, LlavaSize
+from mole_mega.platform import fp8
+from mole_mega.platform.parallel import Parallel
+
+# Of weights read at a time to be kept in FP8.
+_PORTION_BYTES = 2**28
 
 
 def model_entries(model: LLaVA, *, trainable: bool | None = None) -> ShardedStateDict:
@@ -57,6 +66,7 @@ def write_base(size: LlavaSize, tensors: Mapping[str, LazyTensor], out: Path, ex
 
 def save_base(model: LLaVA, out: Path, extra_files: Iterable[Path] = ()) -> str:
     """Write a base checkpoint from a model without adapters, of any layout; returns its hash. `out` must not exist."""
+    assert not fp8.kept_in_fp8(model), "what is kept in FP8 is no longer the base"
     _refuse_existing(out)
     folder = files.incomplete_name(out)
     if model.parallel.is_main:
@@ -118,7 +128,8 @@ def read_size(base: Path) -> LlavaSize:
 
 
 def load_base(model: LLaVA, base: Path) -> None:
-    """Load the frozen weights (and the projector) into this rank's part of a model, in the model's dtype.
+    """Load the frozen weights (and the projector) into this rank's part of a model, in the model's dtype. Weights that
+    the model keeps in FP8 (models/fp8.py) are read a few at a time. All ranks call it.
 
     Every file is checked first. Raises CheckpointError naming the tensor when one is missing or of another shape.
     """
@@ -130,10 +141,57 @@ def load_base(model: LLaVA, base: Path) -> None:
         for name, parameter in model.named_parameters():
             if name in entries and getattr(entries[name], "allow_shape_mismatch", False):
                 parameter.zero_()
+    kept = fp8.kept_in_fp8(model)
+    as_they_are = {name: entry for name, entry in entries.items() if name not in kept}
+    state = _load(as_they_are, base, strict="raise_unexpected" if kept else "raise_all")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [name for name in missing if name in as_they_are] + list(unexpected)
+    assert not wrong, wrong
+    if not kept:
+        return
+    _refuse_more(entries, base, model.parallel)
+    for names in _portions(kept, model.parallel):
+        portion = {name: _with_room(entries[name]) for name in names}
+        for name, weight in _load(portion, base, strict="raise_unexpected").items():
+            fp8.keep(kept[name], weight)
+
+
+def _load(entries: ShardedStateDict, base: Path, strict: str) -> dict[str, torch.Tensor]:
     try:
-        state = dist_checkpointing.load(entries, str(base), strict="raise_all")
+        return dist_checkpointing.load(entries, str(base), strict=strict)
     except (*files.LIBRARY_ERRORS, KeyError, ValueError) as error:
         raise files.CheckpointError(f"{base} does not fit the model: {files.reason(error)}") from error
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    wrong = [name for name in missing if name in entries] + list(unexpected)
-    assert not wrong, wrong
+
+
+def _refuse_more(entries: ShardedStateDict, base: Path, parallel: Parallel) -> None:
+    """Raise CheckpointError when the base holds a tensor that no rank's part of the model has a place for."""
+    asked: list[set[str]] = [set()] * parallel.world_size
+    dist.all_gather_object(asked, {entry.key for entry in entries.values()})
+    held = FileSystemReader(base).read_metadata().state_dict_metadata
+    names = {name for name, entry in held.items() if isinstance(entry, TensorStorageMetadata)}
+    if more := names - set().union(*asked):
+        raise files.CheckpointError(f"{base} does not fit the model: nothing asks for {min(more)}")
+
+
+def _portions(kept: Mapping[str, fp8.Fp8Linear], parallel: Parallel) -> list[list[str]]:
+    """The names in portions of not many bytes, on all ranks as many: loading is done together."""
+    portions: list[list[str]] = []
+    room = 0
+    for name, linear in kept.items():
+        size = linear.weight.numel() * torch.float32.itemsize
+        if size > room:
+            portions.append([])
+            room = _PORTION_BYTES
+        portions[-1].append(name)
+        room -= size
+    most = torch.tensor(len(portions), device=parallel.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return portions + [[]] * (int(most) - len(portions))
+
+
+def _with_room(entry: Any) -> Any:
+    """The entry of a tensor that is kept in FP8, with memory of its own to be read into."""
+    data = torch.empty(entry.data.shape, dtype=torch.float32, device=entry.data.device)
+    if isinstance(entry, ShardedTensor):
+        return dataclasses.replace(entry, data=data, dtype=data.dtype)
+    return dataclasses.replace(entry, data=data)

@@ -21,7 +21,16 @@ from mole_mega.checkpoint.store import (
     warm_start,
 )
 from mole_mega.checkpoint.tensors import StoredTensors
-from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from mole_mega.config import (
+    AdapterConfig,
+    ConfigError,
+    DataConfig,
+    Fp8Config,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.platform.parallel import Parallel
@@ -83,11 +92,14 @@ def build_trained(
     """This rank's part of the model under `layout`, weights loaded, in evaluation mode.
 
     `precision` (None: the run's) is that of the whole model. "stored" is for proofs: the model computes in fp32, and
-    the base's weights keep the dtypes that they are stored in, for the caller to widen as they are used.
+    the base's weights keep the dtypes that they are stored in, for the caller to widen as they are used; also a base
+    that training kept in FP8.
     """
     run = replace(trained.run, parallel=layout)
     if precision is not None:
         run = replace(run, train=replace(run.train, precision="fp32" if precision == "stored" else precision))
+    if precision == "stored":
+        run = replace(run, fp8=Fp8Config())
     model = LLaVA(run, trained.size, parallel, adapters=trained.step is not None)
     if precision == "stored":
         _take_stored_dtypes(model, StoredTensors(trained.base))

@@ -133,6 +133,12 @@ def _megatron_to_hf(args: argparse.Namespace) -> None:
     }
     with _proved(args.out) as unproved:
         exported = export[args.format](unproved)
+        if trained.run.fp8.store_base:
+            print(
+                "the run kept its base in FP8; the export holds the base as it was before, so its logits differ from "
+                "training's by what e4m3 rounds off",
+                file=sys.stderr,
+            )
         for warning in exported.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if exported.merge is not None:
@@ -141,6 +147,11 @@ def _megatron_to_hf(args: argparse.Namespace) -> None:
                 f"merged: the change that the base's dtype took has {overall['survived']:.4g} of the norm of the "
                 f"trained one; {overall['unchanged']:.2%} of the numbers that this changes stayed as they were"
             )
+            if trained.run.fp8.store_base:
+                print(
+                    f"in FP8, as training kept the base, {overall['survived_in_fp8']:.4g} of the trained change would "
+                    f"be left, with an error of {overall['error_in_fp8']:.3g} times its norm: nothing is merged into it"
+                )
         _prove(args, trained, lambda: find_counterpart(trained, unproved))
     print(f"wrote {args.out}")
 

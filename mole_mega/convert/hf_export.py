@@ -16,7 +16,7 @@ import torch
 from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.checkpoint.trained import Trained
-from mole_mega.config import ConfigError
+from mole_mega.config import ConfigError, ScaleOf
 from mole_mega.convert import llava_hf
 from mole_mega.convert.adapter_names import adapter_rows
 from mole_mega.convert.carried_files import SOURCE_CONFIG, SOURCE_VISION_CONFIG
@@ -27,6 +27,7 @@ from mole_mega.convert.llava_config import llava_config
 from mole_mega.convert.serving import write_serving_files
 from mole_mega.convert.source import SOURCE_FILE, Source, Stored
 from mole_mega.models.sizes import LlavaSize
+from mole_mega.platform import fp8
 
 MERGE_REPORT = "merge_report.json"
 # Without any of these there is no tokenizer, whatever else there is.
@@ -100,7 +101,8 @@ def export_merged(trained: Trained, out: Path) -> Exported:
     ConfigError, saying why, otherwise.
     """
     check_one_expert(trained)
-    base, report = BaseTensors(trained.base, trained.size), MergeReport()
+    base = BaseTensors(trained.base, trained.size)
+    report = MergeReport(in_fp8=trained.run.fp8.scale if trained.run.fp8.store_base else None)
     placed, tensors = _merged_model(base, trained, report)
     with new_folder(out) as folder:
         _write_tensors(base, placed, tensors, folder)
@@ -213,10 +215,16 @@ class MergeReport:
 
     For a weight W and its change d: `delta_norm` ||d||, `survived` ||cast(W + d) - W|| / ||d||, and `unchanged`, the
     share of the entries of d other than 0 that changed nothing.
+
+    With `in_fp8`, also what would be left had base and sum been kept in FP8 by that scale, over all matrices: with
+    Q(W) the nearest to W that FP8 has and m = Q(W + d) - Q(W), `survived_in_fp8` <m, d> / ||d||^2 and `error_in_fp8`
+    ||m - d|| / ||d||.
     """
 
+    in_fp8: ScaleOf | None = None
     tensors: dict[str, dict[str, float]] = field(default_factory=dict)
     _sums: dict[str, tuple[float, float, int, int]] = field(default_factory=dict)
+    _fp8_sums: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def add(self, name: str, delta: torch.Tensor, moved: torch.Tensor) -> None:
         """d and cast(W + d) - W, both in fp32 and of one shape."""
@@ -230,10 +238,25 @@ class MergeReport:
         self._sums[name] = sums
         self.tensors[name] = _survival(*sums)
 
+    def add_in_fp8(self, name: str, weight: torch.Tensor, delta: torch.Tensor) -> None:
+        """W and d of a matrix, both in fp32."""
+        assert self.in_fp8 is not None
+        before, after = (
+            fp8.dequantise(*fp8.quantise(matrix, self.in_fp8), torch.float32) for matrix in (weight, weight + delta)
+        )
+        moved = after - before
+        self._fp8_sums[name] = (float((moved * delta).sum()), _norm(moved - delta) ** 2, _norm(delta) ** 2)
+
     def to_dict(self) -> dict[str, Any]:
         """{"overall": ..., "tensors": {stored name: ...}}."""
-        overall = [sum(column) for column in zip(*self._sums.values(), strict=True)] or [0, 0, 0, 0]
-        return {"overall": _survival(*overall), "tensors": self.tensors}
+        overall = _survival(*([sum(column) for column in zip(*self._sums.values(), strict=True)] or [0, 0, 0, 0]))
+        if self._fp8_sums:
+            kept, error, asked = (sum(column) for column in zip(*self._fp8_sums.values(), strict=True))
+            overall |= {
+                "survived_in_fp8": kept / asked if asked else 1.0,
+                "error_in_fp8": math.sqrt(error / asked) if asked else 0.0,
+            }
+        return {"overall": overall, "tensors": self.tensors}
 
 
 def _norm(matrix: torch.Tensor) -> float:
@@ -345,6 +368,8 @@ def _changed(
         if not math.isfinite(_norm(moved)):  # one pass that sees every entry
             raise ConfigError(f"{name} with its adapters is not finite in {dtype}")
         report.add(name, change, moved)
+        if report.in_fp8 is not None and before.dim() == 2:
+            report.add_in_fp8(name, before, change)
         return after
 
     return LazyTensor(weight.shape, dtype, read)

@@ -26,6 +26,7 @@ from mole_mega.models.cache import KeyValueCache
 from mole_mega.models.mcore_config import McoreConfigs, build_configs
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.models.splice import splice
+from mole_mega.platform import fp8
 from mole_mega.platform.parallel import Parallel
 
 
@@ -89,6 +90,11 @@ class LLaVA(MegatronModule):
         self._num_real_logits = min(part, vocab_size - parallel.tp_rank * part)
         self.to(parallel.device)
         self._freeze(train_projector=adapters and run.train.projector)
+        if run.fp8.store_base:
+            # all that is wide; embeddings, output layer and projector stay in the model's dtype
+            fp8.make_room(self.language_model.decoder, run.fp8.scale)
+            if self.pre_process:
+                fp8.make_room(self.vision_model.decoder, run.fp8.scale)
 
     def _freeze(self, *, train_projector: bool) -> None:
         for parameter in self.parameters():

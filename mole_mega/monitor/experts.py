@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer
 from mole_mega.adapters.routing import RouterMemory
 from mole_mega.monitor.metrics import Row
+from mole_mega.platform.fp8 import frozen_weight
 
 # Of more experts, only each one's most similar other is written: all pairs would be thousands of scalars a layer.
 _MOST_PAIRED = 16
@@ -106,7 +107,7 @@ def _all_experts(mine: torch.Tensor, ep_group: dist.ProcessGroup) -> torch.Tenso
 def _base_square(experts: MoLEExperts) -> torch.Tensor:
     """This tensor-parallel rank's part of the squared norm of the frozen gate, up and down."""
     norms = [
-        torch.linalg.vector_norm(linear.weight, dim=-1, dtype=torch.float32)
+        torch.linalg.vector_norm(frozen_weight(linear), dim=-1, dtype=torch.float32)
         for linear in (experts.linear_fc1, experts.linear_fc2)
     ]
     return torch.cat(norms).double().square().sum()

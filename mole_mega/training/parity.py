@@ -27,7 +27,7 @@ from mole_mega import config as run_config
 from mole_mega.adapters.routing import RoutingSummary
 from mole_mega.checkpoint.base import save_base
 from mole_mega.checkpoint.store import trainable_entries
-from mole_mega.config import ParallelConfig, RunConfig
+from mole_mega.config import Fp8Config, ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
 from mole_mega.models.llava import LLaVA
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
         parallel = platform.initialize(run.parallel, run.train.seed)
         base = Path(run.model.base)
         if not base.exists():
-            make_base(run, size, parallel, base)
+            make_base(replace(run, fp8=Fp8Config()), size, parallel, base)
         measured = record(run, size, parallel)
         if measured is not None:
             save_file(measured, listing.parent / f"{tree['name']}.st")

@@ -40,6 +40,7 @@ from mole_mega.monitor.experts import expert_row, measure_experts
 from mole_mega.monitor.logs import RunLogs
 from mole_mega.monitor.metrics import Row, StepResult, step_row
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
+from mole_mega.platform import fp8
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.evaluation import Answer, answer_questions, answer_row, evaluation_row, write_answers
 from mole_mega.training.optimizer import build_optimizer, set_lr
@@ -407,6 +408,12 @@ class Trainer:
     def _announce(self) -> None:
         for line in describe_trainable(self.model, self.parallel):
             self._say(line)
+        kept, instead_of = fp8.bytes_kept(self.model.module)
+        if kept:
+            self._say(
+                f"base kept in FP8: its linears take {kept / 2**20:,.1f} MiB of rank 0 instead of "
+                f"{instead_of / 2**20:,.1f} MiB"
+            )
         p = self.parallel
         self._say(
             f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "

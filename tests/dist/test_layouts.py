@@ -33,10 +33,16 @@ _RUN, SIZE = scaled_down(
 RUN = replace(_RUN, adapter=replace(_RUN.adapter, num_experts=4, z_loss_weight=0.001))
 
 
-def case(layout, world, adapter=None, train=None):
-    adapter, train = adapter or {}, train or {}
-    words = [layout_name(layout, world), *(f"{key}={value}" for key, value in (adapter | train).items())]
-    run = replace(RUN, parallel=layout, adapter=replace(RUN.adapter, **adapter), train=replace(RUN.train, **train))
+def case(layout, world, adapter=None, train=None, fp8=None):
+    adapter, train, fp8 = adapter or {}, train or {}, fp8 or {}
+    words = [layout_name(layout, world), *(f"{key}={value}" for key, value in (adapter | train | fp8).items())]
+    run = replace(
+        RUN,
+        parallel=layout,
+        adapter=replace(RUN.adapter, **adapter),
+        train=replace(RUN.train, **train),
+        fp8=replace(RUN.fp8, **fp8),
+    )
     validate(run)
     return Case(", ".join(words), run, world)
 
@@ -53,6 +59,9 @@ CASES = [
     case(TP, 2, {"method": "lora"}, {"recompute": "full"}),
     *(case(layout, world, train={"recompute": "selective"}) for layout, world in [(TP, 2), (PP_EP, 4)]),
     *(case(layout, world, {"layers": (1, 2)}) for layout, world in [(TP, 2), (PP_EP, 4)]),
+    # rounded to the same numbers, whichever part of a channel a rank holds
+    *(case(layout, world, fp8={"store_base": True}) for layout, world in [(TP, 2), (EP, 2), (TP_PP, 4)]),
+    case(TP, 2, {"method": "lora"}, {"recompute": "full"}, {"store_base": True}),
     # a stage without an expert, and one with nothing to train at all; one expert a rank
     case(PP, 2, {"layers": (1,)}),
     case(PP, 2, {"attention": False, "layers": (0, 1)}),
@@ -119,7 +128,9 @@ def test_references_hold_a_gradient_for_every_trainable_tensor(recorded):
         assert all(tensor.isfinite().all() and tensor.any() for tensor in gradients), name
 
 
-@pytest.mark.parametrize("setting", ["gate=none", "gate=prob", "gate=straight_through", "balance_scope=model"])
+@pytest.mark.parametrize(
+    "setting", ["gate=none", "gate=prob", "gate=straight_through", "balance_scope=model", "store_base=True"]
+)
 def test_a_setting_changes_what_is_computed(recorded, setting):
     default = recorded[1]["EP 4"]  # gate prob, scope layer
     changed = next(reference for name, reference in recorded[1].items() if setting in name)

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": {"errors", "config", "platform"},
     "models": {"errors", "config", "platform", "adapters"},
     "data": {"errors", "config", "wording"},
-    "monitor": {"errors", "config", "adapters"},
+    "monitor": {"errors", "config", "platform", "adapters"},
     # reads files alone: fast, and without torch
     "report": {"errors", "config", "outputs", "wording"},
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
