@@ -139,9 +139,8 @@ def main() -> None:
             found = torch.load(folder / f"{row['case']}.pt", weights_only=True)
             row["of_logits"] = float((found - plain).norm() / plain.norm())
     rows = judge(rows)
-    print(
-        f"{'base':8} {'base MB':>8} {'loaded MB':>9} {'peak MB':>8} {'of base':>8} {'of saving':>9} {'logits':>7} {'step s':>7}"
-    )
+    titles = f"{'base':8} {'base MB':>8} {'loaded MB':>9} {'peak MB':>8} {'of base':>8} {'of saving':>9} {'logits':>7}"
+    print(f"{titles} {'step s':>7}")
     for row in rows:
         text = f"{row['case']:8} {row['base_mb']:8.1f} {row['loaded_mb']:9.1f} {row['peak_mb']:8.1f}"
         if "met" in row:
