@@ -7,6 +7,7 @@ path and hash and never copies it.
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
 
 from mole_mega.checkpoint import files
-from mole_mega.checkpoint.stream import LazyTensor, describe_tensors, write_tensors
+from mole_mega.checkpoint.stream import TENSORS_JSON, LazyTensor, describe_tensors, write_tensors
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import MODEL_JSON, LlavaSize
 
@@ -115,6 +116,15 @@ def read_size(base: Path) -> LlavaSize:
     """The size of the base in a folder. Raises ConfigError when it is not a base checkpoint."""
     files.read_manifest(base)
     return LlavaSize.from_json(base / MODEL_JSON)
+
+
+def stored_shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor: its whole shape} as a base says; no tensor is looked at. Raises CheckpointError when it does not say."""
+    path = base / TENSORS_JSON
+    try:
+        return {name: tuple(record["shape"]) for name, record in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise files.CheckpointError(f"{path} does not say which tensors the base has") from error
 
 
 def load_base(model: LLaVA, base: Path) -> None:

@@ -55,6 +55,11 @@ def build_model(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Distribu
     """This rank's part of the model with the base loaded, wrapped for data parallelism."""
     model = LLaVA(run, size, parallel)
     load_base(model, Path(run.model.base))
+    return wrap(model, run)
+
+
+def wrap(model: LLaVA, run: RunConfig) -> DistributedDataParallel:
+    """A model with the buffers that gradients are summed in over data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
