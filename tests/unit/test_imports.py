@@ -28,9 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # arithmetic over the config and the sizes, which is all that it takes of models
     "estimate": {"errors", "config", "models", "outputs", "wording"},
     # estimate: a dry run counts as the estimate counts, and training says when it will not fit
-    "training": {
-        "errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint", "wording", "estimate",
-    },
+    "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint", "wording", "estimate"},  # fmt: skip
     # short trainings, told as a report tells
     "conflict": {"errors", "config", "platform", "data", "report", "checkpoint", "training", "outputs", "wording"},
 }
