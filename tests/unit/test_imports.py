@@ -25,8 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
     # data: an export says how pictures and prompts were prepared in training
     "convert": {"errors", "config", "platform", "adapters", "models", "data", "checkpoint"},
-    # arithmetic over the config and the sizes, which is all that it takes of models
-    "estimate": {"errors", "config", "models", "outputs", "wording"},
+    # arithmetic over the config and the sizes, after the checks of the rooms that build
+    "estimate": {"errors", "config", "platform", "models", "outputs", "wording"},
     # estimate: a dry run counts as the estimate counts, and training says when it will not fit
     "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint", "wording", "estimate"},  # fmt: skip
     # short trainings, told as a report tells
