@@ -1,4 +1,4 @@
-"""All figures of a run under one layout. Whether the layout is one at all is checked where it is searched (search.py)."""
+"""All figures of a run under one layout; whether it is one at all is checked elsewhere (search.py)."""
 
 from __future__ import annotations
 

@@ -115,3 +115,29 @@ def test_activations_are_what_autograd_keeps(alone, kind, size):
     run = run_of(**KINDS[kind])
     expected = saved_activations(run, size, 0, micro_batch(run))
     assert kept_by_autograd(run, size, alone) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "lora", "one layer of two"])
+@pytest.mark.parametrize("projector", [True, False])
+def test_weights_gradients_and_optimizer_are_what_is_built(alone, kind, projector):
+    sections = KINDS[kind] | {"train": KINDS[kind].get("train", {}) | {"projector": projector}}
+    run = run_of(**sections)
+    model, stepper = build(run, SIZE, alone)
+    set_lr(stepper.optimizer, 1, run.train)
+    stepper.train_step([batch_of(SIZE, micro_batch(run))])
+    expected = stage_memory(run, SIZE, 1, 0, micro_batch(run))
+    parameters = list(model.parameters())
+    assert storage_bytes(p for p in parameters if not p.requires_grad) == expected.frozen
+    assert storage_bytes(p for p in parameters if p.requires_grad) == expected.trained
+    buffers = [buffer.grad_data for buffer in (*model.buffers, *model.expert_parallel_buffers)]
+    assert storage_bytes(buffers) == pytest.approx(expected.gradients, rel=0.01)  # padded
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    states = [
+        tensor
+        for part in stepper.optimizer.chained_optimizers
+        if part.optimizer is not None
+        for parameter, state in part.optimizer.state.items()
+        for tensor in (parameter, *state.values())
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in own
+    ]
+    assert storage_bytes(states) == expected.optimizer

@@ -28,7 +28,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     # arithmetic over the config and the sizes, after the checks of the rooms that build
     "estimate": {"errors", "config", "platform", "models", "outputs", "wording"},
     # estimate: a dry run counts as the estimate counts, and training says when it will not fit
-    "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint", "wording", "estimate"},  # fmt: skip
+    "training": {
+        "errors",
+        "config",
+        "platform",
+        "adapters",
+        "models",
+        "data",
+        "monitor",
+        "checkpoint",
+        "wording",
+        "estimate",
+    },
     # short trainings, told as a report tells
     "conflict": {"errors", "config", "platform", "data", "report", "checkpoint", "training", "outputs", "wording"},
 }
