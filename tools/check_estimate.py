@@ -1,9 +1,9 @@
 """What `mole-mega estimate` says of memory, against real runs on this machine's CPUs in several layouts.
 
 Each run trains a small LLaVA by the product's own trainer, one process a rank, on samples of the longest length with
-one image each. Measured of every rank: the bytes of its weights, gradient buffers and optimizer state, and the peak of its
-resident memory over what the process held before a model was built (everything imported, data read once). Each stage's
-fullest rank is compared. Megabytes are 10^6 bytes. The allocator is told to give large blocks back at once
+one image each. Measured of every rank: the bytes of its weights, gradient buffers and optimizer state, and the peak of
+its resident memory over what the process held before a model was built (everything imported, data read once). Each
+stage's fullest rank is compared. Megabytes are 10^6 bytes. The allocator is told to give large blocks back at once
 (MALLOC_MMAP_THRESHOLD_). Linux only.
 """
 
