@@ -272,6 +272,17 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
+def flat(config: RunConfig) -> dict[str, str]:
+    """{"train.lr": "0.0002", ...}: every value as text, lists whole."""
+
+    def walk(node: Any, key: str) -> dict[str, str]:
+        if not isinstance(node, dict):
+            return {key: str(node)}
+        return {name: text for part, value in node.items() for name, text in walk(value, f"{key}.{part}").items()}
+
+    return {key.removeprefix("."): text for key, text in walk(to_dict(config), "").items()}
+
+
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML; `load` of it gives an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

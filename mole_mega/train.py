@@ -19,6 +19,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="build every rank's part of the model without memory")
     parser.add_argument("--world-size", type=int, metavar="N", help="--dry-run: for how many processes")
     parser.add_argument("--size", metavar="NAME", help="--dry-run: a size by name, where model.base is not at hand")
+    parser.add_argument(
+        "--rendezvous-timeout", type=float, default=300, metavar="SECONDS",
+        help="how long processes wait for one another at the start (default 300)",
+    )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show warnings and tracebacks")
     parser.epilog = "--nproc N starts N processes on this host under torchrun"
     return parser.parse_intermixed_args(argv)
@@ -36,9 +40,15 @@ def main(argv: list[str] | None = None) -> int:
         if not args.debug:
             quiet_libraries()
         from mole_mega.platform import parallel as platform
+        from mole_mega.platform.meeting import versions
         from mole_mega.training.trainer import Trainer
 
-        parallel = platform.initialize(run.parallel, run.train.seed)
+        parallel = platform.initialize(
+            run.parallel,
+            run.train.seed,
+            patience_seconds=args.rendezvous_timeout,
+            facts=versions() | config.flat(run),
+        )
         outcome.code = Trainer(run, parallel).train()
         platform.shutdown()
     return outcome.code

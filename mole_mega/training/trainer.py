@@ -32,7 +32,7 @@ from mole_mega.checkpoint.store import (
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data import tally
 from mole_mega.data.loader import Loader, build_loader
-from mole_mega.errors import CheckFailedError, ExitCode
+from mole_mega.errors import STOP_SIGNALS, CheckFailedError, ExitCode
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.alarms import Alarm, observe, progress_note
@@ -196,7 +196,8 @@ class Trainer:
             had = number_of(self.state.step, "step")
             self._say(f"nothing to train: this run already has {had}, of {run.train.steps:,} asked (train.steps)")
             return ExitCode.DONE
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
         self._announce()
         logs = self._open_logs()
         throughput = Throughput()
