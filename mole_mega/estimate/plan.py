@@ -59,3 +59,19 @@ def estimate(run: RunConfig, size: LlavaSize, world_size: int, gpu: Gpu, sample:
         traffic=tuple(stage_traffic(run, size, world_size, stage, shape) for stage in stages),
         time=step_time(run, size, world_size, shape, gpu),
     )
+
+
+def misfit(run: RunConfig, size: LlavaSize, world_size: int, device_memory: float) -> str | None:
+    """What to warn of before training on GPUs of so many bytes, with the numbers; None when the estimate fits."""
+    shape = micro_batch(run)
+    stages = [stage_memory(run, size, world_size, stage, shape) for stage in range(run.parallel.pipeline)]
+    fullest = max(stages, key=lambda memory: memory.total)
+    usable = usable_memory(device_memory)
+    if fullest.total <= usable:
+        return None
+    return (
+        f"warning: by the estimate, samples of data.max_length {run.data.max_length} do not fit: a rank of stage "
+        f"{stages.index(fullest)} needs {fullest.total / 1e9:.1f} GB ({fullest.static / 1e9:.1f} for weights and "
+        f"optimizer, {fullest.activations / 1e9:.1f} for activations), {usable / 1e9:.1f} GB of its GPU's "
+        f"{device_memory / 1e9:.1f} are usable; mole-mega estimate --search names layouts that fit"
+    )

@@ -34,11 +34,11 @@ def join_world(backend: str, timeout: datetime.timedelta, patience_seconds: floa
     place = f"{host}:{port} (MASTER_ADDR:MASTER_PORT) within {patience_seconds:g} s"
     patience = datetime.timedelta(seconds=patience_seconds)
     if rank > 0 and (reason := _unreachable(host, int(port), patience_seconds)):
-        raise ConfigError(f"rank {rank}: nobody answered at {place}: {reason}")
+        raise ConfigError(f"nobody answered at {place}: {reason}")
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=patience))
     except dist.DistError as error:
-        raise ConfigError(f"rank {rank}: not all processes came to {place}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"not all processes came to {place}: {str(error).splitlines()[0]}") from error
     # before init_process_group, which would wait for `timeout`, and not say how many came
     arrived, complete = "mole_mega/arrived", "mole_mega/complete"
     if store.add(arrived, 1) == world:
@@ -46,7 +46,7 @@ def join_world(backend: str, timeout: datetime.timedelta, patience_seconds: floa
     try:
         store.wait([complete], patience)
     except dist.DistError as error:
-        raise ConfigError(f"rank {rank}: {store.add(arrived, 0)} of {world} processes came to {place}") from error
+        raise ConfigError(f"{store.add(arrived, 0)} of {world} processes came to {place}") from error
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 

@@ -82,6 +82,11 @@ class Parallel:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes of this rank's GPU; None on the CPU, whose memory processes share."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
     def barrier(self) -> None:
         dist.barrier()
 

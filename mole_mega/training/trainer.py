@@ -33,6 +33,7 @@ from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data import tally
 from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import STOP_SIGNALS, CheckFailedError, ExitCode
+from mole_mega.estimate.plan import misfit
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.alarms import Alarm, observe, progress_note
@@ -418,6 +419,8 @@ class Trainer:
             f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
             f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
+        if p.device_memory is not None and (warning := misfit(self.run, self.size, p.world_size, p.device_memory)):
+            self._say(warning)
         self._say(f"prompts: {self.loader.encoder.prompts}")
         if self._phases_before:
             self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")

@@ -71,7 +71,7 @@ def alone_as(rank, port, _):
 
 @pytest.mark.parametrize(
     ("rank", "message"),
-    [(0, "error: rank 0: not all processes came to"), (1, "error (rank 1): rank 1: nobody answered at")],
+    [(0, "error: not all processes came to"), (1, "error (rank 1): nobody answered at")],
 )
 def test_a_rendezvous_in_vain_ends_in_time_with_host_and_port(write_run, tmp_path, rank, message):
     with socket.socket() as free:
@@ -90,6 +90,21 @@ def test_sigusr1_saves_and_stops_as_sigterm_does(write_run, tmp_path):
     assert code == STOPPED_ON_SIGNAL, text
     assert "stopped on a signal after step 2, saved" in text
     assert (tmp_path / "run/checkpoints/step_2").is_dir()
+
+
+def small_gpu(rank):
+    """For `prepare`: stand-in for a GPU of 1.7 GB, of which all but some MB are reserved."""
+    from mole_mega.platform.parallel import Parallel
+
+    Parallel.device_memory = 1_700_000_000
+
+
+def test_a_run_that_may_not_fit_says_so_with_the_numbers_and_trains(write_run, tmp_path):
+    code, text = commands.run([write_run(), "train.steps=1"], tmp_path / "log", prepare=small_gpu)
+    assert code == 0, text
+    (line,) = [line for line in text.splitlines() if line.startswith("warning")]
+    assert "samples of data.max_length 256 do not fit: a rank of stage 0 needs 0.1 GB" in line
+    assert "0.0 GB of its GPU's 1.7 are usable; mole-mega estimate --search names layouts that fit" in line
 
 
 def test_a_dry_run_compares_every_layout_with_the_base(write_run, tmp_path):
