@@ -356,6 +356,15 @@ def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
         )
 
 
+def check_batch(train: TrainConfig, data_parallel: int) -> None:
+    """Raise ConfigError unless the global batch divides over so many data-parallel ranks."""
+    if train.global_batch_size % (train.micro_batch_size * data_parallel):
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {data_parallel} data-parallel ranks"
+        )
+
+
 def _validate_batch(train: TrainConfig) -> None:
     if train.global_batch_size % train.micro_batch_size:
         raise ConfigError(

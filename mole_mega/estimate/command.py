@@ -12,8 +12,10 @@ from typing import Any
 from mole_mega import config
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 from mole_mega.estimate.gpus import GPUS, usable_memory
-from mole_mega.estimate.plan import Estimate, Sample, estimate
+from mole_mega.estimate.memory import Memory
+from mole_mega.estimate.plan import Estimate, Sample, estimate, layout_words
 from mole_mega.estimate.roofline import ASSUMPTIONS
+from mole_mega.estimate.traffic import Traffic
 from mole_mega.models.sizes import SIZES, find_size
 from mole_mega.outputs import check_file
 
@@ -71,28 +73,16 @@ def describe(one: Estimate) -> list[str]:
     """An estimate for people."""
     run, shape, gpu, time = one.run, one.shape, one.gpu, one.time
     usable, fullest = usable_memory(gpu.memory), one.fullest
-    kinds = [field.name for field in dataclasses.fields(one.memory[0])]
-    memory = [("stage", *kinds, "total")]
-    memory += [
-        (str(stage), *(f"{getattr(m, kind) / _MB:,.0f}" for kind in kinds), f"{m.total / _MB:,.0f}")
-        for stage, m in enumerate(one.memory)
-    ]
-    wires = [field.name for field in dataclasses.fields(one.traffic[0])]
-    traffic = [("stage", *wires, "total")]
-    traffic += [
-        (str(stage), *(f"{getattr(t, kind) / _MB:,.0f}" for kind in wires), f"{t.total / _MB:,.0f}")
-        for stage, t in enumerate(one.traffic)
-    ]
     parts = ", ".join(f"{field.name} {getattr(time, field.name):.3g}" for field in dataclasses.fields(time))
     need = f"stage {fullest} needs {one.memory[fullest].total / _GB:.1f} GB a GPU"
     return [
         f"{one.world_size:,} x {gpu.name}: {layout_words(run, one.world_size)}; recompute "
         f"{run.train.recompute}; micro-batch of {shape.samples} x {shape.length:,} places with {shape.images} images",
         "memory of one rank at its peak, MB:",
-        *_table(memory),
+        *_table(_by_stage(one.memory)),
         f"{'fits' if one.fits else 'DOES NOT FIT'}: {need}, {usable / _GB:.1f} GB are usable of {gpu.memory / _GB:.1f}",
         "sent by one rank in a step, MB:",
-        *_table(traffic),
+        *_table(_by_stage(one.traffic)),
         f"a step of {run.train.global_batch_size:,} samples takes {time.total:.3g} s, "
         f"{one.tokens_per_second:,.0f} tokens/s: {parts} (seconds, slowest stage)",
         f"assumed: {ASSUMPTIONS}",
@@ -117,13 +107,6 @@ def describe_search(found: Sequence[Estimate], num_candidates: int, world_size: 
     ]
 
 
-def layout_words(run: config.RunConfig, world_size: int) -> str:
-    """tensor 4 x pipeline 4 x data 4, experts over 1."""
-    parallel = run.parallel
-    data = world_size // (parallel.tensor * parallel.pipeline)
-    return f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data:,}, experts over {parallel.expert}"
-
-
 def as_tree(one: Estimate) -> dict[str, Any]:
     """An estimate as plain numbers: bytes and seconds."""
     run = one.run
@@ -141,6 +124,13 @@ def as_tree(one: Estimate) -> dict[str, Any]:
         "seconds": dataclasses.asdict(one.time) | {"total": one.time.total},
         "tokens_per_second": one.tokens_per_second,
     }
+
+
+def _by_stage(stages: Sequence[Memory] | Sequence[Traffic]) -> list[tuple[str, ...]]:
+    """A row a stage of what they count, in MB."""
+    names = [field.name for field in dataclasses.fields(stages[0])] + ["total"]
+    rows = [tuple(f"{getattr(stage, name) / _MB:,.0f}" for name in names) for stage in stages]
+    return [("stage", *names), *((str(index), *row) for index, row in enumerate(rows))]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from mole_mega.config import ConfigError, ParallelConfig, RunConfig, validate
+from mole_mega.config import ConfigError, ParallelConfig, RunConfig, check_batch, validate
 from mole_mega.estimate.gpus import Gpu
 from mole_mega.estimate.plan import Estimate, Sample, estimate
 from mole_mega.models.mcore_config import check_layout
@@ -20,12 +20,7 @@ def check(run: RunConfig, size: LlavaSize, world_size: int) -> None:
     validate(run)
     check_world(run.parallel, world_size)
     check_layout(run, size)
-    train, data = run.train, world_size // (run.parallel.tensor * run.parallel.pipeline)
-    if train.global_batch_size % (train.micro_batch_size * data):
-        raise ConfigError(
-            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {data} data-parallel ranks"
-        )
+    check_batch(run.train, world_size // (run.parallel.tensor * run.parallel.pipeline))
 
 
 def search(run: RunConfig, size: LlavaSize, world_size: int, gpu: Gpu, sample: Sample) -> tuple[list[Estimate], int]:

@@ -21,6 +21,7 @@ from mole_mega.checkpoint.base import model_entries, stored_shapes
 from mole_mega.config import ConfigError, ParallelConfig, RunConfig
 from mole_mega.errors import CheckFailedError
 from mole_mega.estimate.parameters import Parameters
+from mole_mega.estimate.plan import layout_words
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.platform.parallel import check_world
@@ -55,8 +56,7 @@ class DryRun:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         base = "named and shaped as the base has them" if self.compared_with_base else "NOT compared with a base"
         return [
-            f"{self.world_size:,} processes = tensor {layout.tensor} x "
-            f"pipeline {layout.pipeline} x data {data}, experts over {layout.expert}",
+            f"{self.world_size:,} processes = {layout_words(self.run, self.world_size)}",
             *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
             "  (parameters of one rank)",
             f"built {self.num_parts} parts, all there are: ranks that differ in their data-parallel index alone hold "

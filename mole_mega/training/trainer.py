@@ -86,12 +86,7 @@ def build_run_loader(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Loa
 
 def check_batch(run: RunConfig, parallel: Parallel) -> None:
     """Raise ConfigError unless the global batch divides over the data-parallel ranks."""
-    train, dp = run.train, parallel.dp_size
-    if train.global_batch_size % (train.micro_batch_size * dp):
-        raise ConfigError(
-            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {dp} data-parallel ranks"
-        )
+    run_config.check_batch(run.train, parallel.dp_size)
 
 
 @dataclass(frozen=True)
