@@ -4,7 +4,7 @@ Each run trains a small LLaVA by the product's own trainer, one process a rank, 
 one image each. Measured of every rank: the bytes of its weights, gradient buffers and optimizer state, and the peak of
 its resident memory over what the process held before a model was built (everything imported, data read once). Each
 stage's fullest rank is compared. Megabytes are 10^6 bytes. The allocator is told to give large blocks back at once
-(MALLOC_MMAP_THRESHOLD_). Linux only.
+(MALLOC_MMAP_THRESHOLD_), and oneDNN to keep no compiled kernels, which only CPUs have. Linux only.
 """
 
 import argparse
@@ -104,6 +104,8 @@ def measure(run_file: Path, processes: int, overrides: list[str], folder: Path) 
     """{"stage", "static", "peak"} of each rank, in bytes, of a run in processes of its own."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+        # or oneDNN keeps what it compiles for each shape of a bf16 product: measured, 0.9 MB each
+        "LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     }  # fmt: skip
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     worker = [__file__, "--worker", str(folder), str(run_file), *overrides]
