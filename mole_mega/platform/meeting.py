@@ -75,7 +75,7 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     dist.all_gather_object(everyone, facts)
     unlike = [rank for rank, other in enumerate(digests) if other != digests[0]]
     first, other = everyone[0], everyone[unlike[0]]
-    names = [name for name in first | other if first.get(name, _ABSENT) != other.get(name, _ABSENT)]
+    names = [name for name in {**first, **other} if first.get(name, _ABSENT) != other.get(name, _ABSENT)]
     more = f", and {len(names) - 1} more" if len(names) > 1 else ""
     ranks = f" ({len(unlike)} ranks differ)" if len(unlike) > 1 else ""
     raise ConfigError(

@@ -46,7 +46,8 @@ class DryRun:
         """For people: the layout, a row a stage, and what was checked."""
         layout, projector = self.run.parallel, self.run.train.projector
         data = self.world_size // (layout.tensor * layout.pipeline)
-        rows = [("stage", "ranks", "frozen", "trainable", "experts", "other adapters", "routers")]
+        header = ("stage", "ranks", "frozen", "trainable", "experts", "other adapters", "routers")
+        rows: list[tuple[str, ...]] = [header]
         for index, stage in enumerate(self.stages):
             numbers = (
                 stage.frozen(projector=projector), stage.trainable(projector=projector), stage.experts,
