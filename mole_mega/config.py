@@ -301,6 +301,15 @@ def validate(config: RunConfig) -> None:
     _validate_alarms(config.monitor.alarms, config.adapter)
 
 
+def check_batch(train: TrainConfig, data_parallel: int) -> None:
+    """Raise ConfigError unless the global batch divides over so many data-parallel ranks."""
+    if train.global_batch_size % (train.micro_batch_size * data_parallel):
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {data_parallel} data-parallel ranks"
+        )
+
+
 def _validate_ranges(section: Any, where: str) -> None:
     """Every number of a section and of those in it, against the range that its type names."""
     hints = typing.get_type_hints(type(section), include_extras=True)
@@ -353,15 +362,6 @@ def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
         raise ConfigError(
             "adapter.gate none gives the router no gradient, and adapter.balance_weight and adapter.z_loss_weight are "
             "both 0: the router would stay as it is initialised; set one of them, or another gate"
-        )
-
-
-def check_batch(train: TrainConfig, data_parallel: int) -> None:
-    """Raise ConfigError unless the global batch divides over so many data-parallel ranks."""
-    if train.global_batch_size % (train.micro_batch_size * data_parallel):
-        raise ConfigError(
-            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {data_parallel} data-parallel ranks"
         )
 
 

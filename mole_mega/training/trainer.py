@@ -414,13 +414,13 @@ class Trainer:
             f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
             f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
-        if p.device_memory is not None and (warning := misfit(self.run, self.size, p.world_size, p.device_memory)):
-            self._say(warning)
         self._say(f"prompts: {self.loader.encoder.prompts}")
         if self._phases_before:
             self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")
         for line in self.plan.describe(self.run.train.steps, self._first_of_phase):
             self._say(line)
+        if p.device_memory is not None and (warning := misfit(self.run, self.size, p.world_size, p.device_memory)):
+            self._say(warning)
 
     def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:
         """Raise CheckFailedError unless a gradient reached everything that it should reach: at the first step, and the
