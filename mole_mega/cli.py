@@ -13,6 +13,8 @@ from mole_mega.errors import ConfigError, ExitCode, report_errors
 COMMANDS = {
     "train": ("mole_mega.train", "train a run, or go on with one"),
     "eval": ("mole_mega.evaluate", "loss and accuracy of a checkpoint, by domain"),
+    "estimate": ("mole_mega.estimate.command", "memory, bytes sent and step time of a layout, beforehand"),
+    "doctor": ("mole_mega.doctor", "what this machine has, what it lacks, and what that switches off"),
     "verify-parallel": ("mole_mega.verify_parallel", "prove that layouts compute what one process computes"),
     "data": ("mole_mega.inspect_data", "look at a run's data before training: samples, loss masks, counts"),
     "generate": ("mole_mega.generate", "ask a trained or an exported model about an image"),

@@ -285,6 +285,17 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
+def flat(config: RunConfig) -> dict[str, str]:
+    """{"train.lr": "0.0002", ...}: every value as text, lists whole."""
+
+    def walk(node: Any, key: str) -> dict[str, str]:
+        if not isinstance(node, dict):
+            return {key: str(node)}
+        return {name: text for part, value in node.items() for name, text in walk(value, f"{key}.{part}").items()}
+
+    return {key.removeprefix("."): text for key, text in walk(to_dict(config), "").items()}
+
+
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML; `load` of it gives an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
@@ -301,6 +312,15 @@ def validate(config: RunConfig) -> None:
     _validate_sources("sources", config.data.sources)
     _validate_sources("validation", config.data.validation)
     _validate_alarms(config.monitor.alarms, config.adapter)
+
+
+def check_batch(train: TrainConfig, data_parallel: int) -> None:
+    """Raise ConfigError unless the global batch divides over so many data-parallel ranks."""
+    if train.global_batch_size % (train.micro_batch_size * data_parallel):
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{train.micro_batch_size} x {data_parallel} data-parallel ranks"
+        )
 
 
 def _validate_ranges(section: Any, where: str) -> None:

@@ -27,6 +27,11 @@ class ExitCode(enum.IntEnum):
     INTERRUPTED = 130
 
 
+# On these a run saves and stops: what a scheduler sends before the end of a job. Slurm sends SIGUSR1 where it is asked
+# to (`--signal=USR1@120`).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
 class ConfigError(ValueError):
     """The user's config or input cannot be honoured. The message is one line and carries the numbers."""
 

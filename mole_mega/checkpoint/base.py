@@ -8,6 +8,7 @@ path and hash and never copies it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import shutil
 from collections.abc import Iterable, Mapping
@@ -18,11 +19,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mole_mega.checkpoint import files
-from mole_mega.checkpoint.stream import LazyTensor, describe_tensors, write_tensors
+from mole_mega.checkpoint.stream import TENSORS_JSON, LazyTensor, describe_tensors, write_tensors
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import MODEL_JSON, LlavaSize
 from mole_mega.platform import fp8
@@ -127,9 +126,18 @@ def read_size(base: Path) -> LlavaSize:
     return LlavaSize.from_json(base / MODEL_JSON)
 
 
+def stored_shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor: its whole shape} as a base says; no tensor is looked at. Raises CheckpointError when it does not say."""
+    path = base / TENSORS_JSON
+    try:
+        return {name: tuple(record["shape"]) for name, record in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise files.CheckpointError(f"{path} does not say which tensors the base has") from error
+
+
 def load_base(model: LLaVA, base: Path) -> None:
     """Load the frozen weights (and the projector) into this rank's part of a model, in the model's dtype. Weights that
-    the model keeps in FP8 (models/fp8.py) are read a few at a time. All ranks call it.
+    the model keeps in FP8 (platform/fp8.py) are read a few at a time. All ranks call it.
 
     Every file is checked first. Raises CheckpointError naming the tensor when one is missing or of another shape.
     """
@@ -167,9 +175,7 @@ def _refuse_more(entries: ShardedStateDict, base: Path, parallel: Parallel) -> N
     """Raise CheckpointError when the base holds a tensor that no rank's part of the model has a place for."""
     asked: list[set[str]] = [set()] * parallel.world_size
     dist.all_gather_object(asked, {entry.key for entry in entries.values()})
-    held = FileSystemReader(base).read_metadata().state_dict_metadata
-    names = {name for name, entry in held.items() if isinstance(entry, TensorStorageMetadata)}
-    if more := names - set().union(*asked):
+    if more := set(stored_shapes(base)) - set().union(*asked):
         raise files.CheckpointError(f"{base} does not fit the model: nothing asks for {min(more)}")
 
 

@@ -127,3 +127,15 @@ SIZES: dict[str, LlavaSize] = {
         pad_token_id=32001,
     ),
 }  # fmt: skip
+
+
+def find_size(base: Path, name: str | None = None) -> LlavaSize:
+    """The size of a base folder, or the one known by `name`. Raises ConfigError when there is neither."""
+    known = f"one of {', '.join(SIZES)}"
+    if name is not None:
+        if name not in SIZES:
+            raise ConfigError(f"--size {name} is not known: it is {known}")
+        return SIZES[name]
+    if not (base / MODEL_JSON).is_file():
+        raise ConfigError(f"{base} is not a base checkpoint: it has no {MODEL_JSON}. Without a base, --size is {known}")
+    return LlavaSize.from_json(base / MODEL_JSON)

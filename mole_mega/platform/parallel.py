@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mole_mega.config import ConfigError, ParallelConfig
 from mole_mega.platform import cpu
+from mole_mega.platform.meeting import check_agreement, join_world
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,28 @@ class Parallel:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
+    @property
+    def device_memory(self) -> int | None:
+        """Bytes of this rank's GPU; None on the CPU, whose memory processes share."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
     def barrier(self) -> None:
         dist.barrier()
 
 
-def initialize(config: ParallelConfig, seed: int, timeout_minutes: float = 10) -> Parallel:
+def initialize(
+    config: ParallelConfig,
+    seed: int,
+    timeout_minutes: float = 10,
+    *,
+    patience_seconds: float = 300,
+    facts: Mapping[str, str] | None = None,
+) -> Parallel:
     """Start torch.distributed (from torchrun's environment, or alone) and Megatron-Core's groups, and seed the RNGs.
 
     Without a CUDA device Megatron-Core is first taught to do without (`platform/cpu.py`) and gloo carries the
-    collectives. Raises ConfigError when the world does not divide.
+    collectives. Raises ConfigError when the world does not divide, when its processes do not meet within
+    `patience_seconds`, or when they do not all hold the same `facts` (platform/meeting.py).
     """
     on_cuda = torch.cuda.is_available()
     if not on_cuda:
@@ -101,9 +116,11 @@ def initialize(config: ParallelConfig, seed: int, timeout_minutes: float = 10) -
         timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            join_world(backend, timeout, patience_seconds)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if facts is not None:
+        check_agreement(facts)  # before groups are made: unlike layouts would wait for each other
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,

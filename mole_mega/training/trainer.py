@@ -32,7 +32,8 @@ from mole_mega.checkpoint.store import (
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data import tally
 from mole_mega.data.loader import Loader, build_loader
-from mole_mega.errors import CheckFailedError, ExitCode
+from mole_mega.errors import STOP_SIGNALS, CheckFailedError, ExitCode
+from mole_mega.estimate.plan import misfit
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.alarms import Alarm, observe, progress_note
@@ -56,6 +57,11 @@ def build_model(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Distribu
     """This rank's part of the model with the base loaded, wrapped for data parallelism."""
     model = LLaVA(run, size, parallel)
     load_base(model, Path(run.model.base))
+    return wrap(model, run)
+
+
+def wrap(model: LLaVA, run: RunConfig) -> DistributedDataParallel:
+    """A model with the buffers that gradients are summed in over data-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
@@ -81,12 +87,7 @@ def build_run_loader(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Loa
 
 def check_batch(run: RunConfig, parallel: Parallel) -> None:
     """Raise ConfigError unless the global batch divides over the data-parallel ranks."""
-    train, dp = run.train, parallel.dp_size
-    if train.global_batch_size % (train.micro_batch_size * dp):
-        raise ConfigError(
-            f"train.global_batch_size {train.global_batch_size} is not a multiple of train.micro_batch_size "
-            f"{train.micro_batch_size} x {dp} data-parallel ranks"
-        )
+    run_config.check_batch(run.train, parallel.dp_size)
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ class Trainer:
             had = number_of(self.state.step, "step")
             self._say(f"nothing to train: this run already has {had}, of {run.train.steps:,} asked (train.steps)")
             return ExitCode.DONE
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
         self._announce()
         logs = self._open_logs()
         throughput = Throughput()
@@ -424,6 +426,8 @@ class Trainer:
             self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")
         for line in self.plan.describe(self.run.train.steps, self._first_of_phase):
             self._say(line)
+        if p.device_memory is not None and (warning := misfit(self.run, self.size, p.world_size, p.device_memory)):
+            self._say(warning)
 
     def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:
         """Raise CheckFailedError unless a gradient reached everything that it should reach: at the first step, and the

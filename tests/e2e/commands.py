@@ -101,10 +101,10 @@ def kill_before_step(step: int, rank: int) -> None:
     _at_step(step, functools.partial(os.kill, os.getpid(), signal.SIGKILL))
 
 
-def terminate_before_step(step: int, on_rank: int, rank: int) -> None:
-    """For `prepare`: SIGTERM to one rank before step `step` reads its data."""
+def terminate_before_step(step: int, on_rank: int, rank: int, number: int = signal.SIGTERM) -> None:
+    """For `prepare`: SIGTERM, or another signal, to one rank before step `step` reads its data."""
     if rank == on_rank:
-        _at_step(step, functools.partial(os.kill, os.getpid(), signal.SIGTERM))
+        _at_step(step, functools.partial(os.kill, os.getpid(), number))
 
 
 def _at_step(step: int, action: Callable[[], None]) -> None:

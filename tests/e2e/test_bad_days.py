@@ -467,7 +467,12 @@ def test_under_torchrun_a_run_directory_that_one_rank_cannot_write_is_said_once(
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, STOPPED_ON_SIGNAL), (signal.SIGINT, INTERRUPTED), (signal.SIGHUP, 128 + signal.SIGHUP)],
+    [
+        (signal.SIGTERM, STOPPED_ON_SIGNAL),
+        (signal.SIGUSR1, STOPPED_ON_SIGNAL),
+        (signal.SIGINT, INTERRUPTED),
+        (signal.SIGHUP, 128 + signal.SIGHUP),
+    ],
 )
 def test_only_a_signal_that_saves_ends_the_launcher_with_the_code_that_promises_it(monkeypatch, number, code):
     def run(args):

@@ -25,7 +25,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
     # data: an export says how pictures and prompts were prepared in training
     "convert": {"errors", "config", "platform", "adapters", "models", "data", "checkpoint"},
-    "training": {"errors", "config", "platform", "adapters", "models", "data", "monitor", "checkpoint", "wording"},
+    # arithmetic over the config and the sizes, after the checks of the rooms that build
+    "estimate": {"errors", "config", "platform", "models", "outputs", "wording"},
+    # estimate: a dry run counts as the estimate counts, and training says when it will not fit
+    "training": {
+        "errors",
+        "config",
+        "platform",
+        "adapters",
+        "models",
+        "data",
+        "monitor",
+        "checkpoint",
+        "wording",
+        "estimate",
+    },
     # short trainings, told as a report tells
     "conflict": {"errors", "config", "platform", "data", "report", "checkpoint", "training", "outputs", "wording"},
 }

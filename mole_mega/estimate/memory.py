@@ -1,0 +1,249 @@
+"""Bytes that one rank holds at the peak of a training step, by part.
+
+Static: weights, fp32 gradients, Adam. Moving: what autograd keeps of the micro-batches in flight (formulas below, by
+Megatron-Core's local attention, which keeps its score matrices), and the largest workspace beside it. Sequences are as
+long as `Shape.length`, so what is counted is the longest that the run may meet.
+
+Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, and
+NCCL's buffers.
+
+Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from mole_mega.config import RunConfig
+from mole_mega.estimate.parameters import adapted_layers, padded_vocabulary, stage_layers, stage_parameters
+from mole_mega.models.sizes import LlavaSize
+
+BYTES = {"fp32": 4, "bf16": 2}
+FP32 = 4
+# sequences are padded to a multiple of it (and of the tensor-parallel size), as training does
+PAD_TO = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A micro-batch: samples, their places (the longest sample's, padded), and images in all of them together."""
+
+    samples: int
+    length: int
+    images: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+
+def micro_batch(run: RunConfig, length: int | None = None, images_per_sample: float = 1.0) -> Shape:
+    """The micro-batch of a run whose samples are `length` places long (None: `data.max_length`)."""
+    multiple = math.lcm(PAD_TO, run.parallel.tensor)
+    length = -(-(length or run.data.max_length) // multiple) * multiple
+    samples = run.train.micro_batch_size
+    return Shape(samples=samples, length=length, images=math.ceil(samples * images_per_sample))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes by part. `vision` is the tower's workspace where that, and not the decoder's, is at the peak."""
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+    dispatch: int
+    vision: int
+
+    @property
+    def static(self) -> int:
+        return self.frozen + self.trained + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def stage_memory(run: RunConfig, size: LlavaSize, world_size: int, stage: int, shape: Shape) -> Memory:
+    """What a rank of pipeline stage `stage` holds at the peak of a step."""
+    frozen, trained, gradients, optimizer = _static(run, size, world_size, stage)
+    num_flying = in_flight(run, world_size, stage)
+    saved = saved_activations(run, size, stage, shape)
+    workspace, dispatch = _decoder_workspace(run, size, stage, shape), _dispatch(run, size, stage, shape)
+    kept = _kept_for_good(run, size, stage, shape)
+    vision = _vision_workspace(run, size, shape) if stage == 0 else 0
+    # the tower runs before its micro-batch has kept anything
+    vision_is_peak = vision > saved + workspace + dispatch
+    return Memory(
+        frozen=frozen,
+        trained=trained,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=(num_flying - vision_is_peak) * saved,
+        workspace=kept + (0 if vision_is_peak else workspace),
+        dispatch=0 if vision_is_peak else dispatch,
+        vision=vision if vision_is_peak else 0,
+    )
+
+
+def in_flight(run: RunConfig, world_size: int, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at once: one forward, one backward (1F1B, arXiv 2104.04473)."""
+    return min(run.parallel.pipeline - stage, num_micro_batches(run, world_size))
+
+
+def num_micro_batches(run: RunConfig, world_size: int) -> int:
+    """Micro-batches of a step, on each data-parallel rank."""
+    data = world_size // (run.parallel.tensor * run.parallel.pipeline)
+    return max(1, run.train.global_batch_size // (run.train.micro_batch_size * data))
+
+
+def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tuple[int, int, int, int]:
+    """(frozen weights, trained weights, gradients, optimizer state)."""
+    numbers, train = stage_parameters(run, size, stage), run.train
+    width = BYTES[train.precision]
+    dense = numbers.dense_adapters + (numbers.projector if train.projector else 0)
+    trained = (dense + numbers.experts) * width + numbers.routers * FP32
+    gradients = FP32 * (dense + numbers.experts + numbers.routers)
+    # two moments, and a master copy of what is not fp32 itself; the distributed optimizer cuts them over the ranks that
+    # hold the same part
+    master = FP32 if train.precision == "bf16" else 0
+    data = world_size // (run.parallel.tensor * run.parallel.pipeline)
+    share, expert_share = (data, data // run.parallel.expert) if train.distributed_optimizer else (1, 1)
+    optimizer = ((2 * FP32 + master) * dense + 2 * FP32 * numbers.routers) // share
+    optimizer += (2 * FP32 + master) * numbers.experts // expert_share
+    return width * numbers.frozen(projector=train.projector), trained, gradients, optimizer
+
+
+def saved_activations(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
+    """What autograd keeps of one micro-batch between its forward and its backward pass."""
+    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.precision]
+    tokens = shape.tokens
+    num_layers, num_adapted = len(stage_layers(run, size, stage)), adapted_layers(run, size, stage)
+    if run.train.recompute == "full":
+        # the input of each layer, and the table of rotations
+        saved = num_layers * tokens // tensor * language.hidden_size * width
+        saved += shape.length * language.kv_channels * FP32 + tokens * 8
+    else:
+        saved = num_layers * _attention(run, size, shape, recomputed=run.train.recompute == "selective")
+        saved += num_adapted * _mlp(run, size, shape, adapted=True)
+        saved += (num_layers - num_adapted) * _mlp(run, size, shape, adapted=False)
+    if stage == run.parallel.pipeline - 1:
+        saved += _norm(run, size, shape) + tokens * (padded_vocabulary(language, tensor) // tensor * FP32 + 9)
+    if stage == 0 and run.train.projector:
+        places, hidden = shape.images * size.vision.num_places, language.hidden_size
+        # its input, and its middle before and after GELU
+        saved += places * (size.vision.hidden_size + 2 * hidden // tensor) * width + tokens
+    return saved
+
+
+def _norm(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
+    """An RMS norm keeps its input in fp32, and 1 / RMS; each tensor-parallel rank those of its part of the sequence."""
+    return shape.tokens // run.parallel.tensor * (size.language.hidden_size + 1) * FP32
+
+
+def _scores(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
+    """Attention scores of one layer on one rank."""
+    return shape.tokens * shape.length * size.language.num_heads // run.parallel.tensor
+
+
+def _core_attention(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
+    """What one layer's attention itself keeps beside q, k and v: keys and values repeated for their queries, the mask,
+    and probabilities; in bf16 the softmax's own fp32 ones too."""
+    language, width = size.language, BYTES[run.train.precision]
+    repeated = 0
+    if language.num_kv_heads < language.num_heads:
+        repeated = 2 * shape.tokens * language.num_heads * language.kv_channels // run.parallel.tensor * width
+    probabilities = _scores(run, size, shape) * (FP32 if width == FP32 else FP32 + width)
+    return repeated + shape.length**2 + probabilities
+
+
+def _attention(run: RunConfig, size: LlavaSize, shape: Shape, *, recomputed: bool) -> int:
+    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    tokens, hidden = shape.tokens, language.hidden_size
+    heads, groups = language.num_heads * language.kv_channels, language.num_kv_heads * language.kv_channels
+    saved = _norm(run, size, shape)
+    saved += 4 * shape.length * language.kv_channels * width  # cosines and sines, for queries and for keys
+    if adapter.attention:
+        # x of q, k, v (whole: gathered from the ranks), A x, and the stacked A
+        saved += width * (tokens * (hidden + 3 * adapter.rank) + 3 * adapter.rank * hidden)
+        saved += width * tokens * (heads // tensor + adapter.rank)  # the same of o
+    rotated = tokens * heads // tensor  # queries
+    is_grouped = language.num_kv_heads < language.num_heads
+    if recomputed or not is_grouped:
+        # keys, and values, which are a view of what the fused linear gave
+        rotated += tokens * (groups + heads + 2 * groups) // tensor
+    saved += rotated * width
+    return saved if recomputed else saved + _core_attention(run, size, shape)
+
+
+def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int:
+    """The MLP of one layer, with its norm. Routing is taken for balanced: a rank's experts get as many tokens as it
+    has itself."""
+    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    tokens, hidden, ffn = shape.tokens, language.hidden_size, language.ffn_hidden_size // tensor
+    saved = _norm(run, size, shape)
+    if not adapted:
+        return saved + width * tokens * 4 * ffn
+    ranks = 3 * adapter.rank  # A x of gate, up and down
+    if adapter.method == "lora":
+        return saved + width * tokens * (hidden + ranks + 5 * ffn)
+    own = tokens // tensor
+    saved += own * (width * hidden + 3 * FP32 * adapter.num_experts + 24)  # the router's input, probabilities, places
+    return saved + tokens * (width * (hidden + ranks + 3 * ffn) + FP32)
+
+
+def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
+    """The most that lies beside saved activations for a moment: at the loss, or in the backward pass of one layer."""
+    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.precision]
+    tokens, hidden, ffn = shape.tokens, language.hidden_size, language.ffn_hidden_size // tensor
+    scores = _scores(run, size, shape)
+    attention = scores * (2 * FP32 if width == FP32 else 2 * FP32 + 2 * width)
+    mlp = width * tokens * (4 * ffn + 2 * hidden)
+    layer = max(attention, mlp)
+    if run.train.recompute == "full":
+        layer += max(
+            _attention(run, size, shape, recomputed=False) + _mlp(run, size, shape, adapted=adapted)
+            for adapted in {True} | ({False} if run.adapter.layers != "all" else set())
+        )
+    elif run.train.recompute == "selective":
+        layer = max(attention + _core_attention(run, size, shape), mlp)
+    if stage < run.parallel.pipeline - 1:
+        return layer
+    logits = tokens * padded_vocabulary(language, tensor) // tensor
+    loss = logits * (0 if width == FP32 else 2 * width) + logits * width
+    return max(layer, loss)
+
+
+def _kept_for_good(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
+    """What is made in the first step and stays: the buffer that scores are written to, and the routers' sums."""
+    kept = _scores(run, size, shape) * BYTES[run.train.precision]
+    adapter = run.adapter
+    if adapter.method == "mole":
+        pairs = math.comb(adapter.num_experts, 2) if adapter.balance_weight else 0
+        rows = pairs + (adapter.num_experts if adapter.z_loss_weight else 0)
+        kept += adapted_layers(run, size, stage) * rows * (size.language.hidden_size + 1) * FP32
+    return kept
+
+
+def _dispatch(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
+    """Tokens on their way: sorted for sending and as received, and sorted again by local expert."""
+    if run.adapter.method != "mole" or not adapted_layers(run, size, stage):
+        return 0
+    travels = run.parallel.expert > 1 or run.parallel.tensor > 1
+    copies = (2 + 1 / run.parallel.tensor) if travels else 1
+    return int(copies * shape.tokens * size.language.hidden_size * BYTES[run.train.precision])
+
+
+def _vision_workspace(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
+    """One layer of the tower, forward alone: scores and their softmax, or the MLP's middle; and its input."""
+    vision, tensor, width = size.vision, run.parallel.tensor, BYTES[run.train.precision]
+    places = shape.images * (vision.num_places + 1)
+    scores = places * (vision.num_places + 1) * vision.num_heads // tensor
+    attention = scores * (width if width == FP32 else FP32 + width) + 4 * places * vision.hidden_size * width
+    mlp = 3 * places * vision.ffn_hidden_size // tensor * width
+    return max(attention, mlp) + 2 * places * vision.hidden_size * width

@@ -1,0 +1,116 @@
+"""How many parameters one rank holds, counted from the sizes alone.
+
+All tensor-, expert- and data-parallel ranks of a pipeline stage hold the same number (the vocabulary is padded to what
+the tensor-parallel ranks divide), so a count belongs to a stage. The model that is built has exactly these numbers,
+which tests hold it to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from mole_mega.config import AdapterConfig, RunConfig
+from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Numbers of parameters, by part. `dense_adapters` are those that every expert-parallel rank holds alike (LoRA of
+    the attention, and of the MLP without experts), `experts` the banks, `routers` what is always fp32."""
+
+    vision: int = 0
+    projector: int = 0
+    embedding: int = 0
+    decoder: int = 0
+    output: int = 0
+    dense_adapters: int = 0
+    experts: int = 0
+    routers: int = 0
+
+    @property
+    def adapters(self) -> int:
+        return self.dense_adapters + self.experts + self.routers
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def trainable(self, *, projector: bool) -> int:
+        """Of these, how many train; `projector` says whether the projector does."""
+        return self.adapters + projector * self.projector
+
+    def frozen(self, *, projector: bool) -> int:
+        return self.total - self.trainable(projector=projector)
+
+
+def padded_vocabulary(size: LanguageSize, tensor: int) -> int:
+    """Rows of the embedding over all tensor-parallel ranks."""
+    return -(-size.vocab_size // tensor) * tensor
+
+
+def stage_layers(run: RunConfig, size: LlavaSize, stage: int) -> range:
+    """The decoder layers of a pipeline stage, from 0."""
+    per_stage = size.language.num_layers // run.parallel.pipeline
+    return range(stage * per_stage, (stage + 1) * per_stage)
+
+
+def adapted_layers(run: RunConfig, size: LlavaSize, stage: int) -> int:
+    """How many layers of a stage carry adapters in their MLP."""
+    layers = stage_layers(run, size, stage)
+    return len(layers) if run.adapter.layers == "all" else sum(layer in layers for layer in run.adapter.layers)
+
+
+def stage_parameters(run: RunConfig, size: LlavaSize, stage: int) -> Parameters:
+    """What one rank of a pipeline stage holds. The layout must divide the size (`models/mcore_config.check_layout`)."""
+    language, adapter, tensor = size.language, run.adapter, run.parallel.tensor
+    is_first, is_last = stage == 0, stage == run.parallel.pipeline - 1
+    num_layers, num_adapted = len(stage_layers(run, size, stage)), adapted_layers(run, size, stage)
+    vocabulary = padded_vocabulary(language, tensor) // tensor * language.hidden_size
+    has_output = is_last and not (is_first and language.tied_embeddings)  # a tied last stage has a copy of its own
+    is_mole = adapter.method == "mole"
+    mlp_adapters = num_adapted * _mlp_lora(language, adapter, tensor)
+    return Parameters(
+        vision=_vision(size.vision, tensor) if is_first else 0,
+        projector=_projector(size, tensor) if is_first else 0,
+        embedding=vocabulary if is_first else 0,
+        decoder=num_layers * _decoder_layer(language, tensor) + (language.hidden_size if is_last else 0),
+        output=vocabulary if has_output else 0,
+        dense_adapters=(num_layers * _attention_lora(language, adapter, tensor) if adapter.attention else 0)
+        + (0 if is_mole else mlp_adapters),
+        experts=mlp_adapters * adapter.num_experts // run.parallel.expert if is_mole else 0,
+        routers=num_adapted * adapter.num_experts * (language.hidden_size + adapter.router_bias) if is_mole else 0,
+    )
+
+
+def _vision(size: VisionSize, tensor: int) -> int:
+    hidden, ffn = size.hidden_size, size.ffn_hidden_size
+    patches = hidden * 3 * size.patch_size**2
+    positions = (size.num_places + 1) * hidden  # the class token stands at the first
+    weights = (4 * hidden * hidden + 2 * hidden * ffn) // tensor
+    biases = (3 * hidden + ffn) // tensor + 2 * hidden  # row-parallel linears hold theirs whole
+    norms = 4 * hidden
+    return patches + hidden + positions + 2 * hidden + size.num_built_layers * (weights + biases + norms)
+
+
+def _projector(size: LlavaSize, tensor: int) -> int:
+    hidden = size.language.hidden_size
+    return (hidden * size.vision.hidden_size + hidden + hidden * hidden) // tensor + hidden
+
+
+def _decoder_layer(size: LanguageSize, tensor: int) -> int:
+    hidden, heads = size.hidden_size, size.num_heads * size.kv_channels
+    attention = hidden * (2 * heads + 2 * size.num_kv_heads * size.kv_channels)
+    return (attention + 3 * hidden * size.ffn_hidden_size) // tensor + 2 * hidden
+
+
+def _attention_lora(size: LanguageSize, adapter: AdapterConfig, tensor: int) -> int:
+    heads, groups = size.num_heads * size.kv_channels, size.num_kv_heads * size.kv_channels
+    whole = 3 * size.hidden_size + size.hidden_size  # A of q, k, v; B of o
+    cut = heads + 2 * groups + heads  # B of q, k, v; A of o
+    return adapter.rank * (whole + cut // tensor)
+
+
+def _mlp_lora(size: LanguageSize, adapter: AdapterConfig, tensor: int) -> int:
+    """One expert's factors: A of gate and up and B of down whole, the others cut."""
+    return adapter.rank * 3 * (size.hidden_size + size.ffn_hidden_size // tensor)

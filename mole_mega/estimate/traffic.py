@@ -1,0 +1,86 @@
+"""Bytes that one rank sends in a training step, by kind.
+
+A ring over n ranks: all-gather and reduce-scatter of a tensor of b bytes send (n - 1) / n b from each rank, an
+all-reduce twice as much (Patarasuk and Yuan, 2009). An all-to-all sends (n - 1) / n of what a rank holds. Routing is
+taken for balanced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from mole_mega.config import RunConfig
+from mole_mega.estimate.memory import BYTES, FP32, Shape, num_micro_batches
+from mole_mega.estimate.parameters import Parameters, adapted_layers, stage_layers, stage_parameters
+from mole_mega.models.sizes import LanguageSize, LlavaSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes by kind: `tensor` (with sequence parallelism), `pipeline`, `expert` (tokens to their experts and back) and
+    `data` (gradients, and weights under the distributed optimizer)."""
+
+    tensor: int = 0
+    pipeline: int = 0
+    expert: int = 0
+    data: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def stage_traffic(run: RunConfig, size: LlavaSize, world_size: int, stage: int, shape: Shape) -> Traffic:
+    """What a rank of pipeline stage `stage` sends in a step."""
+    parallel, language, width = run.parallel, size.language, BYTES[run.train.precision]
+    num_batches = num_micro_batches(run, world_size)
+    data = world_size // (parallel.tensor * parallel.pipeline)
+    hidden = shape.tokens * language.hidden_size * width  # a micro-batch between two layers, whole
+    part = hidden // parallel.tensor
+    numbers = stage_parameters(run, size, stage)
+    num_layers, num_adapted = len(stage_layers(run, size, stage)), adapted_layers(run, size, stage)
+    is_mole = run.adapter.method == "mole"
+    passes = 3 if run.train.recompute == "full" else 2  # forward, backward, and forward again
+
+    # attention and MLP each gather the sequence and scatter sums back
+    tensor = passes * num_layers * 4 * _ring(hidden, parallel.tensor) * num_batches
+    if stage == 0:
+        images = shape.images * (size.vision.num_places + 1) * size.vision.hidden_size * width
+        tensor += num_batches * 2 * _ring(hidden, parallel.tensor)  # the embedding's sum
+        tensor += num_batches * 2 * size.vision.num_built_layers * 2 * _ring(images, parallel.tensor)
+    if stage == parallel.pipeline - 1:
+        tensor += num_batches * 2 * _ring(hidden, parallel.tensor)  # the output layer's input, and its gradient
+    tensor += 2 * _ring(FP32 * partial_gradients(run, language, numbers, num_layers, num_adapted), parallel.tensor)
+
+    neighbours = (stage > 0) + (stage < parallel.pipeline - 1)  # activations go one way, gradients the other
+    expert = passes * num_adapted * 2 * _ring(part, parallel.expert) * num_batches if is_mole else 0
+    dense = numbers.dense_adapters + numbers.routers + (numbers.projector if run.train.projector else 0)
+    return Traffic(
+        tensor=tensor,
+        pipeline=neighbours * part * num_batches,
+        expert=expert,
+        data=_sync(dense, data, run) + _sync(numbers.experts, data // parallel.expert, run),
+    )
+
+
+def partial_gradients(
+    run: RunConfig, size: LanguageSize, numbers: Parameters, num_layers: int, num_adapted: int
+) -> int:
+    """Trained numbers that tensor-parallel ranks hold whole, and whose gradients they sum (adapters/sharding.py)."""
+    adapter = run.adapter
+    attention = num_layers * 4 * adapter.rank * size.hidden_size if adapter.attention else 0
+    banks = adapter.num_experts // run.parallel.expert if adapter.method == "mole" else 1
+    return attention + numbers.routers + num_adapted * banks * 3 * adapter.rank * size.hidden_size
+
+
+def _ring(num_bytes: int, ranks: int) -> int:
+    """What each of `ranks` sends to gather, or to reduce and scatter, a tensor of so many bytes."""
+    return num_bytes * (ranks - 1) // ranks
+
+
+def _sync(numbers: int, ranks: int, run: RunConfig) -> int:
+    """Gradients are summed in fp32; the distributed optimizer then gathers the weights it stepped."""
+    if run.train.distributed_optimizer:
+        return _ring(numbers * FP32, ranks) + _ring(numbers * BYTES[run.train.precision], ranks)
+    return 2 * _ring(numbers * FP32, ranks)

@@ -1,0 +1,116 @@
+"""What a distributed run finds out before it trains: processes that do not come, or come with something else."""
+
+import os
+import signal
+import socket
+from functools import partial
+
+import commands
+import pytest
+
+INPUT_ERROR, STOPPED_ON_SIGNAL = 2, 75
+
+
+def other_learning_rate(rank):
+    """For `prepare`: rank 1 reads another config."""
+    if rank == 1:
+        import dataclasses
+
+        from mole_mega import config
+
+        load = config.load
+
+        def load_other(path, overrides=()):
+            run = load(path, overrides)
+            return dataclasses.replace(run, train=dataclasses.replace(run.train, lr=0.5))
+
+        config.load = load_other
+
+
+def other_layout(rank):
+    """For `prepare`: rank 1 would make other groups, and wait in them for ever."""
+    if rank == 1:
+        import dataclasses
+
+        from mole_mega import config
+
+        load = config.load
+        tensor_parallel = config.ParallelConfig(tensor=2)
+        config.load = lambda *args: dataclasses.replace(load(*args), parallel=tensor_parallel)
+
+
+def other_version(rank):
+    """For `prepare`: rank 1 has another transformers."""
+    if rank == 1:
+        import importlib.metadata
+
+        version = importlib.metadata.version
+        importlib.metadata.version = lambda name: "4.99" if name == "transformers" else version(name)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (other_learning_rate, "rank 1 differs from rank 0 in train.lr: 0.5 there, 0.003 on rank 0"),
+        (other_layout, "rank 1 differs from rank 0 in parallel.tensor: 2 there, 1 on rank 0"),
+        (other_version, "rank 1 differs from rank 0 in transformers: 4.99 there, "),
+    ],
+)
+def test_a_rank_that_differs_is_named_with_what_it_has(write_run, tmp_path, prepare, message):
+    code, text = commands.run([write_run()], tmp_path / "log", 2, prepare)
+    assert code == INPUT_ERROR, text
+    (line,) = text.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+def alone_as(rank, port, _):
+    """For `prepare`: be one rank of two, whose other never comes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(0, "error: not all processes came to"), (1, "error (rank 1): nobody answered at")],
+)
+def test_a_rendezvous_in_vain_ends_in_time_with_host_and_port(write_run, tmp_path, rank, message):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [write_run(), "--rendezvous-timeout", 1]
+    code, text = commands.run(arguments, tmp_path / "log", prepare=partial(alone_as, rank, port))
+    assert code == INPUT_ERROR, text
+    assert f"{message} 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT) within 1 s" in text
+    assert len(text.splitlines()) == 1, text
+
+
+def test_sigusr1_saves_and_stops_as_sigterm_does(write_run, tmp_path):
+    prepare = partial(commands.terminate_before_step, 2, 1, number=signal.SIGUSR1)
+    code, text = commands.run([write_run()], tmp_path / "log", 2, prepare)
+    assert code == STOPPED_ON_SIGNAL, text
+    assert "stopped on a signal after step 2, saved" in text
+    assert (tmp_path / "run/checkpoints/step_2").is_dir()
+
+
+def small_gpu(rank):
+    """For `prepare`: stand-in for a GPU of 1.7 GB, of which all but some MB are reserved."""
+    from mole_mega.platform.parallel import Parallel
+
+    Parallel.device_memory = 1_700_000_000
+
+
+def test_a_run_that_may_not_fit_says_so_with_the_numbers_and_trains(write_run, tmp_path):
+    code, text = commands.run([write_run(), "train.steps=1"], tmp_path / "log", prepare=small_gpu)
+    assert code == 0, text
+    (line,) = [line for line in text.splitlines() if line.startswith("warning")]
+    assert "samples of data.max_length 256 do not fit: a rank of stage 0 needs 0.1 GB" in line
+    assert "0.0 GB of its GPU's 1.7 are usable; mole-mega estimate --search names layouts that fit" in line
+
+
+def test_a_dry_run_compares_every_layout_with_the_base(write_run, tmp_path):
+    arguments = ["--dry-run", "--world-size", 16, "parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=4"]
+    code, text = commands.run([write_run(), *arguments, "train.global_batch_size=8"], tmp_path / "log")
+    assert code == 0, text
+    assert "the frozen ones named and shaped as the base has them" in text
+    assert "built 16 parts, all there are" in text
+    assert not (tmp_path / "run").exists()

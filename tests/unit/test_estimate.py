@@ -1,0 +1,287 @@
+"""The estimate is held to what is built and kept: weights, buffers, optimizer state and autograd's saved tensors."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mole_mega.config import (
+    AdapterConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from mole_mega.data.collate import Batch
+from mole_mega.estimate.command import main as estimate_command
+from mole_mega.estimate.gpus import GPUS
+from mole_mega.estimate.memory import in_flight, micro_batch, saved_activations, stage_memory
+from mole_mega.estimate.parameters import stage_parameters
+from mole_mega.estimate.plan import Sample, estimate, misfit
+from mole_mega.estimate.roofline import micro_batch_flops
+from mole_mega.estimate.search import check, search
+from mole_mega.estimate.traffic import stage_traffic
+from mole_mega.models.llava import LLaVA
+from mole_mega.models.sizes import SIZES, LanguageSize, LlavaSize, VisionSize
+from mole_mega.training.optimizer import build_optimizer, set_lr
+from mole_mega.training.step import Stepper
+from mole_mega.training.trainer import wrap
+
+SIZE = LlavaSize(
+    vision=VisionSize(num_layers=3, hidden_size=48, ffn_hidden_size=80, num_heads=4, image_size=32, patch_size=8),
+    language=LanguageSize(
+        num_layers=2, hidden_size=128, ffn_hidden_size=352, num_heads=8, num_kv_heads=4, vocab_size=512, max_length=128
+    ),
+    image_token_id=4,
+)
+UNGROUPED = replace(SIZE, language=replace(SIZE.language, num_kv_heads=8))
+
+
+def run_of(layout=None, **sections):
+    adapter = {"num_experts": 4, "rank": 8} | sections.pop("adapter", {})
+    training = {"steps": 2, "global_batch_size": 2, "micro_batch_size": 2} | sections.pop("train", {})
+    return RunConfig(
+        run_dir="unused",
+        model=ModelConfig(base="unused"),
+        data=DataConfig(sources=(SourceConfig(name="none", path="none"),), max_length=112),
+        parallel=layout or ParallelConfig(),
+        adapter=AdapterConfig(**adapter),
+        train=TrainConfig(**training),
+    )
+
+
+def batch_of(size, shape):
+    generator = torch.Generator().manual_seed(0)
+    rows = (shape.samples, shape.length)
+    tokens = torch.randint(5, size.language.vocab_size, rows, generator=generator)
+    image_mask = torch.zeros(rows, dtype=torch.bool)
+    image_mask[:, 2 : 2 + size.vision.num_places] = True
+    return Batch(
+        tokens=tokens.masked_fill(image_mask, size.image_token_id),
+        labels=tokens.roll(-1, dims=1),
+        padding_mask=torch.ones(rows, dtype=torch.bool),
+        position_ids=torch.arange(shape.length).expand(rows),
+        pixels=torch.randn(shape.images, 3, size.vision.image_size, size.vision.image_size, generator=generator),
+        image_mask=image_mask,
+        domains=torch.zeros(shape.samples, dtype=torch.long),
+        sample_ids=("a", "b"),
+    )
+
+
+def build(run, size, parallel) -> tuple[DistributedDataParallel, Stepper]:
+    model = LLaVA(run, size, parallel)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter.shape[-1], 1) ** 0.5)
+    ddp = wrap(model, run)
+    return ddp, Stepper(run, ddp, build_optimizer(ddp, run.train), parallel, num_domains=1)
+
+
+def storage_bytes(tensors):
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def kept_by_autograd(run, size, parallel):
+    """Bytes of what one forward pass keeps for the backward pass, parameters left out."""
+    model, stepper = build(run, size, parallel)
+    model.train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stepper._forward(iter([batch_of(size, micro_batch(run))]), model)
+    return storage_bytes(kept)
+
+
+KINDS = {
+    "fp32": {"train": {"precision": "fp32"}},
+    "bf16": {},
+    "selective": {"train": {"recompute": "selective"}},
+    "selective, fp32": {"train": {"recompute": "selective", "precision": "fp32"}},
+    "full": {"train": {"recompute": "full"}},
+    "full, fp32": {"train": {"recompute": "full", "precision": "fp32"}},
+    "lora": {"adapter": {"method": "lora"}},
+    "lora, fp32": {"adapter": {"method": "lora"}, "train": {"precision": "fp32"}},
+    "no attention": {"adapter": {"attention": False}},
+    "one layer of two": {"adapter": {"layers": (1,)}},
+}
+
+
+@pytest.mark.parametrize("size", [SIZE, UNGROUPED], ids=["grouped", "ungrouped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_what_autograd_keeps(alone, kind, size):
+    run = run_of(**KINDS[kind])
+    expected = saved_activations(run, size, 0, micro_batch(run))
+    assert kept_by_autograd(run, size, alone) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "lora", "one layer of two"])
+@pytest.mark.parametrize("projector", [True, False])
+def test_weights_gradients_and_optimizer_are_what_is_built(alone, kind, projector):
+    sections = KINDS[kind] | {"train": KINDS[kind].get("train", {}) | {"projector": projector}}
+    run = run_of(**sections)
+    model, stepper = build(run, SIZE, alone)
+    set_lr(stepper.optimizer, 1, run.train)
+    stepper.train_step([batch_of(SIZE, micro_batch(run))])
+    expected = stage_memory(run, SIZE, 1, 0, micro_batch(run))
+    parameters = list(model.parameters())
+    assert storage_bytes(p for p in parameters if not p.requires_grad) == expected.frozen
+    assert storage_bytes(p for p in parameters if p.requires_grad) == expected.trained
+    buffers = [buffer.grad_data for buffer in (*model.buffers, *model.expert_parallel_buffers)]
+    assert storage_bytes(buffers) == pytest.approx(expected.gradients, rel=0.01)  # padded
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    states = [
+        tensor
+        for part in stepper.optimizer.chained_optimizers
+        if part.optimizer is not None
+        for parameter, state in part.optimizer.state.items()
+        for tensor in (parameter, *state.values())
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in own
+    ]
+    assert storage_bytes(states) == expected.optimizer
+
+
+def test_what_does_not_fit_is_warned_of_with_the_numbers():
+    run = replace(run_of(ParallelConfig(pipeline=2)), data=replace(run_of().data, max_length=2048))
+    size = SIZES["llava15_7b"]
+    assert misfit(run, size, 2, 80 * 2**30) is None
+    text = misfit(run, size, 2, 24 * 2**30)
+    needed = stage_memory(run, size, 2, 0, micro_batch(run))
+    assert f"a rank of stage 0 needs {needed.total / 1e9:.1f} GB" in text
+    assert "of its GPU's 25.8 are usable" in text
+
+
+def test_micro_batches_in_flight_follow_1f1b():
+    run = run_of(ParallelConfig(pipeline=2), train={"global_batch_size": 8, "micro_batch_size": 2})
+    assert [in_flight(run, 2, stage) for stage in range(2)] == [2, 1]
+    assert [in_flight(run, 8, stage) for stage in range(2)] == [1, 1]  # each data-parallel rank has one micro-batch
+
+
+def test_the_distributed_optimizer_is_cut_over_the_ranks_that_hold_the_same():
+    layout = ParallelConfig(expert=2)
+    plain = run_of(layout, train={"global_batch_size": 8})
+    cut = run_of(layout, train={"global_batch_size": 8, "distributed_optimizer": True})
+    numbers = stage_parameters(plain, SIZE, 0)
+    whole, part = (stage_memory(run, SIZE, 4, 0, micro_batch(run)).optimizer for run in (plain, cut))
+    dense = numbers.dense_adapters + numbers.projector
+    assert whole == 12 * (dense + numbers.experts) + 8 * numbers.routers
+    assert part == (12 * dense + 8 * numbers.routers) // 4 + 12 * numbers.experts // 2
+
+
+def test_traffic_of_a_ring():
+    """Two ranks send half of a tensor to gather it, or to reduce and scatter it, and all of it to sum it."""
+    run = run_of(
+        ParallelConfig(tensor=2), adapter={"attention": False}, train={"projector": False, "precision": "fp32"}
+    )
+    shape = micro_batch(run)
+    hidden = shape.tokens * SIZE.language.hidden_size * 4
+    images = shape.images * 17 * SIZE.vision.hidden_size * 4
+    numbers = stage_parameters(run, SIZE, 0)
+    # the routers, and A of gate and up and B of down, of two layers and four experts
+    partial = numbers.routers + 2 * 4 * 3 * 8 * SIZE.language.hidden_size
+    layers, ends, tower = 2 * 2 * 4 * hidden // 2, 2 * hidden, 2 * 2 * images
+    traffic = stage_traffic(run, SIZE, 2, 0, shape)
+    assert traffic.tensor == layers + ends + tower + partial * 4
+    assert (traffic.pipeline, traffic.expert, traffic.data) == (0, 0, 0)
+
+
+def test_traffic_of_experts_and_data():
+    run = run_of(ParallelConfig(expert=2), train={"global_batch_size": 4, "precision": "fp32"})
+    shape, numbers = micro_batch(run), stage_parameters(run, SIZE, 0)
+    hidden = shape.tokens * SIZE.language.hidden_size * 4
+    traffic = stage_traffic(run, SIZE, 2, 0, shape)
+    # there and back, forward and backward, two layers; half of the tokens stay
+    assert traffic.expert == 2 * 2 * 2 * hidden // 2
+    dense = numbers.dense_adapters + numbers.routers + numbers.projector
+    assert traffic.data == 2 * (4 * dense // 2)  # each rank's experts are its own
+
+
+def test_traffic_of_a_pipeline():
+    run = run_of(ParallelConfig(pipeline=2), train={"global_batch_size": 8, "precision": "fp32"})
+    shape = micro_batch(run)
+    hidden = shape.tokens * SIZE.language.hidden_size * 4
+    assert [stage_traffic(run, SIZE, 2, stage, shape).pipeline for stage in range(2)] == [4 * hidden, 4 * hidden]
+
+
+@pytest.mark.parametrize("kind", ["lora", "one expert", "full", "selective"])
+def test_flops_are_what_torch_counts(alone, kind):
+    sections = KINDS.get(kind, {"adapter": {"num_experts": 1}})
+    if kind in ("full", "selective"):
+        sections = sections | {"adapter": {"method": "lora"}}
+    run = run_of(**sections)
+    _, stepper = build(run, UNGROUPED, alone)
+    batch = batch_of(UNGROUPED, micro_batch(run))
+    with FlopCounterMode(display=False) as counter:
+        stepper.backward([batch])
+    assert counter.get_total_flops() == pytest.approx(micro_batch_flops(run, UNGROUPED, 0, micro_batch(run)), rel=0.02)
+
+
+def test_the_search_ranks_what_fits_and_leaves_out_what_does_not():
+    run = run_of(train={"global_batch_size": 64}, adapter={"num_experts": 3, "rank": 32})
+    run = replace(run, data=replace(run.data, max_length=2048))
+    size, sample = SIZES["llava15_7b"], Sample()
+    found, looked_at = search(run, size, 8, GPUS["a100_40"], sample)
+    assert 0 < len(found) < looked_at
+    assert all(one.fits for one in found)
+    assert [one.time.total for one in found] == sorted(one.time.total for one in found)
+    assert len({(one.run.parallel, one.run.train.micro_batch_size, one.run.train.recompute) for one in found}) == len(
+        found
+    )
+    with pytest.raises(ConfigError, match="is not a multiple of"):
+        check(run, size, 3)
+
+
+def test_16384_gpus_are_estimated_at_once():
+    run = run_of(ParallelConfig(tensor=8, pipeline=8), train={"global_batch_size": 16384, "micro_batch_size": 1})
+    one = estimate(run, SIZES["llava15_13b"], 16384, GPUS["h100"], Sample())
+    assert one.fits
+    assert len(one.memory) == 8
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({
+        "run_dir": "out", "model": {"base": "nowhere"}, "train": {"steps": 1, "global_batch_size": 64},
+        "data": {"sources": [{"name": "n", "path": "n.json"}], "max_length": 2048},
+    }))  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("arguments", [[], ["--search"]])
+def test_the_command_prints_and_writes_the_same(run_file, tmp_path, capsys, arguments):
+    figures = tmp_path / "figures.json"
+    # --debug: what else a command silences stays silent for the tests that follow
+    command = [str(run_file), "--gpus", "8", "--size", "llava15_7b", "--json", str(figures), "--debug"]
+    assert estimate_command(command + arguments) == 0
+    text, tree = capsys.readouterr().out, json.loads(figures.read_text())
+    first = tree[0] if arguments else tree
+    assert first["gpus"] == 8
+    assert f"{first['seconds']['total']:.3g}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--gpus", "3"], "train.global_batch_size 64 is not a multiple of train.micro_batch_size 1 x 3"),
+        (["--gpus", "8", "--length", "4096"], "--length must be in [1, data.max_length 2048], got 4096"),
+        (["--gpus", "8", "--images", "-1"], "--images must be at least 0, got -1"),
+        (["--gpus", "6", "parallel.pipeline=3"], "parallel.pipeline 3 does not divide the decoder's 32 layers"),
+    ],
+)
+def test_the_command_refuses_with_the_numbers(run_file, capsys, arguments, message):
+    assert estimate_command([str(run_file), "--size", "llava15_7b", "--debug", *arguments]) == 2
+    assert message in capsys.readouterr().err
