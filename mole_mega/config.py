@@ -80,16 +80,27 @@ class AdapterConfig:
     rank: PositiveInt = 32
     alpha: Positive = 64.0
     dropout: ProperShare = 0.0
-    gate: Literal["none", "prob", "straight_through"] = "prob"
+    # The weight of a chosen expert's output: 1; its probability; 1 with the probability's gradient. dense: all experts,
+    # each by its probability.
+    gate: Literal["none", "prob", "straight_through", "dense"] = "prob"
     top_k: PositiveInt = 1
+    # divide the probabilities of the chosen experts by their sum
+    renormalize: bool = False
     balance_weight: NonNegative = 0.01
     balance_scope: Literal["layer", "model"] = "layer"
     z_loss_weight: NonNegative = 0.0
-    expert_parallel: Literal["tokens"] = "tokens"
+    # What travels between expert-parallel ranks: tokens to their expert (top_k 1 alone), or the weights of a layer's
+    # experts to where the tokens are; auto: what moves fewer bytes.
+    expert_parallel: Literal["tokens", "weights", "auto"] = "tokens"
     router_bias: bool = True
     attention: bool = True
     # "all", or the indices (from 0) of the decoder layers that carry adapters in their MLP.
     layers: Literal["all"] | tuple[int, ...] = "all"
+
+    @property
+    def num_choices(self) -> int:
+        """How many experts a token is counted for: top_k; where it uses all, its likeliest."""
+        return 1 if self.gate == "dense" else self.top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,10 +336,8 @@ def _validate_parallel(parallel: ParallelConfig, adapter: AdapterConfig) -> None
 
 
 def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
-    if adapter.top_k != 1:
-        raise ConfigError(
-            f"adapter.top_k is {adapter.top_k}: expert_parallel 'tokens' routes each token to one expert; set it to 1"
-        )
+    if adapter.method == "mole":
+        _validate_mixture(adapter)
     if adapter.method == "mole" and not adapter.layers:
         raise ConfigError("adapter.layers is empty: adapter.method mole needs at least one layer to put its experts in")
     if adapter.method == "lora" and not adapter.layers and not adapter.attention and not train.projector:
@@ -342,6 +351,24 @@ def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
         raise ConfigError(
             "adapter.gate none gives the router no gradient, and adapter.balance_weight and adapter.z_loss_weight are "
             "both 0: the router would stay as it is initialised; set one of them, or another gate"
+        )
+
+
+def _validate_mixture(adapter: AdapterConfig) -> None:
+    """How many experts a token uses, and what that asks for."""
+    if adapter.top_k > adapter.num_experts:
+        raise ConfigError(f"adapter.top_k is {adapter.top_k}, but adapter.num_experts is {adapter.num_experts}")
+    if adapter.gate == "dense" and adapter.top_k > 1:
+        raise ConfigError(f"adapter.gate dense uses every expert; adapter.top_k {adapter.top_k} chooses: leave it at 1")
+    if adapter.expert_parallel == "tokens" and (adapter.top_k > 1 or adapter.gate == "dense"):
+        used = "gate is dense" if adapter.gate == "dense" else f"top_k is {adapter.top_k}"
+        raise ConfigError(
+            f"adapter.{used}: adapter.expert_parallel tokens sends each token to one expert; set it to weights or auto"
+        )
+    if adapter.renormalize and (adapter.top_k == 1 or adapter.gate not in ("prob", "straight_through")):
+        raise ConfigError(
+            "adapter.renormalize divides the probabilities of several chosen experts by their sum: it wants "
+            f"adapter.top_k above 1 and adapter.gate prob or straight_through, got {adapter.top_k} and {adapter.gate}"
         )
 
 

@@ -152,7 +152,7 @@ class Bench:
             output, _ = self.layer(self.x)
         output.backward(self.grad)
         for router in self.routers:  # as at the end of a step whose global batch is this one micro-batch
-            router.sums.balance_gradient(router.sums.counts_E / router.sums.tokens)
+            router.sums.balance_gradient(router.sums.counts_E / router.sums.counts_E.sum())
         return output
 
     def renew(self, seed: int) -> None:

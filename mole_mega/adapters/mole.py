@@ -1,4 +1,4 @@
-"""The MoLE block: Megatron-Core's `MoELayer` around one frozen MLP and a bank of LoRA experts.
+"""The MoLE block whose tokens travel: Megatron-Core's `MoELayer` around one frozen MLP and a bank of LoRA experts.
 
 For a token x that its router sent to expert k with weight w (LLaVA-MoLE, arXiv 2401.16160):
 
@@ -112,7 +112,7 @@ class _Permute(torch.autograd.Function):
         return grad.index_select(0, inverse_T), None, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class SwiGLU(torch.autograd.Function):
     """silu(gate) * up of [gate | up] side by side. Keeps its input alone, and writes its gradient as one tensor."""
 
     @staticmethod
@@ -204,7 +204,7 @@ class MoLEExperts(MLP):
             scale,
             weight,
         )
-        h_TF = _SwiGLU.apply(fc1_T2F)
+        h_TF = SwiGLU.apply(fc1_T2F)
         output_TH, _ = self.linear_fc2(h_TF)
         output_TH = bank.add_expert_lora(
             output_TH, self._dropout_split(h_TF), self.lora_down_A, self.lora_down_B, tokens_per_expert_E, scale, weight

@@ -31,14 +31,21 @@ from mole_mega.config import AdapterConfig
 _NUM_SCALARS = 3  # z, entropy and margin, in a row of `RouterSums`
 
 
-def gate_weights(probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str) -> torch.Tensor:
-    """The weight w of each token's LoRA output, [T, E], zero where an expert was not chosen (DESIGN gate modes).
+def gate_weights(
+    probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str, *, renormalize: bool = False
+) -> torch.Tensor:
+    """The weight w of each token's LoRA outputs, [T, E], zero where an expert was not chosen (DESIGN gate modes).
 
-    `none`: 1, no gradient; `prob`: p; `straight_through`: 1 with the gradient of p.
+    `none`: 1, no gradient; `prob` and, of all experts, `dense`: p; `straight_through`: 1 with the gradient of p. With
+    `renormalize` p is divided by its sum over the chosen experts, gradient included.
     """
     chosen = chosen_TE.to(probs_TE.dtype)
     if gate == "none":
         return chosen
+    if gate == "dense":
+        return probs_TE
+    if renormalize:
+        probs_TE = probs_TE / (chosen * probs_TE).sum(-1, keepdim=True)
     if gate == "prob":
         return chosen * probs_TE
     return chosen * (1 + (probs_TE - probs_TE.detach()))
@@ -47,9 +54,10 @@ def gate_weights(probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str) -> 
 class RouterSums:
     """What a router remembers of the tokens of one global batch, summed over valid tokens. All tensors fp32.
 
-    counts_GE (how often chosen, by group of tokens), probs_E, z_sum [] (squared log-partition), entropy_sum [] (of p,
-    nats), margin_sum [] (largest p minus the second), `pairs_PX`: the sum of p_j p_k x over tokens for each pair j < k,
-    x extended by a 1 for the bias, and `z_grads_EX`: the sum of 2 lse p_k x.
+    counts_GE (how often chosen, by group of tokens; a token counts once for each of its choices), probs_E, z_sum []
+    (squared log-partition), entropy_sum [] (of p, nats), margin_sum [] (largest p minus the second), `pairs_PX`: the
+    sum of p_j p_k x over tokens for each pair j < k, x extended by a 1 for the bias, and `z_grads_EX`: the sum of
+    2 lse p_k x.
     """
 
     def __init__(
@@ -61,13 +69,17 @@ class RouterSums:
         balance: bool,
         z: bool,
         product_dtype: torch.dtype = torch.float32,
+        num_choices: int = 1,
     ) -> None:
-        """`product_dtype`: p_j p_k and x are rounded to it for the one big GEMM, [P, T] x [T, H] a micro-batch, and so
+        """`num_choices`: how often each token is counted.
+
+        `product_dtype`: p_j p_k and x are rounded to it for the one big GEMM, [P, T] x [T, H] a micro-batch, and so
         is that GEMM's result, before it is added up over micro-batches in fp32. With bf16 (where x is bf16 anyway) the
         balance gradient is off by about 1e-3 of its norm; with 64 experts fp32 would cost half a bf16 MLP.
 
         With many experts that GEMM costs, and its sums are as large as the tokens themselves. So tokens are only kept
         (no copy: their x is an activation of the layer) until they would take more memory than the sums."""
+        self.num_choices = num_choices
         self.balance, self.z, self.product_dtype = balance and num_experts > 1, z, product_dtype
         self.first_P, self.second_P = torch.triu_indices(num_experts, num_experts, offset=1, device=device)
         self.counts_GE = torch.zeros(1, num_experts, device=device)
@@ -84,7 +96,7 @@ class RouterSums:
 
     @property
     def tokens(self) -> torch.Tensor:
-        return self.counts_GE.sum()
+        return self.counts_GE.sum() / self.num_choices
 
     @property
     def counts_E(self) -> torch.Tensor:  # noqa: N802
@@ -113,22 +125,27 @@ class RouterSums:
         self._has_pairs = False
 
     @torch.no_grad()
-    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, choice_T: torch.Tensor,
+    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, choice_TK: torch.Tensor,
             valid_T: torch.Tensor, group_T: torch.Tensor | None = None) -> None:  # fmt: skip
-        """Add the tokens that `valid_T` marks, each to the count of its group (all to group 0 where none is given)."""
+        """Add the tokens that `valid_T` marks, each to the count of its group (all to group 0 where none is given).
+        choice_TK are the experts that each chose, the likeliest first; [T] where it is one."""
+        choice_TK = choice_TK if choice_TK.dim() == 2 else choice_TK[:, None]
         valid = valid_T.to(torch.float32)
         probs = probs_TE * valid[:, None]
         lse = torch.logsumexp(logits_TE, dim=-1) * valid
-        # one cell a token: its group's row, its expert's column (whole numbers, exact in any order)
-        cell_T = choice_T if group_T is None else group_T.clamp(min=0) * self.counts_GE.shape[1] + choice_T
-        self.counts_GE.view(-1).scatter_add_(0, cell_T, valid)
+        # one cell a choice: its group's row, its expert's column (whole numbers, exact in any order)
+        row_T = 0 if group_T is None else group_T.clamp(min=0)[:, None] * self.counts_GE.shape[1]
+        self.counts_GE.view(-1).scatter_add_(
+            0, (row_T + choice_TK).view(-1), valid[:, None].expand_as(choice_TK).reshape(-1)
+        )
         self.probs_E += probs.sum(0)
         self.z_sum += lse.square().sum()
         # entropy = lse - sum_k p_k logit_k
         self.entropy_sum += (lse - (probs * logits_TE).sum(-1)).sum()
         # by rows of [E, T]: the largest of a few columns is slow to find
-        others_ET = probs.T.clone(memory_format=torch.contiguous_format).scatter_(0, choice_T[None], 0.0)
-        self.margin_sum += (probs.gather(1, choice_T[:, None])[:, 0] - others_ET.amax(0)).sum()
+        first_T1 = choice_TK[:, :1]
+        others_ET = probs.T.clone(memory_format=torch.contiguous_format).scatter_(0, first_T1.T, 0.0)
+        self.margin_sum += (probs.gather(1, first_T1)[:, 0] - others_ET.amax(0)).sum()
         if self.balance:
             self._kept.append((x_TH, probs))
             if sum(len(x) for x, _ in self._kept) > self._most_kept:
@@ -181,7 +198,8 @@ class RouterSums:
 
 
 class MoLERouter(MegatronModule):
-    """Routes each token to one expert: p = softmax(R x + b), k = argmax p. Weights and maths in fp32.
+    """Routes each token to the `top_k` likeliest experts, p = softmax(R x + b), or in gate mode `dense` to all of them.
+    Weights and maths in fp32.
 
     Stands where Megatron-Core's `MoESubmodules.router` wants a router: `forward` returns the dispatcher's
     (weights [T, E], routing map [T, E] bool).
@@ -219,6 +237,7 @@ class MoLERouter(MegatronModule):
             balance=adapter.balance_weight > 0,
             z=adapter.z_loss_weight > 0,
             product_dtype=config.params_dtype,
+            num_choices=adapter.num_choices,
         )
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -247,13 +266,23 @@ class MoLERouter(MegatronModule):
         x_TH = hidden.reshape(-1, hidden.shape[-1])
         logits_TE = router_gating_linear(x_TH, self.weight, self.bias, torch.float32)
         probs_TE = torch.softmax(logits_TE, dim=-1)
-        choice_T = probs_TE.argmax(dim=-1)
-        chosen_TE = F.one_hot(choice_T, self.adapter.num_experts).bool()
+        choice_TK, chosen_TE = self._choose(probs_TE)
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.
         if self.training and torch.is_grad_enabled():
-            valid_T = torch.ones_like(choice_T, dtype=torch.bool) if padding_mask is None else ~padding_mask.reshape(-1)
-            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_T, valid_T, self._group_T)
-        return gate_weights(probs_TE, chosen_TE, self.adapter.gate), chosen_TE
+            valid_T = x_TH.new_ones(len(x_TH), dtype=torch.bool) if padding_mask is None else ~padding_mask.reshape(-1)
+            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_TK, valid_T, self._group_T)
+        adapter = self.adapter
+        return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=adapter.renormalize), chosen_TE
+
+    def _choose(self, probs_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the experts that statistics count a token for, the likeliest first, those that it uses [T, E] bool)."""
+        if self.adapter.num_choices == 1:
+            choice_T = probs_TE.argmax(dim=-1)
+            if self.adapter.gate == "dense":
+                return choice_T, torch.ones_like(probs_TE, dtype=torch.bool)
+            return choice_T, F.one_hot(choice_T, self.adapter.num_experts).bool()
+        choice_TK = probs_TE.topk(self.adapter.num_choices, dim=-1).indices
+        return choice_TK, torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return sharding.sharded_adapters(self, prefix, self._groups)
@@ -292,7 +321,8 @@ def router_loss_gradients(
 
         layer:  w mean_l sum_j C_lj P_lj        model:  w sum_j C_j P_j,  C and P pooled over layers (as published)
 
-    (LLaVA-MoLE, arXiv 2401.16160, without a factor E: uniform gives 1/E, collapse 1). z: w_z mean (logsumexp)^2.
+    (LLaVA-MoLE, arXiv 2401.16160, without a factor E: uniform gives 1/E, collapse 1). z: w_z mean (logsumexp)^2. With
+    top_k choices a token each counts 1/top_k; where all experts are mixed, C counts the likeliest.
     w is `adapter.balance_weight` times `balance_factor`.
 
     Call once a step on all ranks, after the last backward pass and before the gradient sync, which sums what each rank
@@ -312,8 +342,8 @@ def router_loss_gradients(
     dist.all_reduce(table)
     _, _, counts_LGE = _split_rows(table, num_experts)
     counts_LE = counts_LGE.sum(1)
-    tokens_L = counts_LE.sum(-1).clamp(min=1)
-    share_LE = counts_LE / tokens_L[:, None]
+    choices_L = counts_LE.sum(-1).clamp(min=1)
+    tokens_L, share_LE = choices_L / adapter.num_choices, counts_LE / choices_L[:, None]
     pull_LE = share_LE.mean(0, keepdim=True).expand_as(share_LE) if adapter.balance_scope == "model" else share_LE
     for router in routers:
         index = plan.layers.index(router.layer)
@@ -331,8 +361,9 @@ def summarize(table: torch.Tensor, plan: RouterPlan, adapter: AdapterConfig) -> 
     """What `router_loss_gradients` returned, for people. Waits for the device, once."""
     scalars, probs_LE, counts_LGE = _split_rows(table.cpu().double(), adapter.num_experts)
     counts_LE = counts_LGE.sum(1)
-    tokens_L = counts_LE.sum(-1).clamp(min=1)
-    share_LE, mean_LE = counts_LE / tokens_L[:, None], probs_LE / tokens_L[:, None]
+    choices_L = counts_LE.sum(-1).clamp(min=1)
+    tokens_L = choices_L / adapter.num_choices
+    share_LE, mean_LE = counts_LE / choices_L[:, None], probs_LE / tokens_L[:, None]
     z_L, entropy_L, margin_L = (scalars / tokens_L[:, None]).unbind(-1)
     balance_L = (share_LE * mean_LE).sum(-1)
     pooled = adapter.balance_scope == "model"
@@ -340,6 +371,7 @@ def summarize(table: torch.Tensor, plan: RouterPlan, adapter: AdapterConfig) -> 
     return RoutingSummary(
         layers=plan.layers,
         counts_LGE=counts_LGE,
+        num_choices=adapter.num_choices,
         balance_L=balance_L,
         z_L=z_L,
         entropy_L=entropy_L,

@@ -45,7 +45,9 @@ ADAPTER_FILE = "adapter.yaml"
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d+)")
 # What adapters are: under another value, the same tensors compute something else, or do not fit.
-_ADAPTER_KEYS = ("method", "num_experts", "rank", "alpha", "gate", "router_bias", "attention", "layers")
+_ADAPTER_KEYS = (
+    "method", "num_experts", "rank", "alpha", "gate", "top_k", "renormalize", "router_bias", "attention", "layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
             "alpha": adapter.alpha,
             "gate": adapter.gate,
             "top_k": adapter.top_k,
+            "renormalize": adapter.renormalize,
             "layers": adapter.layers,
             "attention": adapter.attention,
             "router_bias": adapter.router_bias,

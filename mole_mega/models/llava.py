@@ -6,6 +6,7 @@ Shape suffixes: B batch, S sequence, N images, P places an image, H hidden, V vo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from mole_mega.adapters.routing import place_groups
 from mole_mega.config import RunConfig
 from mole_mega.models import specs
 from mole_mega.models.cache import KeyValueCache
-from mole_mega.models.mcore_config import McoreConfigs, build_configs
+from mole_mega.models.mcore_config import McoreConfigs, build_configs, expert_parallel
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.models.splice import splice
 from mole_mega.platform.parallel import Parallel
@@ -66,7 +67,8 @@ class LLaVA(MegatronModule):
         padded_vocab_size = -(-vocab_size // tp) * tp
         per_stage = size.language.num_layers // parallel.pp_size
         layers = range(parallel.pp_rank * per_stage, (parallel.pp_rank + 1) * per_stage)
-        plan = specs.AdapterPlan(run.adapter if adapters else None, run.train.seed, parallel, backend)
+        adapter = replace(run.adapter, expert_parallel=expert_parallel(run, size).form) if adapters else None
+        plan = specs.AdapterPlan(adapter, run.train.seed, parallel, backend)
         self.language_model = GPTModel(
             configs.language,
             specs.decoder_block(configs.language, layers, plan),

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRASpec, Projection
+from mole_mega.adapters.mixture import MixtureExperts, MixtureLayer
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer
 from mole_mega.adapters.routers import MoLERouter
 from mole_mega.config import AdapterConfig
@@ -28,7 +29,8 @@ from mole_mega.platform.parallel import Parallel
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What the adapters of one model are built from. `adapter` None builds the frozen base alone."""
+    """What the adapters of one model are built from. `adapter` None builds the frozen base alone; its `expert_parallel`
+    is decided, not auto."""
 
     adapter: AdapterConfig | None
     seed: int
@@ -123,9 +125,12 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
     name = f"layers.{index}.mlp"
     common: dict[str, Any] = {"adapter": adapter, "seed": plan.seed, "device": parallel.device}
     if adapter.method == "mole":
-        experts = partial(MoLEExperts, submodules=_mlp(plan.backend), prefix=name, **common)
+        assert adapter.expert_parallel != "auto"
+        travels = adapter.expert_parallel == "tokens"
+        layer, bank = (MoLELayer, MoLEExperts) if travels else (MixtureLayer, MixtureExperts)
+        experts = partial(bank, submodules=_mlp(plan.backend), prefix=name, **common)
         router = partial(MoLERouter, name=f"{name}.router", **common)
-        return partial(MoLELayer, submodules=MoESubmodules(experts=experts, router=router))
+        return partial(layer, submodules=MoESubmodules(experts=experts, router=router))
     width = config.ffn_hidden_size // parallel.tp_size
     fused = plan.lora(name, (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)
     submodules = MLPSubmodules(

@@ -34,6 +34,7 @@ from mole_mega.data import tally
 from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import CheckFailedError, ExitCode
 from mole_mega.models.llava import LLaVA
+from mole_mega.models.mcore_config import expert_parallel
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.alarms import Alarm, observe, progress_note
 from mole_mega.monitor.experts import expert_row, measure_experts
@@ -412,6 +413,9 @@ class Trainer:
             f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
             f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
+        if self.run.adapter.method == "mole":
+            chosen = expert_parallel(self.run, self.size)
+            self._say(f"between expert-parallel ranks travel: {chosen.form} ({chosen.reason})")
         self._say(f"prompts: {self.loader.encoder.prompts}")
         if self._phases_before:
             self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")

@@ -1,0 +1,135 @@
+"""The mixture block: Megatron-Core's MLP with a bank of LoRA experts, of which each token may use several.
+
+For a token x with gate weights w_e, those of the experts that it does not use 0 (LLaVA-MoLE, arXiv 2401.16160, is the
+case of one):
+
+    D(z) = s sum_e w_e B_e A_e dropout(z);  h = silu(Wg x + Dg(x)) * (Wu x + Du(x));  out = Wd h + Dd(h)
+
+Tokens stay where they are, and the frozen base runs once for each, as in a dense MLP. Expert-parallel ranks hold a part
+of the experts each, with its gradient and optimizer state; for a layer's pass each gathers the whole bank, and the
+gradients of all go back to the experts' owners, summed. The gathered bank is kept from forward to backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
+
+from mole_mega.adapters.mixing import Gate, MaskedGate, make_gate
+from mole_mega.adapters.mole import MoLEExperts, MoLELayer, SwiGLU
+
+
+class MixtureLayer(MoLELayer):
+    """The block with its router. No token travels: Megatron-Core's dispatcher is built, but idle."""
+
+    experts: MixtureExperts
+
+    def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
+        super().__init__(config, pg_collection=pg_collection, **kwargs)
+        self._gathers_sequence = config.sequence_parallel
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states [S / TP, B, H] -> ([S / TP, B, H], None). `padding_mask`: see `MoLELayer.forward`."""
+        weight_TE, chosen_TE = self._route(hidden_states, padding_mask)
+        shape = hidden_states.shape
+        if self._gathers_sequence:
+            hidden_states, weight_TE, chosen_TE = self._whole_sequence(hidden_states, weight_TE, chosen_TE)
+        adapter = self.experts.adapter
+        if adapter.gate == "dense":
+            gate: Gate = MaskedGate(weight_TE)
+        else:
+            gate = make_gate(weight_TE, chosen_TE, adapter.top_k)
+        output_TH = self.experts(hidden_states.flatten(0, 1), gate)
+        output = output_TH.view(-1, *shape[1:])
+        if self._gathers_sequence:
+            output = reduce_scatter_to_sequence_parallel_region(output, group=self.attn_tp_group)
+        return output, None
+
+    def _route(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if padding_mask is None or padding_mask.dtype == torch.bool:
+            return self.router(hidden, None if padding_mask is None else padding_mask.T)
+        with self.router.counting_by(padding_mask.T):
+            return self.router(hidden, padding_mask.T < 0)
+
+    def _whole_sequence(
+        self, hidden: torch.Tensor, weight_TE: torch.Tensor, chosen_TE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tokens of all tensor-parallel ranks, and their gates: each rank computes a part of every token's
+        gradient, which the gathers' backward sums."""
+        num_experts = weight_TE.shape[-1]
+
+        def gather(part: torch.Tensor) -> torch.Tensor:
+            return gather_from_sequence_parallel_region(
+                part, tensor_parallel_output_grad=True, group=self.attn_tp_group
+            )
+
+        by_place = (*hidden.shape[:2], num_experts)
+        weight = gather(weight_TE.view(by_place)).view(-1, num_experts)
+        with torch.no_grad():
+            chosen = gather(chosen_TE.view(by_place).to(weight_TE.dtype)).view(-1, num_experts).bool()
+        return gather(hidden), weight, chosen
+
+
+class MixtureExperts(MoLEExperts):
+    """The frozen MLP of a block with this rank's part of the expert bank; parameters as in `MoLEExperts`."""
+
+    def forward(self, x_TH: torch.Tensor, gate: Gate) -> torch.Tensor:  # type: ignore[override]
+        """[T, H] -> [T, H]: tokens in any order, whose experts `gate` says. Under tensor parallelism x is whole, and
+        the outputs of the ranks are still to be summed."""
+        adapter = self.adapter
+        scale = adapter.alpha / adapter.rank
+        factors = dict(self.named_parameters(recurse=False))
+        whole = dict(zip(factors, gather_bank(list(factors.values()), self._groups.ep), strict=True))
+        fc1_T2F, _ = self.linear_fc1(x_TH)
+        fc1_T2F = gate.add_lora(
+            fc1_T2F,
+            F.dropout(x_TH, adapter.dropout, self.training),
+            [whole["lora_gate_A"], whole["lora_up_A"]],
+            [whole["lora_gate_B"], whole["lora_up_B"]],
+            scale,
+        )
+        h_TF = SwiGLU.apply(fc1_T2F)
+        output_TH, _ = self.linear_fc2(h_TF)
+        return gate.add_lora(
+            output_TH, self._dropout_split(h_TF), [whole["lora_down_A"]], [whole["lora_down_B"]], scale
+        )
+
+
+def gather_bank(factors: list[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Of factors [E / EP, ...] of one dtype, those of all experts, [E, ...], in one collective; its backward sums the
+    ranks' gradients and leaves each its own part."""
+    if group.size() == 1:
+        return factors
+    return list(_GatherBank.apply(group, *factors))
+
+
+class _GatherBank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group, ctx.shapes = group, [factor.shape for factor in factors]
+        mine = torch.cat([factor.reshape(-1) for factor in factors])
+        everyone = mine.new_empty(group.size(), len(mine))
+        dist.all_gather_single(everyone.view(-1), mine, group=group)
+        parts = everyone.split([factor.numel() for factor in factors], dim=1)
+        return tuple(part.reshape(-1, *factor.shape[1:]) for part, factor in zip(parts, factors, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        everyone = torch.cat([grad.reshape(ctx.group.size(), -1) for grad in grads], dim=1)
+        mine = everyone.new_empty(everyone.shape[1])
+        dist.reduce_scatter_single(mine, everyone.view(-1), group=ctx.group)
+        parts = mine.split([shape.numel() for shape in ctx.shapes])
+        return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

@@ -1,0 +1,56 @@
+"""Mixtures in every layout compute what one process computes, whichever of their experts a token uses (DESIGN 6.1).
+
+Each case covers several options at once; all cases of one world size run in one launch.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_layouts import DP, EP, PP, PP_EP, TP, TP_EP, TP_PP, case, check, record_all
+
+from mole_mega.config import ParallelConfig
+
+TOP_2 = {"top_k": 2, "expert_parallel": "weights"}
+DENSE = {"gate": "dense", "expert_parallel": "weights"}
+NORMED = {**TOP_2, "renormalize": True}
+# so many experts that tokens are sorted into pairs
+MANY = {**TOP_2, "num_experts": 12}
+
+CASES = [
+    case(TP, 2, NORMED),
+    case(PP, 2, MANY),
+    case(EP, 2, MANY),
+    case(DP, 2, DENSE),
+    case(EP, 2, {**NORMED, "gate": "straight_through"}, {"recompute": "full"}),
+    case(TP_EP, 4, NORMED),
+    case(PP_EP, 4, {**TOP_2, "gate": "none", "balance_scope": "model"}),
+    case(TP_PP, 4, DENSE),
+    # experts cut and copied at once
+    case(EP, 4, TOP_2),
+    case(EP, 2, {**TOP_2, "top_k": 1}),
+    # last: the distributed optimizer is never freed
+    case(EP, 2, DENSE, {"distributed_optimizer": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return record_all(CASES)
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_layout_equals_one_process(recorded, name):
+    check(recorded[0][name])
+
+
+def test_every_trainable_tensor_had_a_gradient(recorded):
+    for name, reference in recorded[1].items():
+        gradients = [tensor for key, tensor in reference.items() if key.startswith("gradient/")]
+        assert all(tensor.isfinite().all() and tensor.any() for tensor in gradients), name
+
+
+def test_a_tokens_choices_are_counted_each(recorded):
+    top_1, top_2 = (recorded[1][c.name]["loss/counts_LGE_0"] for c in (CASES[-2], CASES[0]))
+    assert top_1.sum() > 0
+    assert torch.equal(top_2.sum(-1), 2 * top_1.sum(-1))

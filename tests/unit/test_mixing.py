@@ -1,0 +1,168 @@
+"""Both forms of a mixture equal a loop over tokens and experts in float64, with every gradient.
+
+Shape suffixes: T tokens, I in, O out, E experts, R rank, P projections.
+"""
+
+import pytest
+import torch
+
+from mole_mega.adapters import bank, mixing
+from mole_mega.adapters.mixing import MaskedGate, make_gate, paired
+
+SCALE = 1.7
+T, IN, OUTS = 13, 8, (8, 16)
+
+
+def make_tensors(num_experts, top_k, *, shared_A=False, rank=4, projections=2, dtype=torch.float64, seed=0):
+    """Leaves that want gradients, by name; weights are 0 where an expert is not chosen. A few experts serve nobody."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+    scores_TE = torch.rand(T, num_experts, generator=generator)
+    if num_experts > top_k:
+        scores_TE[:, 0] = -1  # nobody's expert
+    chosen_TE = torch.zeros(T, num_experts, dtype=torch.bool).scatter(1, scores_TE.topk(top_k).indices, True)
+    weight_TE = torch.rand(T, num_experts, generator=generator, dtype=dtype).requires_grad_()
+    A_P = [leaf(rank, IN) if shared_A else leaf(num_experts, rank, IN) for _ in range(projections)]
+    B_P = [leaf(num_experts, out, rank) for out in OUTS[:projections]]
+    base_TO = leaf(T, sum(OUTS[:projections]))
+    return base_TO, leaf(T, IN), weight_TE, chosen_TE, A_P, B_P
+
+
+def loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P):
+    rows = []
+    for t in range(len(x_TI)):
+        deltas = []
+        for A, B in zip(A_P, B_P, strict=True):
+            delta = torch.zeros(B.shape[1], dtype=base_TO.dtype)
+            for e in range(len(B)):
+                if chosen_TE[t, e]:
+                    A_e = A if A.dim() == 2 else A[e]
+                    delta = delta + weight_TE[t, e] * SCALE * (B[e] @ (A_e @ x_TI[t]))
+            deltas.append(delta)
+        rows.append(base_TO[t] + torch.cat(deltas))
+    return torch.stack(rows)
+
+
+def form(name, weight_TE, chosen_TE, top_k):
+    used_TE = weight_TE * chosen_TE
+    return MaskedGate(used_TE) if name == "masked" else paired(used_TE, chosen_TE, top_k)
+
+
+def gradients(output, leaves):
+    generator = torch.Generator().manual_seed(9)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    return torch.autograd.grad(output, leaves, grad)
+
+
+@pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
+@pytest.mark.parametrize("projections", [1, 2])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 1), (3, 2), (5, 2), (5, 5), (9, 3)])
+@pytest.mark.parametrize("name", ["masked", "paired"])
+def test_a_form_equals_the_loop(name, num_experts, top_k, projections, shared_A):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(
+        num_experts, top_k, shared_A=shared_A, projections=projections
+    )
+    leaves = [base_TO, x_TI, weight_TE, *A_P, *B_P]
+    expected = loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P)
+    gate = form(name, weight_TE, chosen_TE, top_k)
+    found = gate.add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(gradients(found, leaves), gradients(expected, leaves), strict=True)
+    for leaf, (got, wanted) in zip(leaves, pairs, strict=True):
+        if leaf is weight_TE:  # no gradient where an expert is not used
+            wanted = wanted * chosen_TE
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+        assert wanted.any()
+
+
+def test_each_projection_may_have_a_gate_of_its_own():
+    base_TO, x_TI, _, _, A_P, B_P = make_tensors(3, 3)
+    weight_TPE = torch.rand(T, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = MaskedGate(weight_TPE).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    parts = []
+    for p, columns in enumerate(base_TO.split(OUTS, dim=1)):
+        parts.append(MaskedGate(weight_TPE[:, p]).add_lora(columns * 1, x_TI, A_P[p : p + 1], B_P[p : p + 1], SCALE))
+    expected = torch.cat(parts, dim=1)
+    torch.testing.assert_close(found, expected)
+    leaves = [base_TO, x_TI, weight_TPE, *A_P, *B_P]
+    for got, wanted in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_mixture_is_one_lora_with_a_block_diagonal_gate():
+    """METHODS (SMoRA): stack the ranks, and each expert's weight stands in its ranks' columns."""
+    base_TO, x_TI, weight_TE, chosen_TE, (A, _), (B, _) = make_tensors(4, 2)
+    used_TE = (weight_TE * chosen_TE).detach()
+    columns = used_TE.repeat_interleave(A.shape[1], dim=1)
+    one = base_TO[:, :8] + SCALE * (columns * (x_TI @ A.flatten(0, 1).T)) @ B.transpose(1, 2).flatten(0, 1)
+    for name in ("masked", "paired"):
+        found = form(name, weight_TE, chosen_TE, 2).add_lora(base_TO[:, :8] * 1, x_TI, [A], [B], SCALE)
+        torch.testing.assert_close(found, one)
+
+
+@pytest.mark.parametrize("name", ["masked", "paired"])
+def test_the_order_of_the_experts_means_nothing(name):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    found = [
+        form(name, weight_TE[:, o], chosen_TE[:, o], 2).add_lora(
+            base_TO * 1, x_TI, [A[o] for A in A_P], [B[o] for B in B_P], SCALE
+        )
+        for o in (torch.arange(5), order)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["masked", "paired"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_b_of_zeros_leaves_the_base_bit_for_bit(name, dtype):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(9, 2, dtype=dtype)
+    gate = form(name, weight_TE.float(), chosen_TE, 2)
+    found = gate.add_lora(base_TO * 1, x_TI, A_P, [torch.zeros_like(B) for B in B_P], SCALE)
+    assert torch.equal(found, base_TO)
+
+
+@pytest.mark.parametrize("name", ["masked", "paired"])
+def test_top_1_equals_the_bank_of_sorted_tokens(name):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(3, 1)
+    order = chosen_TE.int().argmax(1).argsort(stable=True)
+    weight_T = (weight_TE * chosen_TE).sum(1)[order]
+    expected = bank.add_gated_expert_lora(
+        base_TO[order], x_TI[order], A_P[0], B_P[0], A_P[1], B_P[1], chosen_TE.sum(0), SCALE, weight_T
+    )
+    # both projections as wide as the first
+    found = form(name, weight_TE, chosen_TE, 1).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    torch.testing.assert_close(found[order], expected)
+
+
+@pytest.mark.parametrize("name", ["masked", "paired"])
+def test_bf16_is_as_near_as_its_rounding(name):
+    exact = make_tensors(9, 2, rank=8)
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = exact
+    expected = loop(*exact)
+
+    def half(tensor):
+        return tensor.detach().bfloat16()
+
+    gate = form(name, weight_TE.float(), chosen_TE, 2)
+    found = gate.add_lora(half(base_TO), half(x_TI), [half(A) for A in A_P], [half(B) for B in B_P], SCALE)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["masked", "paired"])
+def test_an_expert_that_nobody_uses_gets_a_gradient_of_zeros(name):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2)
+    found = form(name, weight_TE, chosen_TE, 2).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    for gradient in gradients(found, [*A_P, *B_P]):
+        assert not gradient[0].any() and gradient[1:].any()
+
+
+def test_the_form_follows_the_number_of_experts_for_each_that_is_used():
+    for num_experts, top_k, expected in ((8, 2, "MaskedGate"), (9, 2, "PairedGate"), (64, 64, "MaskedGate")):
+        _, _, weight_TE, chosen_TE, *_ = make_tensors(num_experts, top_k)
+        assert type(make_gate(weight_TE, chosen_TE, top_k)).__name__ == expected
+    assert mixing._MASKED_UP_TO == 4

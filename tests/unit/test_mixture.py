@@ -1,0 +1,230 @@
+"""The mixture block, its router's choices and statistics, and what expert parallelism moves.
+
+Shape suffixes: T tokens, H hidden, E experts.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_models import SIZE, SMALL, assert_close, build, gradients_of, logits_of, make_inputs
+from test_routers import HIDDEN, make_router, randomise, run_routers
+
+from mole_mega.adapters import mixing
+from mole_mega.adapters.mixture import MixtureExperts, MixtureLayer
+from mole_mega.adapters.routers import gate_weights
+from mole_mega.adapters.traffic import Traffic, choose_expert_parallel
+from mole_mega.config import AdapterConfig, ParallelConfig
+
+MIX = replace(SMALL, expert_parallel="weights")
+MIXTURES = {
+    "top 1": MIX,
+    "top 2": replace(MIX, top_k=2),
+    "top 2, renormalized": replace(MIX, top_k=2, renormalize=True),
+    "top 2, weight 1": replace(MIX, top_k=2, gate="none"),
+    "top 2, straight through, renormalized": replace(MIX, top_k=2, gate="straight_through", renormalize=True),
+    "top 2 of 9": replace(MIX, num_experts=9, top_k=2),
+    "all by top k": replace(MIX, top_k=3),
+    "dense": replace(MIX, gate="dense"),
+}
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(11)
+
+
+def weights_of(adapter: AdapterConfig, probs_E: torch.Tensor) -> torch.Tensor:
+    """One token's gate, from the words of the config."""
+    if adapter.gate == "dense":
+        return probs_E
+    chosen = probs_E.topk(adapter.top_k).indices
+    if adapter.gate in ("none", "straight_through"):
+        return torch.zeros_like(probs_E).scatter(0, chosen, 1.0)
+    used = torch.zeros_like(probs_E).scatter(0, chosen, probs_E[chosen])
+    return used / used.sum() if adapter.renormalize else used
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_block_computes_the_formula_token_by_token(alone, name):
+    adapter = MIXTURES[name]
+    block = build(alone, adapter).language_model.decoder.layers[1].mlp
+    assert type(block) is MixtureLayer and type(block.experts) is MixtureExperts
+    experts, router, hidden = block.experts, block.router, SIZE.language.hidden_size
+    x = torch.randn(7, 2, hidden, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output, _ = block(x)
+        probs_TE = torch.softmax(x.reshape(-1, hidden) @ router.weight.T + router.bias, -1)
+        gate_base, up_base = experts.linear_fc1.weight.chunk(2)
+        expected = []
+        for x_H, p_E in zip(x.reshape(-1, hidden), probs_TE, strict=True):
+            w_E = weights_of(adapter, p_E)
+
+            def delta(name: str, z: torch.Tensor, w_E: torch.Tensor = w_E) -> torch.Tensor:
+                A, B = (getattr(experts, f"lora_{name}_{factor}") for factor in "AB")
+                return adapter.alpha / adapter.rank * sum(w * (b @ (a @ z)) for w, a, b in zip(w_E, A, B, strict=True))
+
+            h = F.silu(gate_base @ x_H + delta("gate", x_H)) * (up_base @ x_H + delta("up", x_H))
+            expected.append(experts.linear_fc2.weight @ h + delta("down", h))
+    assert len(set(probs_TE.argmax(-1).tolist())) > 1
+    assert_close(output.reshape(-1, hidden), torch.stack(expected))
+
+
+@pytest.mark.parametrize("gate", ["none", "prob", "straight_through"])
+@pytest.mark.parametrize("num_experts", [1, 3, 6])
+def test_top_1_of_weights_that_travel_is_top_1_of_tokens_that_travel(alone, gate, num_experts):
+    tokens = replace(SMALL, gate=gate, num_experts=num_experts)
+    inputs, found = make_inputs(), []
+    for adapter in (tokens, replace(tokens, expert_parallel="weights")):
+        model = build(alone, adapter)
+        found.append((logits_of(model, inputs), gradients_of(model, inputs)))
+    (expected, expected_gradients), (logits, gradients) = found
+    assert_close(logits, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        if gradient is not None and gradient.any():
+            assert (gradients[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
+        else:
+            assert gradients[name] is None or not gradients[name].any()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_b_zero_is_the_frozen_model_bit_for_bit(alone, name):
+    inputs = make_inputs()
+    frozen = logits_of(build(alone, None), inputs)
+    mixture = build(alone, replace(MIXTURES[name], attention=False), zero_B=True)
+    assert torch.equal(logits_of(mixture, inputs), frozen)
+
+
+def test_both_forms_of_the_maths_give_one_model(alone, monkeypatch):
+    inputs, adapter, found = make_inputs(), MIXTURES["top 2 of 9"], []
+    for up_to in (0, 100):
+        monkeypatch.setattr(mixing, "_MASKED_UP_TO", up_to)
+        model = build(alone, adapter)
+        found.append((logits_of(model, inputs), gradients_of(model, inputs)))
+    assert_close(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():
+        assert (found[1][1][name] - gradient).norm() <= 2e-5 * gradient.norm(), name
+
+
+def test_the_experts_numbers_mean_nothing(alone):
+    """Permuted with their routers' rows, they are the same model."""
+    inputs, model = make_inputs(), build(alone, MIXTURES["top 2, renormalized"])
+    before = logits_of(model, inputs)
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        for block in model.mole_layers():
+            for parameter in (*block.router.parameters(), *block.experts.parameters(recurse=False)):
+                parameter.copy_(parameter[order])
+    assert_close(logits_of(model, inputs), before)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_language_loss_trains_the_router_unless_weights_are_1(alone, name):
+    gradients = gradients_of(build(alone, MIXTURES[name]), make_inputs())
+    for key, gradient in gradients.items():
+        if ".router." in key:
+            is_still = gradient is None or not gradient.any()
+            assert is_still == (MIXTURES[name].gate == "none"), key
+
+
+# --- the router ---
+
+
+def test_renormalized_weights_sum_to_1_with_the_gradient_of_the_quotient(rng):
+    logits_TE = torch.randn(5, 4, generator=rng, dtype=torch.float64, requires_grad=True)
+    probs_TE = logits_TE.softmax(-1)
+    chosen_TE = torch.zeros(5, 4, dtype=torch.bool).scatter(1, probs_TE.topk(2).indices, True)
+    weight_TE = gate_weights(probs_TE, chosen_TE, "prob", renormalize=True)
+    torch.testing.assert_close(weight_TE.sum(-1), torch.ones(5, dtype=torch.float64))
+    assert torch.equal(weight_TE > 0, chosen_TE)
+    # the softmax of the chosen logits alone
+    alone_TE = logits_TE.masked_fill(~chosen_TE, float("-inf")).softmax(-1)
+    torch.testing.assert_close(weight_TE, alone_TE)
+    probe_TE = torch.randn(5, 4, generator=rng, dtype=torch.float64)
+    straight_TE = gate_weights(probs_TE, chosen_TE, "straight_through", renormalize=True)
+    assert torch.equal(straight_TE.detach(), chosen_TE.double())
+    expected, *found = (
+        torch.autograd.grad((w * probe_TE).sum(), logits_TE, retain_graph=True)[0]
+        for w in (alone_TE, weight_TE, straight_TE)
+    )
+    for gradient in found:
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(("top_k", "gate"), [(2, "prob"), (3, "none"), (4, "prob"), (1, "dense")])
+def test_the_balance_loss_counts_each_choice_of_a_token_by_its_share(alone, rng, top_k, gate):
+    """C_j: share of choices; P_j: mean probability. Against autograd on the whole batch, C held fixed."""
+    adapter = AdapterConfig(
+        num_experts=4, top_k=top_k, gate=gate, expert_parallel="weights", balance_weight=0.3, z_loss_weight=0.7
+    )
+    router = make_router(alone, **vars(adapter))
+    randomise(router, rng)
+    x_TH, valid_T = torch.randn(40, HIDDEN, generator=rng), torch.rand(40, generator=rng) > 0.3
+    summary = run_routers([router], x_TH[None], valid_T, [7, 1, 20, 12], adapter, grad_scale=17)
+
+    weight, bias = (p.detach().double().requires_grad_() for p in (router.weight, router.bias))
+    logits_TE = x_TH[valid_T].double() @ weight.T + bias
+    probs_TE = logits_TE.softmax(-1)
+    counted = 1 if gate == "dense" else top_k
+    share_E = F.one_hot(probs_TE.topk(counted).indices, 4).sum((0, 1)) / (counted * len(probs_TE))
+    balance, z = (share_E * probs_TE.mean(0)).sum(), logits_TE.logsumexp(-1).square().mean()
+    (17 * (0.3 * balance + 0.7 * z)).backward()
+    assert summary.tokens == valid_T.sum()
+    assert summary.counts_LGE.sum() == counted * valid_T.sum()
+    assert summary.balance_loss == pytest.approx(balance.item(), rel=1e-5)
+    assert summary.z_loss == pytest.approx(z.item(), rel=1e-5)
+    torch.testing.assert_close(router.weight.main_grad.double(), weight.grad, rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(router.bias.main_grad.double(), bias.grad, rtol=3e-5, atol=3e-5)
+    torch.testing.assert_close(summary.load_LE[0], share_E.double())
+
+
+def test_statistics_of_a_dense_gate_are_those_of_top_1(alone, rng):
+    x_LTH, valid_T = torch.randn(1, 20, HIDDEN, generator=rng), torch.ones(20, dtype=torch.bool)
+    found = []
+    for gate in ("prob", "dense"):
+        adapter = AdapterConfig(num_experts=3, gate=gate)
+        router = make_router(alone, **vars(adapter))
+        found.append(run_routers([router], x_LTH, valid_T, [20], adapter))
+    assert torch.equal(found[0].counts_LGE, found[1].counts_LGE)
+    assert found[0].margin_L == found[1].margin_L and found[0].balance_loss == found[1].balance_loss
+
+
+# --- what travels ---
+
+SIZE_7B = {"hidden_size": 4096, "ffn_hidden_size": 11008}
+
+
+def choose(num_tokens=4096, expert=2, tensor=1, sizes=SIZE_7B, **adapter):
+    adapter = AdapterConfig(**{"expert_parallel": "auto", **adapter})
+    return choose_expert_parallel(adapter, ParallelConfig(expert=expert, tensor=tensor), num_tokens=num_tokens, **sizes)
+
+
+def test_at_7b_weights_are_7_times_cheaper_for_3_experts_and_tokens_win_from_about_23():
+    """DESIGN section 2."""
+    traffic = [
+        Traffic.of(AdapterConfig(num_experts=n), ParallelConfig(expert=3), num_tokens=4096, **SIZE_7B) for n in (3, 24)
+    ]
+    assert traffic[0].tokens / traffic[0].weights == pytest.approx(7.7, abs=0.1)
+    assert traffic[0].tokens == 2 * 4096 * 4096 * 2 // 3
+    assert traffic[0].weights == 3 * 3 * 32 * (4096 + 11008) * 2 // 3
+    assert [choose(num_experts=n).form for n in (2, 22, 24, 64)] == ["weights", "weights", "tokens", "tokens"]
+
+
+def test_tensor_parallel_ranks_share_the_tokens_and_cut_what_is_as_wide_as_the_mlp():
+    of = [Traffic.of(AdapterConfig(), ParallelConfig(expert=2, tensor=t), num_tokens=64, **SIZE_7B) for t in (1, 2)]
+    assert of[1].tokens * 2 == of[0].tokens
+    assert of[0].weights / of[1].weights == pytest.approx((4096 + 11008) / (4096 + 5504), rel=1e-6)
+
+
+def test_auto_says_why():
+    assert choose(top_k=2, num_experts=64).form == "weights" and "several experts" in choose(top_k=2).reason
+    assert choose(gate="dense", num_experts=64).form == "weights"
+    assert choose(expert=1).form == "tokens" and "nothing travels" in choose(expert=1).reason
+    assert choose(num_experts=2).reason == (
+        "a rank sends 1,449,984 numbers of weights a layer and pass, or 16,777,216 of 4,096 tokens"
+    )
+    for form in ("tokens", "weights"):
+        assert choose(expert_parallel=form) == choose(expert_parallel=form, num_experts=64)
+        assert choose(expert_parallel=form).form == form
