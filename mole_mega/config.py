@@ -84,8 +84,13 @@ class AdapterConfig:
     # each by its probability.
     gate: Literal["none", "prob", "straight_through", "dense"] = "prob"
     top_k: PositiveInt = 1
+    # What is routed: each token, by a router a block; or each sample by its task: source number e of data.sources is
+    # served by expert e, and there is no router (as in BoRA, arXiv 2407.15857).
+    router_scope: Literal["block", "task"] = "block"
     # divide the probabilities of the chosen experts by their sum
     renormalize: bool = False
+    # one A a linear for all its experts (MoSLD, arXiv 2412.08946; HydraLoRA, arXiv 2404.19245)
+    share_A: bool = False
     balance_weight: NonNegative = 0.01
     balance_scope: Literal["layer", "model"] = "layer"
     z_loss_weight: NonNegative = 0.0
@@ -96,6 +101,16 @@ class AdapterConfig:
     attention: bool = True
     # "all", or the indices (from 0) of the decoder layers that carry adapters in their MLP.
     layers: Literal["all"] | tuple[int, ...] = "all"
+
+    @property
+    def why_tokens_stay(self) -> str:
+        """What of this config wants `expert_parallel` weights, in words; empty if nothing does."""
+        reasons = {
+            f"adapter.top_k is {self.top_k}": self.top_k > 1,
+            "adapter.gate is dense": self.gate == "dense",
+            "adapter.share_A is true": self.share_A,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
 
     @property
     def num_choices(self) -> int:
@@ -295,6 +310,7 @@ def validate(config: RunConfig) -> None:
     _validate_ranges(config, "")
     _validate_parallel(config.parallel, config.adapter)
     _validate_adapter(config.adapter, config.train)
+    _validate_tasks(config.adapter, config.data)
     _validate_batch(config.train)
     _validate_sources("sources", config.data.sources)
     _validate_sources("validation", config.data.validation)
@@ -345,6 +361,7 @@ def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
     if (
         adapter.method == "mole"
         and adapter.num_experts > 1
+        and adapter.router_scope != "task"
         and adapter.gate == "none"
         and adapter.balance_weight == adapter.z_loss_weight == 0
     ):
@@ -360,16 +377,41 @@ def _validate_mixture(adapter: AdapterConfig) -> None:
         raise ConfigError(f"adapter.top_k is {adapter.top_k}, but adapter.num_experts is {adapter.num_experts}")
     if adapter.gate == "dense" and adapter.top_k > 1:
         raise ConfigError(f"adapter.gate dense uses every expert; adapter.top_k {adapter.top_k} chooses: leave it at 1")
-    if adapter.expert_parallel == "tokens" and (adapter.top_k > 1 or adapter.gate == "dense"):
-        used = "gate is dense" if adapter.gate == "dense" else f"top_k is {adapter.top_k}"
+    if adapter.expert_parallel == "tokens" and (reason := adapter.why_tokens_stay):
         raise ConfigError(
-            f"adapter.{used}: adapter.expert_parallel tokens sends each token to one expert; set it to weights or auto"
+            f"{reason}: adapter.expert_parallel tokens sends each token to one expert that is whole; set it to weights "
+            "or auto"
         )
     if adapter.renormalize and (adapter.top_k == 1 or adapter.gate not in ("prob", "straight_through")):
         raise ConfigError(
             "adapter.renormalize divides the probabilities of several chosen experts by their sum: it wants "
             f"adapter.top_k above 1 and adapter.gate prob or straight_through, got {adapter.top_k} and {adapter.gate}"
         )
+
+
+def _validate_tasks(adapter: AdapterConfig, data: DataConfig) -> None:
+    """Experts that serve a task each: nothing chooses, and there is one for each source."""
+    if adapter.method != "mole" or adapter.router_scope != "task":
+        return
+    wanted = {"gate": "none", "top_k": 1, "balance_weight": 0, "z_loss_weight": 0}
+    for key, value in wanted.items():
+        if getattr(adapter, key) != value:
+            raise ConfigError(
+                f"adapter.router_scope task has no router, so that adapter.{key} must be {value}, got "
+                f"{getattr(adapter, key)}"
+            )
+    names = [source.name for source in data.sources]
+    if names and adapter.num_experts != len(names):
+        raise ConfigError(
+            f"adapter.router_scope task has an expert for each source: adapter.num_experts is {adapter.num_experts}, "
+            f"data.sources has {len(names)}"
+        )
+    for source in data.validation:
+        if source.name not in names:
+            raise ConfigError(
+                f"data.validation {source.name!r} is none of data.sources ({', '.join(names)}): with "
+                "adapter.router_scope task no expert serves it"
+            )
 
 
 def _validate_batch(train: TrainConfig) -> None:

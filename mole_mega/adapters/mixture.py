@@ -90,8 +90,9 @@ class MixtureExperts(MoLEExperts):
         the outputs of the ranks are still to be summed."""
         adapter = self.adapter
         scale = adapter.alpha / adapter.rank
-        factors = dict(self.named_parameters(recurse=False))
-        whole = dict(zip(factors, gather_bank(list(factors.values()), self._groups.ep), strict=True))
+        whole = dict(self.named_parameters(recurse=False))
+        cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}  # type: ignore[attr-defined]
+        whole |= zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True)
         fc1_T2F, _ = self.linear_fc1(x_TH)
         fc1_T2F = gate.add_lora(
             fc1_T2F,

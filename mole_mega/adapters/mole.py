@@ -136,7 +136,8 @@ class SwiGLU(torch.autograd.Function):
 class MoLEExperts(MLP):
     """The frozen MLP of one block with this rank's part of the expert bank.
 
-    Factors, whole sizes: gate/up A [E, R, H], B [E, F, R]; down A [E, R, F], B [E, H, R].
+    Factors, whole sizes: gate/up A [E, R, H], B [E, F, R]; down A [E, R, F], B [E, H, R]. An A that the experts share
+    (`adapter.share_A`) has no axis E, and each expert-parallel rank holds it.
     """
 
     def __init__(
@@ -170,12 +171,13 @@ class MoLEExperts(MLP):
             ("up", "column", hidden, ffn),
             ("down", "row", ffn, hidden),
         ):
-            shapes = {"A": (experts, rank, in_features), "B": (experts, out_features, rank)}
+            shapes = {"A": (rank, in_features), "B": (out_features, rank)}
             for factor, init in (("A", sharding.kaiming_uniform), ("B", sharding.zeros)):
+                is_shared = factor == "A" and adapter.share_A
                 parameter = sharding.make_parameter(
                     f"{prefix}.{projection}.{factor}",
-                    sharding.PLACEMENTS[f"experts.{kind}.{factor}"],
-                    shapes[factor],
+                    sharding.PLACEMENTS[f"{'' if is_shared else 'experts.'}{kind}.{factor}"],
+                    shapes[factor] if is_shared else (experts, *shapes[factor]),
                     init,
                     pg_collection,
                     seed=seed,

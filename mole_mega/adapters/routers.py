@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.adapters import sharding
-from mole_mega.adapters.routing import RoutingSummary, num_groups
+from mole_mega.adapters.routing import RoutingSummary, group_domains, num_groups
 from mole_mega.config import AdapterConfig
 
 _NUM_SCALARS = 3  # z, entropy and margin, in a row of `RouterSums`
@@ -222,15 +223,7 @@ class MoLERouter(MegatronModule):
         self._group_T: torch.Tensor | None = None
         self._groups = pg_collection
         shape = (adapter.num_experts, config.hidden_size)
-        common = {"groups": pg_collection, "seed": seed, "dtype": torch.float32, "device": device}
-        self.weight = sharding.make_parameter(
-            f"{name}.weight", sharding.PLACEMENTS["router.weight"], shape, sharding.kaiming_uniform, **common
-        )
-        self.bias = None
-        if adapter.router_bias:
-            self.bias = sharding.make_parameter(
-                f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, **common
-            )
+        self._make_parameters(shape, name, seed=seed, dtype=torch.float32, device=device)
         self.sums = RouterSums(
             *shape,
             device,
@@ -239,6 +232,17 @@ class MoLERouter(MegatronModule):
             product_dtype=config.params_dtype,
             num_choices=adapter.num_choices,
         )
+
+    def _make_parameters(self, shape: tuple[int, int], name: str, **common: Any) -> None:
+        self.weight = sharding.make_parameter(
+            f"{name}.weight", sharding.PLACEMENTS["router.weight"], shape, sharding.kaiming_uniform, self._groups,
+            **common,
+        )  # fmt: skip
+        self.bias = None
+        if self.adapter.router_bias:
+            self.bias = sharding.make_parameter(
+                f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, self._groups, **common
+            )
 
     def set_layer_number(self, layer_number: int) -> None:
         self.layer_number = layer_number
@@ -286,6 +290,30 @@ class MoLERouter(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return sharding.sharded_adapters(self, prefix, self._groups)
+
+
+class TaskRouter(MoLERouter):
+    """Stands where a router does, and has no parameters: each sample's tokens go to the expert of its task, with weight
+    1. The task is the source that the sample comes from, which `counting_by` tells."""
+
+    def _make_parameters(self, shape: tuple[int, int], name: str, **common: Any) -> None:
+        pass
+
+    def forward(
+        self, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `MoLERouter.forward`. Raises ValueError where nobody says which task a sample is of."""
+        if self._group_T is None:
+            raise ValueError("adapter.router_scope is task, but the model was not told which source samples come from")
+        task_T = group_domains(self._group_T)
+        chosen_TE = F.one_hot(task_T, self.adapter.num_experts).bool()
+        weight_TE = chosen_TE.to(torch.float32)
+        if self.training and torch.is_grad_enabled():
+            # of a router that is certain
+            logits_TE = torch.where(chosen_TE, 0.0, -1e9)
+            x_TH = hidden.reshape(-1, hidden.shape[-1]).detach()
+            self.sums.add(x_TH, logits_TE, weight_TE, task_T, self._group_T >= 0, self._group_T)
+        return weight_TE, chosen_TE
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,11 @@ def place_groups(domains_B: torch.Tensor, image_mask_BS: torch.Tensor, padding_m
     return torch.where(padding_mask_BS, 2 * domains_B[:, None] + image_mask_BS, -1)
 
 
+def group_domains(groups: torch.Tensor) -> torch.Tensor:
+    """The domain of each place's group, the inverse of `place_groups`; 0 for padding."""
+    return groups.clamp(min=0) // 2
+
+
 @dataclass(frozen=True)
 class RoutingSummary:
     """What the routers did with one global batch, each valid token counted once. Every rank holds the same, on the CPU.

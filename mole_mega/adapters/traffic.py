@@ -19,7 +19,7 @@ class Traffic:
         tokens = 2 T H f / TP        weights = E r (3 H + 3 F / TP) f
 
     T tokens a micro-batch, of which a tensor-parallel rank has the TP-th part; of its experts' factors it holds those
-    of width H whole and those of width F cut.
+    of width H whole and those of width F cut. An A that experts share does not travel: E r (H + 2 F / TP) f.
     """
 
     tokens: int
@@ -30,7 +30,10 @@ class Traffic:
         cls, adapter: AdapterConfig, parallel: ParallelConfig, hidden_size: int, ffn_hidden_size: int, num_tokens: int
     ) -> Traffic:
         others, ranks, tensor = parallel.expert - 1, parallel.expert, parallel.tensor
-        factors = adapter.num_experts * adapter.rank * 3 * (hidden_size + ffn_hidden_size // tensor)
+        wide, cut = hidden_size, ffn_hidden_size // tensor
+        # of gate and up A is as wide as the input and B as the MLP, of down the other way round
+        columns = wide + 2 * cut if adapter.share_A else 3 * (wide + cut)
+        factors = adapter.num_experts * adapter.rank * columns
         return cls(2 * num_tokens * hidden_size // tensor * others // ranks, factors * others // ranks)
 
 
@@ -51,8 +54,8 @@ def choose_expert_parallel(
     """
     if adapter.expert_parallel != "auto":
         return ExpertParallel(adapter.expert_parallel, "as adapter.expert_parallel says")
-    if adapter.top_k > 1 or adapter.gate == "dense":
-        return ExpertParallel("weights", "a token uses several experts, and can travel to one alone")
+    if adapter.why_tokens_stay:
+        return ExpertParallel("weights", f"{adapter.why_tokens_stay}; a token can travel to one whole expert alone")
     if parallel.expert == 1:
         return ExpertParallel("tokens", "nothing travels at parallel.expert 1; tokens are sorted by their one expert")
     traffic = Traffic.of(adapter, parallel, hidden_size, ffn_hidden_size, num_tokens)

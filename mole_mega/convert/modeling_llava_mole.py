@@ -36,9 +36,9 @@ FP32_MODULES = ["mlp.router"]
 
 
 class LlavaMoleConfig(LlavaConfig):
-    """A LLaVA's config with the section `mole`: method, num_experts, rank, alpha, gate, top_k, renormalize, layers
-    ("all" or a list of decoder layers, from 0, whose MLP is adapted), attention (LoRA on q, k, v and o of every layer),
-    router_bias."""
+    """A LLaVA's config with the section `mole`: method, num_experts, rank, alpha, gate, top_k, router_scope (block: one
+    router for gate, up and down), renormalize, share_A (one A for all experts of a linear), layers ("all" or a list of
+    decoder layers, from 0, whose MLP is adapted), attention (LoRA on q, k, v and o of every layer), router_bias."""
 
     model_type = "llava_mole"
 
@@ -60,8 +60,10 @@ class Routing:
         self.weight_N = None if weight_TE is None else weight_TE[self.token_N, expert_N]
         self.num_tokens = len(chosen_TE)
 
-    def expert_lora(self, x_TI: torch.Tensor, A_ERI: torch.Tensor, B_EOR: torch.Tensor) -> torch.Tensor:
-        """The sum of w B_k A_k x over each token's own experts k: [T, O]. One without tokens costs nothing."""
+    def expert_lora(self, x_TI: torch.Tensor, A: torch.Tensor, B_EOR: torch.Tensor) -> torch.Tensor:
+        """The sum of w B_k A_k x over each token's own experts k: [T, O]. One without tokens costs nothing. A is
+        [E, R, I], or [R, I] where all experts share it."""
+        A_ERI = A if A.dim() == 3 else A.expand(len(B_EOR), *A.shape)
         parts = x_TI[self.token_N].split(self.counts_E)
         sorted_NO = torch.cat([F.linear(F.linear(x, A_ERI[k]), B_EOR[k]) for k, x in enumerate(parts) if len(x)])
         if self.weight_N is not None:
@@ -71,7 +73,7 @@ class Routing:
 
 class LoraLinear(nn.Module):
     """A frozen linear that carries LoRA, y = W x + alpha / rank B A x: one pair, A [R, I] and B [O, R], or a bank of
-    experts, A [E, R, I] and B [E, O, R], of which `routing` picks one a token."""
+    experts, A [E, R, I] (or a shared [R, I]) and B [E, O, R], of which `routing` picks some for each token."""
 
     def __init__(self, base: nn.Linear, mole: dict[str, Any], num_experts: int | None = None) -> None:
         super().__init__()
@@ -80,7 +82,8 @@ class LoraLinear(nn.Module):
         (out_features, in_features), rank = base.weight.shape, mole["rank"]
         bank = () if num_experts is None else (num_experts,)
         bound = 1 / math.sqrt(in_features)
-        self.lora_A = nn.Parameter(torch.empty(*bank, rank, in_features).uniform_(-bound, bound))
+        bank_A = () if mole["share_A"] else bank
+        self.lora_A = nn.Parameter(torch.empty(*bank_A, rank, in_features).uniform_(-bound, bound))
         self.lora_B = nn.Parameter(torch.zeros(*bank, out_features, rank))
 
     def forward(self, x: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
@@ -146,12 +149,15 @@ class MoleMLP(nn.Module):
 
 def add_adapters(decoder: Any, mole: dict[str, Any]) -> None:
     """Put LoRA, routers and experts around the weights of a Llama decoder; raises ValueError for what is not known."""
-    mole.setdefault("renormalize", False)  # folders that were written before there was a choice
+    # folders that were written before there was a choice do not name these
+    mole = {"router_scope": "block", "renormalize": False, "share_A": False} | mole
     for key, known in (
         ("method", ("mole", "lora")),
         ("gate", ("none", "prob", "straight_through", "dense")),
         ("top_k", tuple(range(1, mole["num_experts"] + 1))),
+        ("router_scope", ("block",)),
         ("renormalize", (False, True)),
+        ("share_A", (False, True)),
     ):
         if mole[key] not in known:
             raise ValueError(f"config.json: mole.{key} is {mole[key]!r}; known are {', '.join(map(repr, known))}")

@@ -151,6 +151,8 @@ def _forward_step(probe: Probe, kept: list[Tensor], _: Any, model: Any) -> tuple
         padding_mask=probe.mask.to(device),
         image_mask=(tokens == probe.image_token_id) & probe.mask.to(device),
         pixels=probe.pixels.to(device),
+        # whose expert is asked is chosen by the caller (`_keep_choice`)
+        domains=tokens.new_zeros(len(tokens)),
     )
 
     def keep(logits: Tensor) -> tuple[Tensor, Tensor, Any]:

@@ -128,7 +128,8 @@ class LLaVA(MegatronModule):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """tokens, position_ids, labels [B, S]; padding_mask and image_mask [B, S] bool (True: a real token; an image
-        place); pixels [N, 3, h, w], N may be 0. With `domains` [B] the routers count tokens by source and modality.
+        place); pixels [N, 3, h, w], N may be 0. With `domains` [B] the routers count tokens by source and modality,
+        and those that route by task know it.
         With a `cache` the places stand behind those that it holds of earlier passes (models/decode.py).
 
         Returns, by stage: hidden states for the next one; on the last, logits [B, S, V] (padded vocabulary rows at

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRASpec, Projection
 from mole_mega.adapters.mixture import MixtureExperts, MixtureLayer
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer
-from mole_mega.adapters.routers import MoLERouter
+from mole_mega.adapters.routers import MoLERouter, TaskRouter
 from mole_mega.config import AdapterConfig
 from mole_mega.models.cache import CachedSelfAttention
 from mole_mega.platform.parallel import Parallel
@@ -129,7 +129,8 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
         travels = adapter.expert_parallel == "tokens"
         layer, bank = (MoLELayer, MoLEExperts) if travels else (MixtureLayer, MixtureExperts)
         experts = partial(bank, submodules=_mlp(plan.backend), prefix=name, **common)
-        router = partial(MoLERouter, name=f"{name}.router", **common)
+        router_kind = TaskRouter if adapter.router_scope == "task" else MoLERouter
+        router = partial(router_kind, name=f"{name}.router", **common)
         return partial(layer, submodules=MoESubmodules(experts=experts, router=router))
     width = config.ffn_hidden_size // parallel.tp_size
     fused = plan.lora(name, (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)

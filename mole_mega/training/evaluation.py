@@ -183,4 +183,5 @@ def _prompts(chunk: Sequence[Question], model: LLaVA) -> Prompts:
         nothing = torch.zeros(0, dtype=torch.int64)
         return pad_prompts([nothing], [nothing.bool()], torch.zeros(0, 3, side, side), model.parallel)
     pixels = torch.cat([question.pixels for question in chunk])
-    return pad_prompts([q.prompt for q in chunk], [q.image_mask for q in chunk], pixels, model.parallel)
+    prompts, masks, domains = zip(*((q.prompt, q.image_mask, q.domain) for q in chunk), strict=True)
+    return pad_prompts(prompts, masks, pixels, model.parallel, domains)

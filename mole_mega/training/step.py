@@ -61,7 +61,7 @@ class Evaluator:
         return logits, partial(sum_scores, batch=batch, num_domains=self.num_domains, tp_group=group)
 
     @staticmethod
-    def _run(model: Any, batch: Batch, labels: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
         return model(
             tokens=batch.tokens,
             position_ids=batch.position_ids,
@@ -69,7 +69,7 @@ class Evaluator:
             image_mask=batch.image_mask,
             pixels=batch.pixels,
             labels=labels,
-            **kwargs,
+            domains=batch.domains,
         )
 
 
@@ -132,7 +132,7 @@ class Stepper(Evaluator):
 
     def _forward(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch: Batch = next(batches).to(self.parallel.device)
-        loss = self._run(model, batch, batch.labels, domains=batch.domains)
+        loss = self._run(model, batch, batch.labels)
         return loss, partial(sum_loss, batch=batch, num_domains=self.num_domains)
 
     def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:

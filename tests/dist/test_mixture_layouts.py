@@ -7,15 +7,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_layouts import DP, EP, PP, PP_EP, TP, TP_EP, TP_PP, case, check, record_all
+from test_layouts import DP, EP, PP, PP_EP, RUN, TP, TP_EP, TP_PP, check, record_all
+from test_layouts import case as case_of
 
-from mole_mega.config import ParallelConfig
+from mole_mega.config import SourceConfig
 
 TOP_2 = {"top_k": 2, "expert_parallel": "weights"}
 DENSE = {"gate": "dense", "expert_parallel": "weights"}
 NORMED = {**TOP_2, "renormalize": True}
+SHARED = {**NORMED, "share_A": True}
 # so many experts that tokens are sorted into pairs
 MANY = {**TOP_2, "num_experts": 12}
+
+# an expert for each of the two sources that the made samples come from; tokens or weights travel
+TASK = {
+    "router_scope": "task", "gate": "none", "num_experts": 2, "balance_weight": 0.0, "z_loss_weight": 0.0,
+}  # fmt: skip
+SOURCES = tuple(SourceConfig(name=name, path="made") for name in "ab")
+
+
+def case(*arguments):
+    """`test_layouts.case` on two sources."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_layouts.RUN", replace(RUN, data=replace(RUN.data, sources=SOURCES)))
+        return case_of(*arguments)
+
 
 CASES = [
     case(TP, 2, NORMED),
@@ -23,11 +39,12 @@ CASES = [
     case(EP, 2, MANY),
     case(DP, 2, DENSE),
     case(EP, 2, {**NORMED, "gate": "straight_through"}, {"recompute": "full"}),
-    case(TP_EP, 4, NORMED),
+    case(TP_EP, 4, SHARED),
     case(PP_EP, 4, {**TOP_2, "gate": "none", "balance_scope": "model"}),
     case(TP_PP, 4, DENSE),
     # experts cut and copied at once
     case(EP, 4, TOP_2),
+    case(TP_EP, 4, TASK),
     case(EP, 2, {**TOP_2, "top_k": 1}),
     # last: the distributed optimizer is never freed
     case(EP, 2, DENSE, {"distributed_optimizer": True}),

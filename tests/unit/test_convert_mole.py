@@ -70,6 +70,7 @@ ADAPTERS = {
     "top 2, renormalized": replace(MOLE, top_k=2, renormalize=True, expert_parallel="weights"),
     "top 2 of many": replace(MOLE, num_experts=9, top_k=2, gate="straight_through", expert_parallel="auto"),
     "dense": replace(MOLE, gate="dense", expert_parallel="weights"),
+    "shared A": replace(MOLE, share_A=True, expert_parallel="weights"),
     "lora": replace(MOLE, method="lora"),
     "lora, one layer": replace(MOLE, method="lora", layers=(0,)),
 }

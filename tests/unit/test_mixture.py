@@ -27,6 +27,8 @@ MIXTURES = {
     "top 2 of 9": replace(MIX, num_experts=9, top_k=2),
     "all by top k": replace(MIX, top_k=3),
     "dense": replace(MIX, gate="dense"),
+    "shared A": replace(MIX, share_A=True, top_k=2),
+    "shared A of 9": replace(MIX, share_A=True, num_experts=9, top_k=2),
 }
 
 
@@ -63,6 +65,7 @@ def test_a_block_computes_the_formula_token_by_token(alone, name):
 
             def delta(name: str, z: torch.Tensor, w_E: torch.Tensor = w_E) -> torch.Tensor:
                 A, B = (getattr(experts, f"lora_{name}_{factor}") for factor in "AB")
+                A = A.expand(len(B), *A.shape[-2:])
                 return adapter.alpha / adapter.rank * sum(w * (b @ (a @ z)) for w, a, b in zip(w_E, A, B, strict=True))
 
             h = F.silu(gate_base @ x_H + delta("gate", x_H)) * (up_base @ x_H + delta("up", x_H))
@@ -127,6 +130,53 @@ def test_the_language_loss_trains_the_router_unless_weights_are_1(alone, name):
         if ".router." in key:
             is_still = gradient is None or not gradient.any()
             assert is_still == (MIXTURES[name].gate == "none"), key
+
+
+# --- experts that serve a task each ---
+
+TASK = replace(SMALL, router_scope="task", gate="none", balance_weight=0.0, num_experts=2)
+
+
+@pytest.mark.parametrize("expert_parallel", ["tokens", "weights"])
+def test_the_tokens_of_a_sample_use_the_expert_of_its_task(alone, expert_parallel):
+    model = build(alone, replace(TASK, expert_parallel=expert_parallel))
+    assert not [name for name, _ in model.named_parameters() if ".router." in name]
+    inputs = make_inputs()
+    rows = len(inputs.tokens)
+    lone = []
+    for task in (0, 1):
+        one = build(alone, replace(SMALL, num_experts=1, gate="none"))
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in one.named_parameters():
+                if ".router." not in name:
+                    parameter.copy_(own[name][task : task + 1] if ".experts.lora" in name else own[name])
+        lone.append(one(**inputs.arguments()).detach())
+    tasks = torch.arange(rows) % 2
+    with torch.no_grad():
+        found = model(**inputs.arguments(), domains=tasks)
+    for row, task in enumerate(tasks.tolist()):
+        valid = inputs.valid[row]
+        assert_close(found[row][valid], lone[task][row][valid])
+        assert (found[row][valid] - lone[1 - task][row][valid]).norm() > 1e-3 * found[row][valid].norm()
+
+
+def test_a_model_that_routes_by_task_must_be_told_it(alone):
+    with pytest.raises(ValueError, match="router_scope is task"):
+        logits_of(build(alone, TASK), make_inputs())
+
+
+def test_statistics_of_tasks_count_their_tokens(alone):
+    model, inputs = build(alone, TASK).train(), make_inputs()
+    tasks = torch.arange(len(inputs.tokens)) % 2
+    for router in model.routers():
+        router.sums.count_groups(4)
+    model(**inputs.arguments(), domains=tasks)
+    for router in model.routers():
+        expected = torch.stack([inputs.valid[tasks == task].sum() for task in (0, 1)]).float()
+        assert torch.equal(router.sums.counts_E, expected)
+        assert torch.equal(router.sums.counts_GE.sum(1).unflatten(0, (2, 2)).sum(1), expected)
+        assert router.sums.entropy_sum == 0 and router.sums.margin_sum == inputs.valid.sum()
 
 
 # --- the router ---
@@ -218,8 +268,16 @@ def test_tensor_parallel_ranks_share_the_tokens_and_cut_what_is_as_wide_as_the_m
     assert of[0].weights / of[1].weights == pytest.approx((4096 + 11008) / (4096 + 5504), rel=1e-6)
 
 
+def test_an_a_that_experts_share_does_not_travel():
+    own, shared = (
+        Traffic.of(AdapterConfig(share_A=s), ParallelConfig(expert=2, tensor=2), num_tokens=64, **SIZE_7B)
+        for s in (False, True)
+    )
+    assert own.weights == 3 * 32 * 3 * (4096 + 5504) // 2 and shared.weights == 3 * 32 * (4096 + 2 * 5504) // 2
+
+
 def test_auto_says_why():
-    assert choose(top_k=2, num_experts=64).form == "weights" and "several experts" in choose(top_k=2).reason
+    assert choose(top_k=2, num_experts=64).form == "weights" and "top_k is 2" in choose(top_k=2).reason
     assert choose(gate="dense", num_experts=64).form == "weights"
     assert choose(expert=1).form == "tokens" and "nothing travels" in choose(expert=1).reason
     assert choose(num_experts=2).reason == (
