@@ -8,13 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models import SIZE, SMALL, assert_close, build, gradients_of, logits_of, make_inputs
+from test_models import SIZE, SMALL, assert_close, build, gradients_of, logits_of, make_inputs, make_run
 from test_routers import HIDDEN, make_router, randomise, run_routers
+from trained_llava import save_step
 
 from mole_mega.adapters import mixing
 from mole_mega.adapters.mixture import MixtureExperts, MixtureLayer
 from mole_mega.adapters.routers import gate_weights
 from mole_mega.adapters.traffic import Traffic, choose_expert_parallel
+from mole_mega.checkpoint import files
+from mole_mega.checkpoint.base import save_base
+from mole_mega.checkpoint.store import check_trained_with, load_weights
 from mole_mega.config import AdapterConfig, ParallelConfig
 
 MIX = replace(SMALL, expert_parallel="weights")
@@ -286,3 +290,33 @@ def test_auto_says_why():
     for form in ("tokens", "weights"):
         assert choose(expert_parallel=form) == choose(expert_parallel=form, num_experts=64)
         assert choose(expert_parallel=form).form == form
+
+
+# --- checkpoints ---
+
+
+def test_a_step_of_travelling_tokens_is_one_of_travelling_weights(alone, tmp_path):
+    """Through a file, both ways: the same names and shapes, and so the same model."""
+    inputs = make_inputs()
+    for first, then in (("tokens", "weights"), ("weights", "tokens")):
+        run = replace(make_run(replace(SMALL, expert_parallel=first)), run_dir="unused")
+        model = build(alone, run.adapter)
+        base, step = tmp_path / f"base_{first}", tmp_path / first
+        save_base(model, base)
+        save_step(model, run, base, step)
+        other = build(alone, replace(SMALL, expert_parallel=then), zero_B=True)
+        before = logits_of(other, inputs)
+        load_weights(other, step)
+        check_trained_with(step, replace(run, adapter=replace(SMALL, expert_parallel=then)), files.folder_hash(base))
+        assert_close(logits_of(other, inputs), logits_of(model, inputs))
+        assert (logits_of(other, inputs) - before).norm() > 0.1 * before.norm()
+
+
+@pytest.mark.parametrize("change", [{"top_k": 2}, {"share_A": True}, {"gate": "dense"}], ids=str)
+def test_a_step_of_another_mixture_is_refused(alone, tmp_path, change):
+    run, base = replace(make_run(MIX), run_dir="unused"), tmp_path / "base"
+    model = build(alone, MIX)
+    save_base(model, base)
+    save_step(model, run, base, tmp_path / "step")
+    with pytest.raises(files.CheckpointError, match=next(iter(change))):
+        check_trained_with(tmp_path / "step", replace(run, adapter=replace(MIX, **change)), files.folder_hash(base))
