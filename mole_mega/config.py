@@ -84,9 +84,10 @@ class AdapterConfig:
     # each by its probability.
     gate: Literal["none", "prob", "straight_through", "dense"] = "prob"
     top_k: PositiveInt = 1
-    # What is routed: each token, by a router a block; or each sample by its task: source number e of data.sources is
-    # served by expert e, and there is no router (as in BoRA, arXiv 2407.15857).
-    router_scope: Literal["block", "task"] = "block"
+    # What routes: a router a block (LLaVA-MoLE); one for each of gate, up and down (LoRAMoE, arXiv 2312.09979); or the
+    # sample's task: source number e of data.sources is served by expert e, and nothing is learned (as in BoRA, arXiv
+    # 2407.15857).
+    router_scope: Literal["block", "linear", "task"] = "block"
     # divide the probabilities of the chosen experts by their sum
     renormalize: bool = False
     # one A a linear for all its experts (MoSLD, arXiv 2412.08946; HydraLoRA, arXiv 2404.19245)
@@ -109,6 +110,7 @@ class AdapterConfig:
             f"adapter.top_k is {self.top_k}": self.top_k > 1,
             "adapter.gate is dense": self.gate == "dense",
             "adapter.share_A is true": self.share_A,
+            "adapter.router_scope is linear": self.router_scope == "linear",
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -453,6 +455,11 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
             f"monitor.alarms.entropy_floor must be at most ln {adapter.num_experts} = "
             f"{math.log(adapter.num_experts):.4g} with adapter.num_experts {adapter.num_experts}, got "
             f"{alarms.entropy_floor}: no load has more entropy, so the alarm would never be silent"
+        )
+    if alarms.reaction == "reseed" and adapter.router_scope != "block":
+        raise ConfigError(
+            "monitor.alarms.reaction reseed copies an expert with its row of the block's router; adapter.router_scope "
+            f"is {adapter.router_scope}"
         )
     if alarms.reaction == "raise_balance" and adapter.balance_weight == 0:
         raise ConfigError("monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0")

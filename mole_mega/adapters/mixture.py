@@ -12,6 +12,7 @@ gradients of all go back to the experts' owners, summed. The gathered bank is ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters.mixing import Gate, MaskedGate, make_gate
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer, SwiGLU
+from mole_mega.adapters.routers import LinearRouters, MoLERouter
 
 
 class MixtureLayer(MoLELayer):
@@ -42,52 +44,79 @@ class MixtureLayer(MoLELayer):
         self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, None]:
         """hidden_states [S / TP, B, H] -> ([S / TP, B, H], None). `padding_mask`: see `MoLELayer.forward`."""
-        weight_TE, chosen_TE = self._route(hidden_states, padding_mask)
+        weight_TE, chosen_TE = _route(self.router, hidden_states, padding_mask)
         shape = hidden_states.shape
         if self._gathers_sequence:
-            hidden_states, weight_TE, chosen_TE = self._whole_sequence(hidden_states, weight_TE, chosen_TE)
+            hidden_states, weight_TE = self._gather(hidden_states), self._gather_tokens(weight_TE, shape)
+            with torch.no_grad():
+                chosen_TE = self._gather_tokens(chosen_TE.to(weight_TE.dtype), shape).bool()
         adapter = self.experts.adapter
         if adapter.gate == "dense":
             gate: Gate = MaskedGate(weight_TE)
         else:
             gate = make_gate(weight_TE, chosen_TE, adapter.top_k)
-        output_TH = self.experts(hidden_states.flatten(0, 1), gate)
+        return self._scatter(self.experts(hidden_states.flatten(0, 1), gate), shape), None
+
+    def _gather(self, part: torch.Tensor) -> torch.Tensor:
+        """[S / TP, ...] -> [S, ...]. Each rank computes a part of every token's gradient: backward sums them."""
+        return gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=self.attn_tp_group)
+
+    def _gather_tokens(self, part_T: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """[T / TP, ...] -> [T, ...] for the tokens of hidden states [S / TP, B, H] of this `shape`."""
+        return self._gather(part_T.view(*shape[:2], *part_T.shape[1:])).flatten(0, 1)
+
+    def _scatter(self, output_TH: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         output = output_TH.view(-1, *shape[1:])
         if self._gathers_sequence:
             output = reduce_scatter_to_sequence_parallel_region(output, group=self.attn_tp_group)
-        return output, None
+        return output
 
-    def _route(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        if padding_mask is None or padding_mask.dtype == torch.bool:
-            return self.router(hidden, None if padding_mask is None else padding_mask.T)
-        with self.router.counting_by(padding_mask.T):
-            return self.router(hidden, padding_mask.T < 0)
 
-    def _whole_sequence(
-        self, hidden: torch.Tensor, weight_TE: torch.Tensor, chosen_TE: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The tokens of all tensor-parallel ranks, and their gates: each rank computes a part of every token's
-        gradient, which the gathers' backward sums."""
-        num_experts = weight_TE.shape[-1]
+class LinearMixtureLayer(MixtureLayer):
+    """The block with a router for each linear (`LinearRouters`). All experts are computed for every token, whichever
+    it uses."""
 
-        def gather(part: torch.Tensor) -> torch.Tensor:
-            return gather_from_sequence_parallel_region(
-                part, tensor_parallel_output_grad=True, group=self.attn_tp_group
-            )
+    router: LinearRouters
 
-        by_place = (*hidden.shape[:2], num_experts)
-        weight = gather(weight_TE.view(by_place)).view(-1, num_experts)
-        with torch.no_grad():
-            chosen = gather(chosen_TE.view(by_place).to(weight_TE.dtype)).view(-1, num_experts).bool()
-        return gather(hidden), weight, chosen
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """See `MixtureLayer.forward`."""
+        shape = hidden_states.shape
+        routers = (self.router.gate, self.router.up)
+        weight_TPE = torch.stack([_route(router, hidden_states, padding_mask)[0] for router in routers], dim=1)
+        if self._gathers_sequence:
+            hidden_states, weight_TPE = self._gather(hidden_states), self._gather_tokens(weight_TPE, shape)
+            if padding_mask is not None:
+                whole_SB = self._gather(padding_mask.T.contiguous().long())
+                padding_mask = (whole_SB.bool() if padding_mask.dtype == torch.bool else whole_SB).T
+
+        def gate_of_down(h_TF: torch.Tensor) -> Gate:
+            return MaskedGate(_route(self.router.down, h_TF, padding_mask)[0])
+
+        output_TH = self.experts(hidden_states.flatten(0, 1), MaskedGate(weight_TPE), gate_of_down)
+        return self._scatter(output_TH, shape), None
+
+
+def _route(
+    router: MoLERouter, hidden: torch.Tensor, padding_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a router says of hidden states; `padding_mask` as `MoLELayer.forward` takes it."""
+    if padding_mask is None or padding_mask.dtype == torch.bool:
+        return router(hidden, None if padding_mask is None else padding_mask.T)
+    with router.counting_by(padding_mask.T):
+        return router(hidden, padding_mask.T < 0)
 
 
 class MixtureExperts(MoLEExperts):
     """The frozen MLP of a block with this rank's part of the expert bank; parameters as in `MoLEExperts`."""
 
-    def forward(self, x_TH: torch.Tensor, gate: Gate) -> torch.Tensor:  # type: ignore[override]
-        """[T, H] -> [T, H]: tokens in any order, whose experts `gate` says. Under tensor parallelism x is whole, and
-        the outputs of the ranks are still to be summed."""
+    def forward(  # type: ignore[override]
+        self, x_TH: torch.Tensor, gate: Gate, gate_of_down: Callable[[torch.Tensor], Gate] | None = None
+    ) -> torch.Tensor:
+        """[T, H] -> [T, H]: tokens in any order, whose experts `gate` says; those of the down projection
+        `gate_of_down`, of its input h, where it is given. Under tensor parallelism x is whole, and the outputs of the
+        ranks are still to be summed."""
         adapter = self.adapter
         scale = adapter.alpha / adapter.rank
         whole = dict(self.named_parameters(recurse=False))
@@ -103,6 +132,8 @@ class MixtureExperts(MoLEExperts):
         )
         h_TF = SwiGLU.apply(fc1_T2F)
         output_TH, _ = self.linear_fc2(h_TF)
+        if gate_of_down is not None:
+            gate = gate_of_down(h_TF)
         return gate.add_lora(
             output_TH, self._dropout_split(h_TF), [whole["lora_down_A"]], [whole["lora_down_B"]], scale
         )

@@ -21,6 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -200,7 +204,7 @@ class RouterSums:
 
 class MoLERouter(MegatronModule):
     """Routes each token to the `top_k` likeliest experts, p = softmax(R x + b), or in gate mode `dense` to all of them.
-    Weights and maths in fp32.
+    Weights and maths in fp32. `site` tells the routers of one layer apart.
 
     Stands where Megatron-Core's `MoESubmodules.router` wants a router: `forward` returns the dispatcher's
     (weights [T, E], routing map [T, E] bool).
@@ -216,16 +220,17 @@ class MoLERouter(MegatronModule):
         name: str,
         seed: int,
         device: torch.device,
+        site: int = 0,
     ) -> None:
         super().__init__(config)
-        self.adapter = adapter
+        self.adapter, self.site = adapter, site
         self.layer_number: int | None = None
         self._group_T: torch.Tensor | None = None
         self._groups = pg_collection
-        shape = (adapter.num_experts, config.hidden_size)
-        self._make_parameters(shape, name, seed=seed, dtype=torch.float32, device=device)
+        self._make_parameters(config, name, seed=seed, dtype=torch.float32, device=device)
         self.sums = RouterSums(
-            *shape,
+            adapter.num_experts,
+            self._in_features(config),
             device,
             balance=adapter.balance_weight > 0,
             z=adapter.z_loss_weight > 0,
@@ -233,16 +238,26 @@ class MoLERouter(MegatronModule):
             num_choices=adapter.num_choices,
         )
 
-    def _make_parameters(self, shape: tuple[int, int], name: str, **common: Any) -> None:
+    def _in_features(self, config: TransformerConfig) -> int:
+        return config.hidden_size
+
+    def _make_parameters(self, config: TransformerConfig, name: str, **common: Any) -> None:
+        self._make_weights(name, (self.adapter.num_experts, config.hidden_size), "router.weight", **common)
+
+    def _make_weights(self, name: str, shape: tuple[int, int], placement: str, **common: Any) -> None:
         self.weight = sharding.make_parameter(
-            f"{name}.weight", sharding.PLACEMENTS["router.weight"], shape, sharding.kaiming_uniform, self._groups,
-            **common,
-        )  # fmt: skip
+            f"{name}.weight", sharding.PLACEMENTS[placement], shape, sharding.kaiming_uniform, self._groups, **common
+        )
         self.bias = None
         if self.adapter.router_bias:
             self.bias = sharding.make_parameter(
                 f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, self._groups, **common
             )
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's sums are not another one's too."""
+        return True
 
     def set_layer_number(self, layer_number: int) -> None:
         self.layer_number = layer_number
@@ -268,7 +283,7 @@ class MoLERouter(MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [S, B, H]; padding_mask [S, B], True where padded. Returns (weights [T, E], map [T, E] bool)."""
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        logits_TE = router_gating_linear(x_TH, self.weight, self.bias, torch.float32)
+        logits_TE = self._logits(x_TH)
         probs_TE = torch.softmax(logits_TE, dim=-1)
         choice_TK, chosen_TE = self._choose(probs_TE)
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.
@@ -277,6 +292,9 @@ class MoLERouter(MegatronModule):
             self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_TK, valid_T, self._group_T)
         adapter = self.adapter
         return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=adapter.renormalize), chosen_TE
+
+    def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return router_gating_linear(x_TH, self.weight, self.bias, torch.float32)
 
     def _choose(self, probs_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(the experts that statistics count a token for, the likeliest first, those that it uses [T, E] bool)."""
@@ -292,11 +310,60 @@ class MoLERouter(MegatronModule):
         return sharding.sharded_adapters(self, prefix, self._groups)
 
 
+class RowRouter(MoLERouter):
+    """The router of a linear whose inputs are cut over tensor-parallel ranks: each has its columns of all tokens, and
+    their parts of the logits are summed. All ranks route alike; the first counts."""
+
+    def _in_features(self, config: TransformerConfig) -> int:
+        return config.ffn_hidden_size // self._groups.tp.size()
+
+    def _make_parameters(self, config: TransformerConfig, name: str, **common: Any) -> None:
+        self._make_weights(name, (self.adapter.num_experts, config.ffn_hidden_size), "router.row.weight", **common)
+
+    @property
+    def counts(self) -> bool:
+        return self._groups.tp.rank() == 0
+
+    def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
+        part_TE = router_gating_linear(x_TH, self.weight, None, torch.float32)
+        # summed forward, and backward too: what a rank makes of the logits is a part of the loss
+        logits_TE = reduce_from_tensor_model_parallel_region(part_TE, group=self._groups.tp)
+        logits_TE = copy_to_tensor_model_parallel_region(logits_TE, group=self._groups.tp)
+        return logits_TE if self.bias is None else logits_TE + self.bias
+
+
+class LinearRouters(MegatronModule):
+    """A router for each of gate, up and down of a block (LoRAMoE, arXiv 2312.09979), each of its linear's input."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool = False,
+        *,
+        name: str,
+        **common: Any,
+    ) -> None:
+        super().__init__(config)
+        self.gate = MoLERouter(config, pg_collection, name=f"{name}.gate", site=0, **common)
+        self.up = MoLERouter(config, pg_collection, name=f"{name}.up", site=1, **common)
+        self.down = RowRouter(config, pg_collection, name=f"{name}.down", site=2, **common)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        for router in (self.gate, self.up, self.down):
+            router.set_layer_number(layer_number)
+
+    @property
+    def layer(self) -> int:
+        """See `MoLERouter.layer`."""
+        return self.gate.layer
+
+
 class TaskRouter(MoLERouter):
     """Stands where a router does, and has no parameters: each sample's tokens go to the expert of its task, with weight
     1. The task is the source that the sample comes from, which `counting_by` tells."""
 
-    def _make_parameters(self, shape: tuple[int, int], name: str, **common: Any) -> None:
+    def _make_parameters(self, config: TransformerConfig, name: str, **common: Any) -> None:
         pass
 
     def forward(
@@ -318,11 +385,20 @@ class TaskRouter(MoLERouter):
 
 @dataclass(frozen=True)
 class RouterPlan:
-    """What every rank knows of the whole model's routers: the layers that have one, from 0 and in order, and by how
-    many groups they count tokens."""
+    """What every rank knows of the whole model's routers: the layers that have some, from 0 and in order, by how many
+    groups they count tokens, and how many a layer has."""
 
     layers: tuple[int, ...]
     num_groups: int
+    num_sites: int = 1
+
+    @property
+    def num_routers(self) -> int:
+        return len(self.layers) * self.num_sites
+
+    def row(self, router: MoLERouter) -> int:
+        """A router's place among those of the whole model."""
+        return self.layers.index(router.layer) * self.num_sites + router.site
 
 
 def plan_routers(routers: Sequence[MoLERouter], num_domains: int) -> RouterPlan:
@@ -330,9 +406,11 @@ def plan_routers(routers: Sequence[MoLERouter], num_domains: int) -> RouterPlan:
     plan_groups = num_groups(num_domains)
     for router in routers:
         router.sums.count_groups(plan_groups)
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, [router.layer for router in routers])
-    return RouterPlan(tuple(sorted(set().union(*everyone))), plan_groups)
+    everyone: list[list[tuple[int, int]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, [(router.layer, router.site) for router in routers])
+    found = set().union(*everyone)
+    layers = tuple(sorted({layer for layer, _ in found}))
+    return RouterPlan(layers, plan_groups, num_sites=1 + max((site for _, site in found), default=0))
 
 
 def router_loss_gradients(
@@ -349,24 +427,25 @@ def router_loss_gradients(
 
         layer:  w mean_l sum_j C_lj P_lj        model:  w sum_j C_j P_j,  C and P pooled over layers (as published)
 
-    (LLaVA-MoLE, arXiv 2401.16160, without a factor E: uniform gives 1/E, collapse 1). z: w_z mean (logsumexp)^2. With
-    top_k choices a token each counts 1/top_k; where all experts are mixed, C counts the likeliest.
-    w is `adapter.balance_weight` times `balance_factor`.
+    (LLaVA-MoLE, arXiv 2401.16160, without a factor E: uniform gives 1/E, collapse 1). z: w_z mean (logsumexp)^2. l runs
+    over all routers, where a layer has several. With top_k choices a token each counts 1/top_k; where all experts are
+    mixed, C counts the likeliest. w is `adapter.balance_weight` times `balance_factor`.
 
     Call once a step on all ranks, after the last backward pass and before the gradient sync, which sums what each rank
     adds here. `grad_scale` multiplies the gradient: the number of loss tokens, by which Megatron-Core divides
     afterwards.
 
-    Returns the sums of all routers over all ranks, on the device, a row a layer, for `summarize` to read: one
+    Returns the sums of all routers over all ranks, on the device, a row a router, for `summarize` to read: one
     all-reduce, and nothing here waits for the device.
     """
     # Each token is in one rank's sums: tensor-parallel ranks route parts of a sequence, data- and expert-parallel ones
     # (tokens are counted before they travel) other samples; and the other pipeline stages leave a layer's row at zero.
     num_experts = adapter.num_experts
     width = _NUM_SCALARS + num_experts * (1 + plan.num_groups)
-    table = torch.zeros(len(plan.layers), width, device=grad_scale.device)
+    table = torch.zeros(plan.num_routers, width, device=grad_scale.device)
     for router in routers:
-        table[plan.layers.index(router.layer)] = router.sums.row()
+        if router.counts:
+            table[plan.row(router)] = router.sums.row()
     dist.all_reduce(table)
     _, _, counts_LGE = _split_rows(table, num_experts)
     counts_LE = counts_LGE.sum(1)
@@ -374,8 +453,8 @@ def router_loss_gradients(
     tokens_L, share_LE = choices_L / adapter.num_choices, counts_LE / choices_L[:, None]
     pull_LE = share_LE.mean(0, keepdim=True).expand_as(share_LE) if adapter.balance_scope == "model" else share_LE
     for router in routers:
-        index = plan.layers.index(router.layer)
-        scale = grad_scale / (len(plan.layers) * tokens_L[index])
+        index = plan.row(router)
+        scale = grad_scale / (plan.num_routers * tokens_L[index])
         if router.sums.balance:
             weight = adapter.balance_weight * balance_factor
             _accumulate(router, router.sums.balance_gradient(pull_LE[index]), weight * scale)
@@ -386,7 +465,7 @@ def router_loss_gradients(
 
 
 def summarize(table: torch.Tensor, plan: RouterPlan, adapter: AdapterConfig) -> RoutingSummary:
-    """What `router_loss_gradients` returned, for people. Waits for the device, once."""
+    """What `router_loss_gradients` returned, for people, a layer's routers together. Waits for the device, once."""
     scalars, probs_LE, counts_LGE = _split_rows(table.cpu().double(), adapter.num_experts)
     counts_LE = counts_LGE.sum(1)
     choices_L = counts_LE.sum(-1).clamp(min=1)
@@ -396,14 +475,18 @@ def summarize(table: torch.Tensor, plan: RouterPlan, adapter: AdapterConfig) -> 
     balance_L = (share_LE * mean_LE).sum(-1)
     pooled = adapter.balance_scope == "model"
     balance = (share_LE.mean(0) * mean_LE.mean(0)).sum() if pooled else balance_L.mean()
+
+    def by_layer(of_routers: torch.Tensor) -> torch.Tensor:
+        return of_routers.unflatten(0, (len(plan.layers), plan.num_sites))
+
     return RoutingSummary(
         layers=plan.layers,
-        counts_LGE=counts_LGE,
-        num_choices=adapter.num_choices,
-        balance_L=balance_L,
-        z_L=z_L,
-        entropy_L=entropy_L,
-        margin_L=margin_L,
+        counts_LGE=by_layer(counts_LGE).sum(1),
+        num_choices=adapter.num_choices * plan.num_sites,
+        balance_L=by_layer(balance_L).mean(1),
+        z_L=by_layer(z_L).mean(1),
+        entropy_L=by_layer(entropy_L).mean(1),
+        margin_L=by_layer(margin_L).mean(1),
         balance_loss=float(balance),
         z_loss=float(z_L.mean()),
     )
@@ -417,5 +500,6 @@ def _split_rows(table: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, to
 
 def _accumulate(router: MoLERouter, gradient_EX: torch.Tensor, scale: torch.Tensor) -> None:
     router.weight.main_grad.add_(gradient_EX[:, :-1] * scale)  # type: ignore[attr-defined]
-    if router.bias is not None:
+    # its gradient is summed over tensor-parallel ranks
+    if router.bias is not None and router.counts:
         router.bias.main_grad.add_(gradient_EX[:, -1] * scale)  # type: ignore[attr-defined]

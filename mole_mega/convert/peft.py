@@ -37,8 +37,8 @@ _README = """# {num_experts} LoRA experts of a LLaVA, in PEFT's format
 Each of `{first}` to `{last}` is a PEFT LoRA adapter for `LlavaForConditionalGeneration`.
 It holds the MLP factors of one expert, and what all experts share: {shared}.
 
-**This is not one adapter.** In training, a router in each adapted layer sent every token to one of the experts. No
-PEFT loader does that:
+**This is not one adapter.** In training, a router in each adapted layer sent every token to one of the experts, or
+weighed several. No PEFT loader does that:
 
 - `PeftModel.from_pretrained(model, "{first}")` sends every token of every layer through expert 0. It runs, and it is
   another model than the one that was trained.
@@ -62,6 +62,11 @@ def export_peft(trained: Trained, out: Path) -> Exported:
         raise ConfigError(f"{trained.base} is a base: it has no adapters")
     if not any(row.kind in _FACTORS for row in adapter_rows(trained.adapter, trained.size)):
         raise ConfigError(f"{trained.step} trained no LoRA factors: a PEFT adapter would be empty")
+    if trained.adapter.method == "mole" and trained.adapter.router_scope not in ("block", "task"):
+        raise ConfigError(
+            f"{trained.step} was trained with adapter.router_scope {trained.adapter.router_scope}, whose routers have "
+            "no place in the exported folder"
+        )
     step = StoredTensors(trained.step)
     with new_folder(out) as folder:
         if trained.adapter.method == "lora" or trained.adapter.num_experts == 1:

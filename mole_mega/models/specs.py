@@ -19,12 +19,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRASpec, Projection
-from mole_mega.adapters.mixture import MixtureExperts, MixtureLayer
+from mole_mega.adapters.mixture import LinearMixtureLayer, MixtureExperts, MixtureLayer
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer
-from mole_mega.adapters.routers import MoLERouter, TaskRouter
+from mole_mega.adapters.routers import LinearRouters, MoLERouter, TaskRouter
 from mole_mega.config import AdapterConfig
 from mole_mega.models.cache import CachedSelfAttention
 from mole_mega.platform.parallel import Parallel
+
+_ROUTERS: dict[str, Any] = {"block": MoLERouter, "linear": LinearRouters, "task": TaskRouter}
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,10 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
         assert adapter.expert_parallel != "auto"
         travels = adapter.expert_parallel == "tokens"
         layer, bank = (MoLELayer, MoLEExperts) if travels else (MixtureLayer, MixtureExperts)
+        if adapter.router_scope == "linear":
+            layer = LinearMixtureLayer
         experts = partial(bank, submodules=_mlp(plan.backend), prefix=name, **common)
-        router_kind = TaskRouter if adapter.router_scope == "task" else MoLERouter
-        router = partial(router_kind, name=f"{name}.router", **common)
+        router = partial(_ROUTERS[adapter.router_scope], name=f"{name}.router", **common)
         return partial(layer, submodules=MoESubmodules(experts=experts, router=router))
     width = config.ffn_hidden_size // parallel.tp_size
     fused = plan.lora(name, (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)

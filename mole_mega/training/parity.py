@@ -264,7 +264,7 @@ def _norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
     own norm like all else: their inputs are not normalised.
     """
     own = float(reference[key].double().norm())
-    if not (key.startswith("gradient/") and key.endswith(".router.bias")):
+    if not (key.startswith("gradient/") and ".router." in key and key.endswith("bias")):
         return own
     weight = reference[f"{key.removesuffix('bias')}weight"].double()
     return max(own, float(weight.norm()) / math.sqrt(weight.shape[-1]))

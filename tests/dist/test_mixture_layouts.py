@@ -26,6 +26,10 @@ TASK = {
 SOURCES = tuple(SourceConfig(name=name, path="made") for name in "ab")
 
 
+# LoRAMoE: a router for each linear
+LINEAR = {**DENSE, "router_scope": "linear"}
+
+
 def case(*arguments):
     """`test_layouts.case` on two sources."""
     with pytest.MonkeyPatch.context() as patch:
@@ -45,6 +49,8 @@ CASES = [
     # experts cut and copied at once
     case(EP, 4, TOP_2),
     case(TP_EP, 4, TASK),
+    case(TP, 2, LINEAR),
+    case(PP_EP, 4, {**LINEAR, "gate": "prob", "top_k": 2, "balance_scope": "model"}),
     case(EP, 2, {**TOP_2, "top_k": 1}),
     # last: the distributed optimizer is never freed
     case(EP, 2, DENSE, {"distributed_optimizer": True}),

@@ -212,6 +212,14 @@ TASK = {"router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_expe
         ({"parallel": {"context": 2}}, ["parallel.context is 2"]),
         ({"adapter": {"top_k": 2}}, ["adapter.top_k is 2", "weights"]),
         ({"adapter": {"gate": "dense"}}, ["adapter.gate is dense", "weights"]),
+        ({"adapter": {"router_scope": "linear"}}, ["adapter.router_scope is linear", "weights"]),
+        (
+            {
+                "adapter": {"router_scope": "linear", "expert_parallel": "auto"},
+                "monitor": {"alarms": {"reaction": "reseed"}},
+            },
+            ["reaction reseed", "router_scope is linear"],
+        ),
         ({"adapter": {"share_A": True}}, ["adapter.share_A is true", "weights"]),
         ({"adapter": {"gate": "dense", "top_k": 2, "expert_parallel": "auto"}}, ["gate dense", "top_k 2"]),
         ({"adapter": {"top_k": 4, "expert_parallel": "auto"}}, ["adapter.top_k is 4", "adapter.num_experts is 3"]),

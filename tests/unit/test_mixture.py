@@ -14,7 +14,7 @@ from trained_llava import save_step
 
 from mole_mega.adapters import mixing
 from mole_mega.adapters.mixture import MixtureExperts, MixtureLayer
-from mole_mega.adapters.routers import gate_weights
+from mole_mega.adapters.routers import gate_weights, plan_routers, router_loss_gradients, summarize
 from mole_mega.adapters.traffic import Traffic, choose_expert_parallel
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import save_base
@@ -134,6 +134,58 @@ def test_the_language_loss_trains_the_router_unless_weights_are_1(alone, name):
         if ".router." in key:
             is_still = gradient is None or not gradient.any()
             assert is_still == (MIXTURES[name].gate == "none"), key
+
+
+# --- a router for each linear ---
+
+LINEAR = replace(MIX, router_scope="linear", gate="dense")
+
+
+@pytest.mark.parametrize("name", ["dense", "top 2, renormalized", "shared A"])
+def test_each_linear_has_a_router_of_its_own_input(alone, name):
+    """METHODS, LoRAMoE: y = W x + s sum_i softmax(R x)_i B_i A_i x."""
+    adapter = replace(MIXTURES[name], router_scope="linear")
+    block = build(alone, adapter).language_model.decoder.layers[1].mlp
+    experts, hidden = block.experts, SIZE.language.hidden_size
+    x = torch.randn(7, 2, hidden, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output, _ = block(x)
+
+        def linear(name: str, base: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+            router = getattr(block.router, name)
+            w_E = weights_of(adapter, (router.weight @ z + router.bias).softmax(-1))
+            A, B = (getattr(experts, f"lora_{name}_{factor}") for factor in "AB")
+            A = A.expand(len(B), *A.shape[-2:])
+            return base @ z + adapter.alpha / adapter.rank * sum(
+                w * (b @ (a @ z)) for w, a, b in zip(w_E, A, B, strict=True)
+            )
+
+        gate_base, up_base = experts.linear_fc1.weight.chunk(2)
+        expected = []
+        for x_H in x.reshape(-1, hidden):
+            h = F.silu(linear("gate", gate_base, x_H)) * linear("up", up_base, x_H)
+            expected.append(linear("down", experts.linear_fc2.weight, h))
+    assert_close(output.reshape(-1, hidden), torch.stack(expected))
+
+
+def test_the_statistics_of_a_layers_routers_are_told_together(alone):
+    model, inputs = build(alone, replace(LINEAR, balance_weight=0.1)).train(), make_inputs()
+    routers = model.routers()
+    assert [(r.layer, r.site) for r in routers] == [(layer, site) for layer in range(3) for site in range(3)]
+    for parameter in (p for router in routers for p in router.parameters()):
+        parameter.main_grad = torch.zeros_like(parameter)
+    plan = plan_routers(routers, 1)
+    assert (plan.layers, plan.num_sites) == ((0, 1, 2), 3)
+    model(**inputs.arguments(), domains=torch.zeros(len(inputs.tokens), dtype=torch.int64))
+    counts = torch.stack([router.sums.counts_E.clone() for router in routers]).unflatten(0, (3, 3))
+    balance = torch.stack([(r.sums.counts_E / r.sums.tokens * r.sums.probs_E / r.sums.tokens).sum() for r in routers])
+    adapter = routers[0].adapter
+    summary = summarize(router_loss_gradients(routers, plan, adapter, torch.tensor(1.0)), plan, adapter)
+    assert summary.tokens == inputs.valid.sum()
+    assert torch.equal(summary.counts_LE.float(), counts.sum(1))
+    torch.testing.assert_close(summary.balance_L.float(), balance.view(3, 3).mean(1))
+    assert summary.balance_loss == pytest.approx(balance.mean().item(), rel=1e-5)
+    assert all(router.weight.main_grad.any() and router.bias.main_grad.any() for router in routers)
 
 
 # --- experts that serve a task each ---
