@@ -84,10 +84,10 @@ class AdapterConfig:
     # each by its probability.
     gate: Literal["none", "prob", "straight_through", "dense"] = "prob"
     top_k: PositiveInt = 1
-    # What routes: a router a block (LLaVA-MoLE); one for each of gate, up and down (LoRAMoE, arXiv 2312.09979); or the
-    # sample's task: source number e of data.sources is served by expert e, and nothing is learned (as in BoRA, arXiv
-    # 2407.15857).
-    router_scope: Literal["block", "linear", "task"] = "block"
+    # What routes: a router a block (LLaVA-MoLE); one for each of gate, up and down (LoRAMoE, arXiv 2312.09979); one of
+    # the model, which reads a sample's instruction (Octavius, arXiv 2311.02684); or the sample's task: source number e
+    # of data.sources is served by expert e, and nothing is learned (as in BoRA, arXiv 2407.15857).
+    router_scope: Literal["block", "linear", "sample", "task"] = "block"
     # divide the probabilities of the chosen experts by their sum
     renormalize: bool = False
     # one A a linear for all its experts (MoSLD, arXiv 2412.08946; HydraLoRA, arXiv 2404.19245)
@@ -312,6 +312,7 @@ def validate(config: RunConfig) -> None:
     _validate_ranges(config, "")
     _validate_parallel(config.parallel, config.adapter)
     _validate_adapter(config.adapter, config.train)
+    _validate_samples(config.adapter)
     _validate_tasks(config.adapter, config.data)
     _validate_batch(config.train)
     _validate_sources("sources", config.data.sources)
@@ -389,6 +390,17 @@ def _validate_mixture(adapter: AdapterConfig) -> None:
             "adapter.renormalize divides the probabilities of several chosen experts by their sum: it wants "
             f"adapter.top_k above 1 and adapter.gate prob or straight_through, got {adapter.top_k} and {adapter.gate}"
         )
+
+
+def _validate_samples(adapter: AdapterConfig) -> None:
+    """One gate a sample: it has no losses of its own."""
+    if adapter.method == "mole" and adapter.router_scope == "sample":
+        for key in ("balance_weight", "z_loss_weight"):
+            if getattr(adapter, key) != 0:
+                raise ConfigError(
+                    f"adapter.router_scope sample routes samples and not tokens, which adapter.{key} "
+                    f"{getattr(adapter, key)} weighs; set it to 0"
+                )
 
 
 def _validate_tasks(adapter: AdapterConfig, data: DataConfig) -> None:

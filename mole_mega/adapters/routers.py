@@ -283,14 +283,20 @@ class MoLERouter(MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [S, B, H]; padding_mask [S, B], True where padded. Returns (weights [T, E], map [T, E] bool)."""
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        logits_TE = self._logits(x_TH)
+        valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
+        return self._weigh(x_TH, self._logits(x_TH), valid_T, self._group_T)
+
+    def _weigh(
+        self, x_TH: torch.Tensor, logits_TE: torch.Tensor, valid_T: torch.Tensor | None, group_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` returns, of tokens with these logits; counts them."""
+        adapter = self.adapter
         probs_TE = torch.softmax(logits_TE, dim=-1)
         choice_TK, chosen_TE = self._choose(probs_TE)
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.
         if self.training and torch.is_grad_enabled():
-            valid_T = x_TH.new_ones(len(x_TH), dtype=torch.bool) if padding_mask is None else ~padding_mask.reshape(-1)
-            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_TK, valid_T, self._group_T)
-        adapter = self.adapter
+            valid_T = x_TH.new_ones(len(x_TH), dtype=torch.bool) if valid_T is None else valid_T
+            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_TK, valid_T, group_T)
         return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=adapter.renormalize), chosen_TE
 
     def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Prompts:
 
     tokens int64 [B, S], S a multiple of the tensor-parallel size; lengths int64 [B], 0 for a row that asks nothing;
     image_mask bool [B, S]; pixels float32 [N, 3, h, w], in order of appearance; domains int64 [B], the source that each
-    is like, for a model that routes by task.
+    is like, for a model that routes by task; instruction_mask bool [B, S], for one that routes by what is asked.
     """
 
     tokens: torch.Tensor
@@ -35,6 +35,7 @@ class Prompts:
     image_mask: torch.Tensor
     pixels: torch.Tensor
     domains: torch.Tensor
+    instruction_mask: torch.Tensor
 
 
 def pad_prompts(
@@ -43,9 +44,11 @@ def pad_prompts(
     pixels: torch.Tensor,
     parallel: Parallel,
     domains: Sequence[int] | None = None,
+    instructions: Sequence[int] | None = None,
 ) -> Prompts:
     """Prompts int64 [S_b] with their image places bool [S_b] as one micro-batch on this rank's device. `domains`: the
-    source that each is like (default: the first)."""
+    source that each is like (default: the first); `instructions`: how many places of each come before its first answer
+    (default: all)."""
     tp = parallel.tp_size
     longest = max(tp, *(len(prompt) for prompt in prompts))
     shape = len(prompts), -(-longest // tp) * tp
@@ -54,7 +57,10 @@ def pad_prompts(
         tokens[row, : len(prompt)], image_mask[row, : len(prompt)] = prompt, mask
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     sources = torch.tensor(domains if domains is not None else [0] * len(prompts), dtype=torch.int64)
-    return Prompts(*(tensor.to(parallel.device) for tensor in (tokens, lengths, image_mask, pixels, sources)))
+    asked = lengths if instructions is None else torch.tensor(instructions)
+    instruction_mask = (torch.arange(shape[1]) < asked[:, None]) & ~image_mask
+    fields = (tokens, lengths, image_mask, pixels, sources, instruction_mask)
+    return Prompts(*(tensor.to(parallel.device) for tensor in fields))
 
 
 @torch.no_grad()
@@ -68,6 +74,7 @@ def greedy(
     """
     model.eval()
     parallel = model.parallel
+    model.read_instructions([(prompts.tokens, prompts.instruction_mask) for prompts in micro_batches])
     writers = [_Writer(prompts, model, max_new_tokens, stop_ids) for prompts in micro_batches]
     passes = [writer.first_pass() for writer in writers]
     while True:

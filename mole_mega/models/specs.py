@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from mole_mega.adapters.instructions import InstructionRouter, SampleRouter
 from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRASpec, Projection
 from mole_mega.adapters.mixture import LinearMixtureLayer, MixtureExperts, MixtureLayer
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer
@@ -26,7 +27,9 @@ from mole_mega.config import AdapterConfig
 from mole_mega.models.cache import CachedSelfAttention
 from mole_mega.platform.parallel import Parallel
 
-_ROUTERS: dict[str, Any] = {"block": MoLERouter, "linear": LinearRouters, "task": TaskRouter}
+_ROUTERS: dict[str, Any] = {
+    "block": MoLERouter, "linear": LinearRouters, "sample": SampleRouter, "task": TaskRouter,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class AdapterPlan:
     seed: int
     parallel: Parallel
     backend: BackendSpecProvider
+    # of a model whose samples are routed as a whole
+    instructions: InstructionRouter | None = None
 
     def lora(self, name: str, projections: tuple[Projection, ...], num_blocks: int = 1) -> LoRASpec:
         assert self.adapter is not None
@@ -134,6 +139,8 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
             layer = LinearMixtureLayer
         experts = partial(bank, submodules=_mlp(plan.backend), prefix=name, **common)
         router = partial(_ROUTERS[adapter.router_scope], name=f"{name}.router", **common)
+        if plan.instructions is not None:
+            router = partial(router, instructions=plan.instructions)
         return partial(layer, submodules=MoESubmodules(experts=experts, router=router))
     width = config.ffn_hidden_size // parallel.tp_size
     fused = plan.lora(name, (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)

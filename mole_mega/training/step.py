@@ -37,6 +37,8 @@ class Evaluator:
         self, forward_step: Any, micro_batches: Sequence[Batch], num_rows: int, **kwargs: Any
     ) -> torch.Tensor:
         """Run Megatron-Core's schedule; returns the micro-batches' table, summed over all ranks."""
+        llava = getattr(self.model, "module", self.model)
+        llava.read_instructions([(batch.tokens, batch.instruction_mask) for batch in micro_batches])
         tables = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
@@ -151,6 +153,8 @@ class Stepper(Evaluator):
                 total.to(torch.float32),
                 balance_factor=self.balance_factor,
             )
+        for parameter in models[0].module.shared_parameters() if self.parallel.pp_size > 1 else ():
+            dist.all_reduce(parameter.main_grad, group=self.parallel.groups.pp)
         finalize_model_grads(models, num_tokens, **kwargs)
 
     def _gradients_are_finite(self) -> bool:

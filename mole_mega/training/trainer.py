@@ -476,11 +476,16 @@ def describe_trainable(model: DistributedDataParallel, parallel: Parallel) -> li
 
 def _names_to_prove(run: RunConfig, model: DistributedDataParallel) -> set[str]:
     """The trainable tensors that the language loss must reach. In gate mode none it does not reach a router, whose own
-    losses are added after the backward pass."""
+    losses are added after the backward pass; nor does it reach a stage's copy of a shared router that routes nothing
+    there."""
+    llava = model.module
+    idle = set() if llava.mole_layers() else set(llava.shared_parameters())
     return {
         name
-        for name, parameter in model.module.named_parameters()
-        if parameter.requires_grad and not (parameter.lr_group == "router" and run.adapter.gate == "none")
+        for name, parameter in llava.named_parameters()
+        if parameter.requires_grad
+        and not (parameter.lr_group == "router" and run.adapter.gate == "none")
+        and parameter not in idle
     }
 
 

@@ -30,6 +30,10 @@ SOURCES = tuple(SourceConfig(name=name, path="made") for name in "ab")
 LINEAR = {**DENSE, "router_scope": "linear"}
 
 
+# Octavius: one gate a sample, of its instruction
+SAMPLE = {**NORMED, "router_scope": "sample", "balance_weight": 0.0, "z_loss_weight": 0.0}
+
+
 def case(*arguments):
     """`test_layouts.case` on two sources."""
     with pytest.MonkeyPatch.context() as patch:
@@ -50,6 +54,8 @@ CASES = [
     case(EP, 4, TOP_2),
     case(TP_EP, 4, TASK),
     case(TP, 2, LINEAR),
+    case(PP, 2, SAMPLE, {"recompute": "full"}),
+    case(TP_EP, 4, SAMPLE),
     case(PP_EP, 4, {**LINEAR, "gate": "prob", "top_k": 2, "balance_scope": "model"}),
     case(EP, 2, {**TOP_2, "top_k": 1}),
     # last: the distributed optimizer is never freed

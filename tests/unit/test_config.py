@@ -212,6 +212,7 @@ TASK = {"router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_expe
         ({"parallel": {"context": 2}}, ["parallel.context is 2"]),
         ({"adapter": {"top_k": 2}}, ["adapter.top_k is 2", "weights"]),
         ({"adapter": {"gate": "dense"}}, ["adapter.gate is dense", "weights"]),
+        ({"adapter": {"router_scope": "sample"}}, ["adapter.balance_weight 0.01", "set it to 0"]),
         ({"adapter": {"router_scope": "linear"}}, ["adapter.router_scope is linear", "weights"]),
         (
             {

@@ -188,6 +188,70 @@ def test_the_statistics_of_a_layers_routers_are_told_together(alone):
     assert all(router.weight.main_grad.any() and router.bias.main_grad.any() for router in routers)
 
 
+# --- one gate a sample ---
+
+SAMPLE = replace(MIX, router_scope="sample", balance_weight=0.0, top_k=2, renormalize=True)
+
+
+def instruction_of(inputs):
+    """Text before the first label, for each row."""
+    labelled = inputs.labels >= 0
+    first_B = torch.where(labelled.any(1), labelled.int().argmax(1), labelled.shape[1])
+    places = torch.arange(labelled.shape[1])
+    return (places <= first_B[:, None]) & inputs.valid & ~inputs.image_mask
+
+
+@pytest.mark.parametrize("expert_parallel", ["weights", "tokens"])
+def test_a_samples_gate_is_that_of_its_instruction_in_every_layer(alone, expert_parallel):
+    adapter = replace(SAMPLE, expert_parallel=expert_parallel)
+    adapter = replace(adapter, top_k=1, renormalize=False) if expert_parallel == "tokens" else adapter
+    model, inputs = build(alone, adapter), make_inputs()
+    names = [name for name, _ in model.named_parameters() if ".router." in name]
+    assert names == ["language_model.router.weight", "language_model.router.bias"]
+    mask = instruction_of(inputs)
+    table = model.language_model.embedding.word_embeddings.weight
+    router = model.language_model.router
+    expected_BE = []
+    for tokens, own in zip(inputs.tokens, mask, strict=True):
+        probs_E = (router.weight @ table[tokens[own]].mean(0) + router.bias).softmax(-1)
+        expected_BE.append(weights_of(adapter, probs_E))
+    expected_BE = torch.stack(expected_BE)
+    assert len({tuple((row > 0).tolist()) for row in expected_BE}) > 1
+
+    heard = {}
+    for layer, one in enumerate(model.routers()):
+        one.register_forward_hook(lambda _, args, output, layer=layer: heard.update({layer: output[0]}))
+    model.read_instructions([(inputs.tokens, mask)])
+    found = logits_of(model, inputs)
+    assert heard.keys() == {0, 1, 2}
+    for weight_TE in heard.values():
+        weight_SBE = weight_TE.view(inputs.tokens.shape[1], -1, adapter.num_experts)
+        for row, valid in enumerate(inputs.valid):
+            torch.testing.assert_close(weight_SBE[valid, row], expected_BE[row].expand(int(valid.sum()), -1))
+
+    # in micro-batches, and once more, as a stage of a pipeline or a decoder passes through them
+    model.read_instructions([(inputs.tokens[:2], mask[:2]), (inputs.tokens[2:], mask[2:])])
+    images = int(inputs.image_mask[:2].sum()) // SIZE.vision.num_places
+    for _ in range(2):
+        for rows, pixels in ((slice(2), inputs.pixels[:images]), (slice(2, None), inputs.pixels[images:])):
+            part = {key: value[rows] for key, value in inputs.arguments().items() if key != "pixels"}
+            with torch.no_grad():
+                valid = inputs.valid[rows]
+                assert_close(model(**part, pixels=pixels)[valid], found[rows][valid])
+
+
+def test_a_model_that_routes_by_instruction_must_be_told_it(alone):
+    with pytest.raises(ValueError, match="router_scope is sample"):
+        logits_of(build(alone, SAMPLE), make_inputs())
+
+
+def test_the_language_loss_trains_the_one_router_of_all_layers(alone):
+    model, inputs = build(alone, SAMPLE), make_inputs()
+    model.read_instructions([(inputs.tokens, instruction_of(inputs))])
+    gradients = gradients_of(model, inputs)
+    assert gradients["language_model.router.weight"].any() and gradients["language_model.router.bias"].any()
+
+
 # --- experts that serve a task each ---
 
 TASK = replace(SMALL, router_scope="task", gate="none", balance_weight=0.0, num_experts=2)
