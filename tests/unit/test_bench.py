@@ -80,7 +80,9 @@ def test_the_cases_read_the_same_input_through_the_same_base(make, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("case, experts", [("lora", 1), ("mole", 1), ("mole", 4), ("dense", 4)])
+@pytest.mark.parametrize(
+    "case, experts", [("lora", 1), ("mole", 1), ("mole", 4), ("top 2", 4), ("top 2", 9), ("dense", 4)]
+)
 def test_without_b_every_case_is_the_frozen_mlp(make, case, experts, dtype):
     frozen, other = make("frozen", 1, dtype), make(case, experts, dtype)
     silence(other)
@@ -151,7 +153,7 @@ def test_rows_name_their_case_and_hold_two_times(bench, sizes, alone):
     rows = bench.run_cases(bench.CASES, sizes, alone, repeats=2, warmups=0)
     assert [set(row) for row in rows] == [{"case", "experts", "dtype", "ms", "cpu_ms"}] * len(rows)
     named = {(row["case"], row["experts"], row["dtype"]) for row in rows}
-    mole = {("mole", experts) for experts in (1, 4, 16, 64)}
+    mole = {("mole", experts) for experts in (1, 4, 16, 64)} | {("top 2", experts) for experts in (4, 16, 64)}
     assert named == {
         (*case, dtype) for case in {("frozen", 1), ("lora", 1), ("dense", 16)} | mole for dtype in ("fp32", "bf16")
     }
