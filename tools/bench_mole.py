@@ -116,7 +116,7 @@ class Bench:
             alpha=2.0 * sizes.rank, gate=gate, balance_weight=0.01, **MIXTURES.get(case.case, {}),
         )  # fmt: skip
         carries_adapters = case.case == "lora" or case.case in MIXTURES
-        self.layer = _build_mlp(case.dtype, adapter if carries_adapters else None, sizes, parallel)
+        self.layer = build_mlp(case.dtype, adapter if carries_adapters else None, sizes, parallel)
         for parameter in self.layer.parameters():
             parameter.requires_grad = hasattr(parameter, "placement")
         self.base = self.layer.experts if case.case in MIXTURES else self.layer
@@ -240,11 +240,18 @@ def _judge(row: dict[str, Any], ratios: dict[tuple[str, int], tuple[float, float
     return "; ".join(verdicts)
 
 
-def _build_mlp(precision: str, adapter: AdapterConfig | None, sizes: Sizes, parallel: Parallel) -> Any:
+def build_mlp(
+    precision: str,
+    adapter: AdapterConfig | None,
+    sizes: Sizes,
+    parallel: Parallel,
+    layout: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
+) -> Any:
     """The MLP of a decoder's first layer, as `LLaVA` would build it."""
     run = RunConfig(
         run_dir="", model=ModelConfig(base=""), train=TrainConfig(steps=1, precision=precision),
         data=DataConfig(sources=(), max_length=sizes.tokens), adapter=adapter or AdapterConfig(method="lora"),
+        parallel=layout,
     )  # fmt: skip
     size = LlavaSize(
         vision=VisionSize(num_layers=2, hidden_size=8, ffn_hidden_size=8, num_heads=1, image_size=8, patch_size=8),
