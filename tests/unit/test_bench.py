@@ -248,3 +248,24 @@ def test_the_boards_share_counts_pictures_and_experts_once_in_so_many_steps(boar
     assert board.share(rows, 100) == pytest.approx(0.01)
     assert "1.00% of a step: met" in board.table(rows, 100)
     assert "1.50% of a step: MISSED" in board.table(rows, 50)
+
+
+@pytest.fixture(scope="module")
+def expert_parallel():
+    return load("bench_expert_parallel")
+
+
+def test_a_pass_of_either_form_sends_what_the_formula_says_and_nothing_on_one_process(expert_parallel, sizes, alone):
+    row = expert_parallel.measure(4, sizes, "fp32", alone, repeats=1)
+    assert all(row[f"{form}_{kind}"] == 0 for form in ("tokens", "weights") for kind in ("bytes", "formula"))
+    assert row["tokens_ms"] > 0 and row["weights_ms"] > 0
+
+
+def test_the_table_says_where_auto_chose_the_slower_form(expert_parallel):
+    def row(auto, tokens_ms, weights_ms):
+        of_form = {f"{form}_{kind}": 100.0 for form in ("tokens", "weights") for kind in ("bytes", "formula")}
+        return {"experts": 4, "tokens": 64, "auto": auto, "tokens_ms": tokens_ms, "weights_ms": weights_ms} | of_form
+
+    _, right, wrong, last = expert_parallel.table([row("tokens", 1.0, 2.0), row("tokens", 2.0, 1.0)]).splitlines()
+    assert right.endswith("tokens   tokens") and wrong.endswith("weights  tokens  SLOWER")
+    assert last == "auto chose the faster form in 1 of 2 settings"
