@@ -1,4 +1,4 @@
-"""Mixtures through the commands: a run that answers while it trains, killed and gone on with; eval, generate, export."""
+"""Mixtures through the commands: a run that answers while it trains, killed and gone on with, and what is made of it."""
 
 import json
 from functools import partial
@@ -73,7 +73,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(runs):
 
 
 def test_eval_on_one_process_gives_what_training_logged(runs, tmp_path):
-    name, run, straight, _, _ = runs
+    _, run, straight, _, _ = runs
     out = tmp_path / "figures.json"
     layout = ["parallel.expert=1", "parallel.pipeline=1"]
     code, text = commands.run([run, "--json", out, *layout], tmp_path / "log", module="mole_mega.evaluate")
