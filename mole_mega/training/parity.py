@@ -31,6 +31,7 @@ from mole_mega.config import ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
 from mole_mega.models.llava import LLaVA
+from mole_mega.models.mcore_config import expert_parallel
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.monitor.experts import measure_experts
 from mole_mega.platform import parallel as platform
@@ -116,6 +117,8 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
         image_token_id=4,
     )  # fmt: skip
     adapter, train = run.adapter, run.train
+    if base_size is not None:  # what travels stays the user's too
+        adapter = replace(adapter, expert_parallel=expert_parallel(run, base_size).form)
     rank = min(adapter.rank, 8)
     layers: Literal["all"] | tuple[int, ...] = "all" if adapter.layers == "all" else (1, 2)
     return (

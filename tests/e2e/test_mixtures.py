@@ -1,4 +1,4 @@
-"""Mixtures through the commands: a run that answers while it trains, killed and gone on with, and what is made of it."""
+"""Mixtures through the commands: a run that answers while it trains, killed and gone on with; and what uses it."""
 
 import json
 from functools import partial
