@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank
 
-# Up to so many experts for each one that a token uses, computing them all is the faster form (tools/bench_mole.py).
-_MASKED_UP_TO = 4
+# Up to so many experts for each one that a token uses, computing them all is the faster form, by the bytes of a number
+# (measured with tools/bench_mole.py on 2 cores that multiply bf16 matrices: there products cost little, and rows much).
+_MASKED_UP_TO = {4: 4, 2: 32}
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,7 @@ class MaskedGate:
         x_TI = x_TI.to(dtype).contiguous()
         factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
         weight = self.weight if self.weight.dim() == 3 else self.weight[:, None]
-        # as in bank.py: what autograd may not overwrite is copied
-        if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad):
-            base_TO = base_TO.clone()
-        return _AddMasked.apply(scale, base_TO, x_TI, weight, *factors)
+        return _AddMasked.apply(scale, _overwritable(base_TO), x_TI, weight, *factors)
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,17 @@ class PairedGate:
                  scale: float) -> Tensor:  # fmt: skip
         """See `Gate`."""
         num_experts = len(self.tokens_per_expert_E)
+        A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
+        if _goes_expert_by_expert(base_TO):
+            dtype = base_TO.dtype
+            token_N = self.order_N // (len(self.order_N) // len(x_TI))
+            tokens_E = token_N.split(self.tokens_per_expert_E.tolist())
+            factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
+            return _AddByExpert.apply(
+                tokens_E, scale, _overwritable(base_TO), x_TI.to(dtype).contiguous(), self.weight_N, *factors
+            )
         x_NI = _ToPairs.apply(x_TI.to(base_TO.dtype), self.order_N, self.inverse_N)
         nothing_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
-        A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
         delta_NO = bank.add_projections(nothing_NO, x_NI, A_P, B_P, self.tokens_per_expert_E, scale, self.weight_N)
         return base_TO + _FromPairs.apply(delta_NO, self.order_N, self.inverse_N, len(base_TO))
 
@@ -77,10 +83,10 @@ products run in its dtype. Double backward is not supported.
 """
 
 
-def make_gate(weight_TE: Tensor, chosen_TE: Tensor, top_k: int) -> Gate:
-    """The faster form for tokens that use `top_k` of E experts each, those that `chosen` (bool) marks. E for all."""
+def make_gate(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, dtype: torch.dtype) -> Gate:
+    """The faster form, in this dtype, for tokens that use `top_k` of E experts each: those that `chosen` marks."""
     num_tokens, num_experts = weight_TE.shape
-    if num_experts <= _MASKED_UP_TO * top_k or num_tokens == 0:
+    if num_experts <= _MASKED_UP_TO.get(dtype.itemsize, 4) * top_k or num_tokens == 0:
         return MaskedGate(weight_TE)
     return paired(weight_TE, chosen_TE, top_k)
 
@@ -148,6 +154,67 @@ class _AddMasked(torch.autograd.Function):
         return None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
 
 
+class _AddByExpert(torch.autograd.Function):
+    """`_AddMasked` for each expert's own tokens, one expert after the other: the wide rows of one are gathered, used
+    and put back while they are in the processor's cache. `tokens_E`: which tokens use each, [N_e]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens_E: Sequence[Tensor],
+        scale: float,
+        base_TO: Tensor,
+        x_TI: Tensor,
+        weight_N: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        weights_E = weight_N.split([len(tokens) for tokens in tokens_E])
+        z_E = []
+        for e, (tokens_N, weight) in enumerate(zip(tokens_E, weights_E, strict=True)):
+            z_NPR = x_TI.index_select(0, tokens_N) @ _read_rows([A[e] for A in A_P]).t()
+            zw_P = (z_NPR * (scale * weight)[:, None]).to(z_NPR.dtype).chunk(len(A_P), dim=1)
+            out_NO = base_TO.index_select(0, tokens_N)
+            for columns_NO, zw_NR, B_EOR in zip(_columns(out_NO, B_P), zw_P, B_P, strict=True):
+                columns_NO.addmm_(zw_NR, B_EOR[e].t())
+            base_TO.index_copy_(0, tokens_N, out_NO)
+            z_E.append(z_NPR)
+        ctx.mark_dirty(base_TO)
+        ctx.tokens_E, ctx.scale = tokens_E, scale
+        ctx.save_for_backward(x_TI, torch.cat(z_E), weight_N, *factors)
+        return base_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, z_NPR, weight_N, *factors = ctx.saved_tensors
+        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        counts_E = [len(tokens) for tokens in ctx.tokens_E]
+        grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
+        dx_TI, dweight_N = torch.zeros_like(x_TI), torch.empty_like(weight_N)
+        dfactors = [torch.empty_like(factor) for factor in factors]
+        dA_P, dB_P = dfactors[: len(A_P)], dfactors[len(A_P) :]
+        parts = zip(
+            ctx.tokens_E, z_NPR.split(counts_E), weight_N.split(counts_E), dweight_N.split(counts_E), strict=True
+        )
+        for e, (tokens_N, z, weight, dweight) in enumerate(parts):
+            g_NO, x_NI = grad_TO.index_select(0, tokens_N), x_TI.index_select(0, tokens_N)
+            weight = (ctx.scale * weight)[:, None]
+            zw_P = (z * weight).to(z.dtype).chunk(len(A_P), dim=1)
+            u_P = []
+            for g, zw, B_EOR, dB_EOR in zip(_columns(g_NO, B_P), zw_P, B_P, dB_P, strict=True):
+                u_P.append(g @ B_EOR[e])
+                torch.mm(g.t(), zw, out=dB_EOR[e])
+            u = torch.cat(u_P, dim=1)
+            dweight.copy_(ctx.scale * (u.to(weight.dtype) * z).sum(1))
+            dz = (u * weight).to(z.dtype)
+            A_RI = _read_rows([A[e] for A in A_P])
+            dx_TI.index_copy_(0, tokens_N, dx_TI.index_select(0, tokens_N).addmm_(dz, A_RI))
+            for dA_EIR, dz_NR in zip(dA_P, dz.chunk(len(A_P), dim=1), strict=True):
+                torch.mm(dz_NR.t(), x_NI, out=dA_EIR[e])
+        return None, None, grad_TO, dx_TI, dweight_N, *dfactors
+
+
 class _ToPairs(torch.autograd.Function):
     """Each token's row for each of its pairs, in sorted order: [T, I] -> [N, I]. Its gradient sums a token's pairs in a
     fixed order: an atomic scatter would not give the same bits twice."""
@@ -186,6 +253,16 @@ def _to_pairs(rows_T: Tensor, order_N: Tensor) -> Tensor:
 
 def _from_pairs(rows_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:
     return rows_N.index_select(0, inverse_N).unflatten(0, (num_tokens, -1)).sum(1)
+
+
+def _goes_expert_by_expert(base_TO: Tensor) -> bool:
+    """On the CPU grouped products are such a loop anyway; but in half precision its many shapes cost (bank.py)."""
+    return base_TO.device.type == "cpu" and base_TO.dtype.itemsize > 2
+
+
+def _overwritable(base_TO: Tensor) -> Tensor:
+    """As in bank.py: what autograd may not overwrite is copied."""
+    return base_TO.clone() if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad) else base_TO
 
 
 def _weigh(z_TPER: Tensor, scale: float, weight_TPE: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class MixtureLayer(MoLELayer):
         if adapter.gate == "dense":
             gate: Gate = MaskedGate(weight_TE)
         else:
-            gate = make_gate(weight_TE, chosen_TE, adapter.top_k)
+            gate = make_gate(weight_TE, chosen_TE, adapter.top_k, hidden_states.dtype)
         return self._scatter(self.experts(hidden_states.flatten(0, 1), gate), shape), None
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:

@@ -46,9 +46,19 @@ def loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P):
     return torch.stack(rows)
 
 
-def form(name, weight_TE, chosen_TE, top_k):
-    used_TE = weight_TE * chosen_TE
-    return MaskedGate(used_TE) if name == "masked" else paired(used_TE, chosen_TE, top_k)
+FORMS = ("masked", "paired", "expert by expert")
+
+
+@pytest.fixture
+def form(monkeypatch):
+    """form(name, ...): a gate of that form; "paired" as where grouped products are one call."""
+
+    def make(name, weight_TE, chosen_TE, top_k):
+        used_TE = weight_TE * chosen_TE
+        monkeypatch.setattr(mixing, "_goes_expert_by_expert", lambda _: name == "expert by expert")
+        return MaskedGate(used_TE) if name == "masked" else paired(used_TE, chosen_TE, top_k)
+
+    return make
 
 
 def gradients(output, leaves):
@@ -60,8 +70,8 @@ def gradients(output, leaves):
 @pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
 @pytest.mark.parametrize("projections", [1, 2])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 1), (3, 2), (5, 2), (5, 5), (9, 3)])
-@pytest.mark.parametrize("name", ["masked", "paired"])
-def test_a_form_equals_the_loop(name, num_experts, top_k, projections, shared_A):
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_equals_the_loop(form, name, num_experts, top_k, projections, shared_A):
     base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(
         num_experts, top_k, shared_A=shared_A, projections=projections
     )
@@ -92,19 +102,19 @@ def test_each_projection_may_have_a_gate_of_its_own():
         torch.testing.assert_close(got, wanted)
 
 
-def test_a_mixture_is_one_lora_with_a_block_diagonal_gate():
+def test_a_mixture_is_one_lora_with_a_block_diagonal_gate(form):
     """METHODS (SMoRA): stack the ranks, and each expert's weight stands in its ranks' columns."""
     base_TO, x_TI, weight_TE, chosen_TE, (A, _), (B, _) = make_tensors(4, 2)
     used_TE = (weight_TE * chosen_TE).detach()
     columns = used_TE.repeat_interleave(A.shape[1], dim=1)
     one = base_TO[:, :8] + SCALE * (columns * (x_TI @ A.flatten(0, 1).T)) @ B.transpose(1, 2).flatten(0, 1)
-    for name in ("masked", "paired"):
+    for name in FORMS:
         found = form(name, weight_TE, chosen_TE, 2).add_lora(base_TO[:, :8] * 1, x_TI, [A], [B], SCALE)
         torch.testing.assert_close(found, one)
 
 
-@pytest.mark.parametrize("name", ["masked", "paired"])
-def test_the_order_of_the_experts_means_nothing(name):
+@pytest.mark.parametrize("name", FORMS)
+def test_the_order_of_the_experts_means_nothing(form, name):
     base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2)
     order = torch.tensor([3, 0, 4, 2, 1])
     found = [
@@ -116,17 +126,17 @@ def test_the_order_of_the_experts_means_nothing(name):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["masked", "paired"])
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_b_of_zeros_leaves_the_base_bit_for_bit(name, dtype):
+def test_b_of_zeros_leaves_the_base_bit_for_bit(form, name, dtype):
     base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(9, 2, dtype=dtype)
     gate = form(name, weight_TE.float(), chosen_TE, 2)
     found = gate.add_lora(base_TO * 1, x_TI, A_P, [torch.zeros_like(B) for B in B_P], SCALE)
     assert torch.equal(found, base_TO)
 
 
-@pytest.mark.parametrize("name", ["masked", "paired"])
-def test_top_1_equals_the_bank_of_sorted_tokens(name):
+@pytest.mark.parametrize("name", FORMS)
+def test_top_1_equals_the_bank_of_sorted_tokens(form, name):
     base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(3, 1)
     order = chosen_TE.int().argmax(1).argsort(stable=True)
     weight_T = (weight_TE * chosen_TE).sum(1)[order]
@@ -138,8 +148,8 @@ def test_top_1_equals_the_bank_of_sorted_tokens(name):
     torch.testing.assert_close(found[order], expected)
 
 
-@pytest.mark.parametrize("name", ["masked", "paired"])
-def test_bf16_is_as_near_as_its_rounding(name):
+@pytest.mark.parametrize("name", FORMS)
+def test_bf16_is_as_near_as_its_rounding(form, name):
     exact = make_tensors(9, 2, rank=8)
     base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = exact
     expected = loop(*exact)
@@ -153,8 +163,8 @@ def test_bf16_is_as_near_as_its_rounding(name):
     assert (found.double() - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["masked", "paired"])
-def test_an_expert_that_nobody_uses_gets_a_gradient_of_zeros(name):
+@pytest.mark.parametrize("name", FORMS)
+def test_an_expert_that_nobody_uses_gets_a_gradient_of_zeros(form, name):
     base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2)
     found = form(name, weight_TE, chosen_TE, 2).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
     for gradient in gradients(found, [*A_P, *B_P]):
@@ -162,7 +172,9 @@ def test_an_expert_that_nobody_uses_gets_a_gradient_of_zeros(name):
 
 
 def test_the_form_follows_the_number_of_experts_for_each_that_is_used():
-    for num_experts, top_k, expected in ((8, 2, "MaskedGate"), (9, 2, "PairedGate"), (64, 64, "MaskedGate")):
+    cases = [(8, 2, torch.float32, "Masked"), (9, 2, torch.float32, "Paired"), (64, 64, torch.float32, "Masked"),
+             (64, 2, torch.bfloat16, "Masked"), (65, 2, torch.bfloat16, "Paired")]  # fmt: skip
+    for num_experts, top_k, dtype, expected in cases:
         _, _, weight_TE, chosen_TE, *_ = make_tensors(num_experts, top_k)
-        assert type(make_gate(weight_TE, chosen_TE, top_k)).__name__ == expected
-    assert mixing._MASKED_UP_TO == 4
+        assert type(make_gate(weight_TE, chosen_TE, top_k, dtype)).__name__ == f"{expected}Gate"
+    assert mixing._MASKED_UP_TO == {4: 4, 2: 32}
