@@ -114,7 +114,8 @@ class _AddMasked(torch.autograd.Function):
     def forward(ctx: Any, scale: float, base_TO: Tensor, x_TI: Tensor, weight_TPE: Tensor, *factors: Tensor) -> Tensor:
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
         z = x_TI @ _read_rows(A_P).t()
-        z_TPER = z.view(len(x_TI), len(A_P), -1, A_P[0].shape[-2])  # E is 1 where the experts share A
+        *experts, rank, _ = A_P[0].shape
+        z_TPER = z.view(len(x_TI), len(A_P), *(experts or [1]), rank)  # E is 1 where the experts share A
         zw_TPER = _weigh(z_TPER, scale, weight_TPE)
         for p, (out_TO, B_EOR) in enumerate(zip(_columns(base_TO, B_P), B_P, strict=True)):
             out_TO.addmm_(zw_TPER[:, p].flatten(1), _write_rows(B_EOR))
@@ -134,9 +135,9 @@ class _AddMasked(torch.autograd.Function):
         zw_TPER = _weigh(z_TPER, ctx.scale, weight_TPE)
         u_P, dB_P = [], []
         for p, (g_TO, B_EOR) in enumerate(zip(_columns(grad_TO, B_P), B_P, strict=True)):
-            u_P.append((g_TO @ _write_rows(B_EOR).t()).unflatten(1, (len(B_EOR), -1)))
+            u_P.append((g_TO @ _write_rows(B_EOR).t()).unflatten(1, (len(B_EOR), B_EOR.shape[2])))
             dB = g_TO.t() @ zw_TPER[:, p].flatten(1) if any(needs_factors) else None
-            dB_P.append(None if dB is None else dB.unflatten(1, (len(B_EOR), -1)).transpose(0, 1))
+            dB_P.append(None if dB is None else dB.unflatten(1, (len(B_EOR), B_EOR.shape[2])).transpose(0, 1))
         u_TPER = torch.stack(u_P, dim=1)
         dweight_TPE = None
         if needs_weight:
