@@ -53,7 +53,7 @@ class InstructionRouter(MegatronModule):
             )
         for parameter in self.parameters():
             # the gradient's norm counts one of the copies
-            parameter.shared = groups.pp.rank() > 0  # type: ignore[attr-defined]
+            parameter.shared = groups.pp.rank() > 0
         self._table_NH: torch.Tensor | None = None
         self._next_row = 0
 

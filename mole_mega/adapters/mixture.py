@@ -120,7 +120,7 @@ class MixtureExperts(MoLEExperts):
         adapter = self.adapter
         scale = adapter.alpha / adapter.rank
         whole = dict(self.named_parameters(recurse=False))
-        cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}  # type: ignore[attr-defined]
+        cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
         whole |= zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True)
         fc1_T2F, _ = self.linear_fc1(x_TH)
         fc1_T2F = gate.add_lora(

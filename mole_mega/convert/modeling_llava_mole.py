@@ -150,7 +150,8 @@ class MoleMLP(nn.Module):
 def add_adapters(decoder: Any, mole: dict[str, Any]) -> None:
     """Put LoRA, routers and experts around the weights of a Llama decoder; raises ValueError for what is not known."""
     # folders that were written before there was a choice do not name these
-    mole = {"router_scope": "block", "renormalize": False, "share_A": False} | mole
+    added: dict[str, Any] = {"router_scope": "block", "renormalize": False, "share_A": False}
+    mole = added | mole
     for key, known in (
         ("method", ("mole", "lora")),
         ("gate", ("none", "prob", "straight_through", "dense")),

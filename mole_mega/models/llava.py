@@ -118,7 +118,7 @@ class LLaVA(MegatronModule):
 
     def router_parameters(self) -> list[torch.nn.Parameter]:
         """Those of all this stage's routers."""
-        modules = [*self.routers(), *self._instructions]
+        modules: list[MegatronModule] = [*self.routers(), *self._instructions]
         return [parameter for module in modules for parameter in module.parameters()]
 
     def shared_parameters(self) -> list[torch.nn.Parameter]:
