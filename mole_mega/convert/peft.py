@@ -50,6 +50,15 @@ To run the model as it was trained, export the run with `--format mole`. To trai
 with `mole-mega convert peft-to-megatron`: nothing is lost on the way.
 """
 
+_README_OF_TASKS = """# A LoRA expert for each task of a LLaVA, in PEFT's format
+
+| adapter | what it was trained on |
+|---|---|
+{tasks}
+Each is a PEFT LoRA adapter for `LlavaForConditionalGeneration`, whole by itself: in training every sample went through
+the one of its source.
+"""
+
 
 def export_peft(trained: Trained, out: Path) -> Exported:
     """Write what a run trained as PEFT adapters; `out` must not exist.
@@ -120,10 +129,16 @@ def _write_experts(folder: Path, trained: Trained, adapter: AdapterConfig, step:
     for index, name in enumerate(names):
         _write_adapter(folder / name, trained, step, index)
     routers = router_tensors(trained, step)
-    write_tensors(folder, routers, dict.fromkeys(routers, ROUTER_WEIGHTS))
+    if routers:
+        write_tensors(folder, routers, dict.fromkeys(routers, ROUTER_WEIGHTS))
     shared = ["the attention's LoRA"] * adapter.attention + ["the trained projector"] * bool(trained_projector(step))
     tree = {"experts": names, "adapter": dataclasses.asdict(adapter), "base": _origin(trained.base)}
     (folder / MOLE_JSON).write_text(json.dumps(tree, indent=2) + "\n")
+    if adapter.router_scope == "task":
+        sources = trained.run.data.sources
+        tasks = "".join(f"| `{name}` | {source.name} |\n" for name, source in zip(names, sources, strict=True))
+        (folder / "README.md").write_text(_README_OF_TASKS.format(tasks=tasks))
+        return
     (folder / "README.md").write_text(
         _README.format(
             num_experts=adapter.num_experts,
