@@ -90,6 +90,8 @@ class AdapterConfig:
     router_scope: Literal["block", "linear", "sample", "task"] = "block"
     # divide the probabilities of the chosen experts by their sum
     renormalize: bool = False
+    # backward an expert gets the square root of its weight where the weight stood (arXiv 2502.15828); the value stays
+    rescale_gate: bool = False
     # one A a linear for all its experts (MoSLD, arXiv 2412.08946; HydraLoRA, arXiv 2404.19245)
     share_A: bool = False
     balance_weight: NonNegative = 0.01
@@ -110,6 +112,7 @@ class AdapterConfig:
             f"adapter.top_k is {self.top_k}": self.top_k > 1,
             "adapter.gate is dense": self.gate == "dense",
             "adapter.share_A is true": self.share_A,
+            "adapter.rescale_gate is true": self.rescale_gate,
             "adapter.router_scope is linear": self.router_scope == "linear",
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
@@ -384,6 +387,11 @@ def _validate_mixture(adapter: AdapterConfig) -> None:
         raise ConfigError(
             f"{reason}: adapter.expert_parallel tokens sends each token to one expert that is whole; set it to weights "
             "or auto"
+        )
+    if adapter.rescale_gate and adapter.gate not in ("prob", "dense"):
+        raise ConfigError(
+            f"adapter.rescale_gate takes the root of an expert's weight, which with adapter.gate {adapter.gate} is 1: "
+            "it would change nothing; set it to false, or the gate to prob or dense"
         )
     if adapter.renormalize and (adapter.top_k == 1 or adapter.gate not in ("prob", "straight_through")):
         raise ConfigError(

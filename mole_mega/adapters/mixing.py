@@ -34,6 +34,7 @@ class MaskedGate:
     """weight_TE: fp32, 0 for an expert that a token does not use. Or weight_TPE, one of its own for each projection."""
 
     weight: Tensor
+    rescaled: bool = False
 
     def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor],
                  scale: float) -> Tensor:  # fmt: skip
@@ -42,7 +43,7 @@ class MaskedGate:
         x_TI = x_TI.to(dtype).contiguous()
         factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
         weight = self.weight if self.weight.dim() == 3 else self.weight[:, None]
-        return _AddMasked.apply(scale, _overwritable(base_TO), x_TI, weight, *factors)
+        return _AddMasked.apply(scale, self.rescaled, _overwritable(base_TO), x_TI, weight, *factors)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PairedGate:
     inverse_N: Tensor
     tokens_per_expert_E: Tensor
     weight_N: Tensor
+    rescaled: bool = False
 
     def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor],
                  scale: float) -> Tensor:  # fmt: skip
@@ -65,12 +67,20 @@ class PairedGate:
             token_N = self.order_N // (len(self.order_N) // len(x_TI))
             tokens_E = token_N.split(self.tokens_per_expert_E.tolist())
             factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
+            x_TI = x_TI.to(dtype).contiguous()
             return _AddByExpert.apply(
-                tokens_E, scale, _overwritable(base_TO), x_TI.to(dtype).contiguous(), self.weight_N, *factors
+                tokens_E, scale, self.rescaled, _overwritable(base_TO), x_TI, self.weight_N, *factors
             )
         x_NI = _ToPairs.apply(x_TI.to(base_TO.dtype), self.order_N, self.inverse_N)
-        nothing_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
-        delta_NO = bank.add_projections(nothing_NO, x_NI, A_P, B_P, self.tokens_per_expert_E, scale, self.weight_N)
+        delta_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
+        weight_N = self.weight_N
+        if self.rescaled:
+            weight_N = weight_N.sqrt().detach()
+            fixed_A, fixed_B = [A.detach() for A in A_P], [B.detach() for B in B_P]
+            delta_NO = bank.add_projections(
+                delta_NO, x_NI.detach(), fixed_A, fixed_B, self.tokens_per_expert_E, scale, self.weight_N - weight_N
+            )
+        delta_NO = bank.add_projections(delta_NO, x_NI, A_P, B_P, self.tokens_per_expert_E, scale, weight_N)
         return base_TO + _FromPairs.apply(delta_NO, self.order_N, self.inverse_N, len(base_TO))
 
 
@@ -80,18 +90,23 @@ Gate = MaskedGate | PairedGate
 `add_lora(base, x, A_P, B_P, scale)` gives y_t = base_t + scale * concat_p(sum_e w_te B_pe A_pe x_t), [T, O]; A_P are
 [E, R, I], or [R, I] where the experts share it; B_P are [E, O_p, R] and fill O side by side. base is consumed. The
 products run in its dtype. Double backward is not supported.
+
+`rescaled`: backward the experts get sqrt(w) where w stood, and the gate what it always gets (MoE-LoRA with Riemannian
+preconditioning, arXiv 2502.15828): with e an expert's output and sg stopping gradients,
+
+    sg(sqrt w) e + (w - sg(sqrt w)) sg(e)
 """
 
 
-def make_gate(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, dtype: torch.dtype) -> Gate:
+def make_gate(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, dtype: torch.dtype, *, rescaled: bool = False) -> Gate:
     """The faster form, in this dtype, for tokens that use `top_k` of E experts each: those that `chosen` marks."""
     num_tokens, num_experts = weight_TE.shape
     if num_experts <= _MASKED_UP_TO.get(dtype.itemsize, 4) * top_k or num_tokens == 0:
-        return MaskedGate(weight_TE)
-    return paired(weight_TE, chosen_TE, top_k)
+        return MaskedGate(weight_TE, rescaled)
+    return paired(weight_TE, chosen_TE, top_k, rescaled=rescaled)
 
 
-def paired(weight_TE: Tensor, chosen_TE: Tensor, top_k: int) -> PairedGate:
+def paired(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, *, rescaled: bool = False) -> PairedGate:
     """The pairs of exactly `top_k` chosen experts a token. Nothing here waits for the device."""
     num_pairs = len(weight_TE) * top_k
     expert_N = chosen_TE.nonzero_static(size=num_pairs)[:, 1]
@@ -99,7 +114,7 @@ def paired(weight_TE: Tensor, chosen_TE: Tensor, top_k: int) -> PairedGate:
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(num_pairs, device=order_N.device)
     weight_N = weight_TE.gather(1, expert_N.view(-1, top_k)).flatten().index_select(0, order_N)
-    return PairedGate(order_N, inverse_N, chosen_TE.sum(0), weight_N)
+    return PairedGate(order_N, inverse_N, chosen_TE.sum(0), weight_N, rescaled)
 
 
 class _AddMasked(torch.autograd.Function):
@@ -108,10 +123,14 @@ class _AddMasked(torch.autograd.Function):
     With g = d loss / d out and u_p = g_p B_p (rank space):
         d base = g      d w_te = scale * sum_p <u_pte, z_pte>      dz_p = scale * w * u_p
         d B_p = g_p^T zw_p      d A_p = dz_p^T x, summed over experts if they share it      d x = sum_p dz_p A_p
+
+    `rescaled`: sqrt(w) in place of w in the last two rows.
     """
 
     @staticmethod
-    def forward(ctx: Any, scale: float, base_TO: Tensor, x_TI: Tensor, weight_TPE: Tensor, *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, scale: float, rescaled: bool, base_TO: Tensor, x_TI: Tensor, weight_TPE: Tensor, *factors: Tensor
+    ) -> Tensor:
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
         z = x_TI @ _read_rows(A_P).t()
         *experts, rank, _ = A_P[0].shape
@@ -120,7 +139,7 @@ class _AddMasked(torch.autograd.Function):
         for p, (out_TO, B_EOR) in enumerate(zip(_columns(base_TO, B_P), B_P, strict=True)):
             out_TO.addmm_(zw_TPER[:, p].flatten(1), _write_rows(B_EOR))
         ctx.mark_dirty(base_TO)
-        ctx.scale = scale
+        ctx.scale, ctx.rescaled = scale, rescaled
         ctx.save_for_backward(x_TI, z_TPER, weight_TPE, *factors)
         return base_TO
 
@@ -129,9 +148,10 @@ class _AddMasked(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, z_TPER, weight_TPE, *factors = ctx.saved_tensors
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
         grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
 
+        weight_TPE = weight_TPE.sqrt() if ctx.rescaled else weight_TPE
         zw_TPER = _weigh(z_TPER, ctx.scale, weight_TPE)
         u_P, dB_P = [], []
         for p, (g_TO, B_EOR) in enumerate(zip(_columns(grad_TO, B_P), B_P, strict=True)):
@@ -152,7 +172,7 @@ class _AddMasked(torch.autograd.Function):
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
             dA_P = [dA.view_as(A) for dA, A in zip((dz.t() @ x_TI).chunk(len(A_P)), A_P, strict=True)]
-        return None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
+        return None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
 
 
 class _AddByExpert(torch.autograd.Function):
@@ -164,6 +184,7 @@ class _AddByExpert(torch.autograd.Function):
         ctx: Any,
         tokens_E: Sequence[Tensor],
         scale: float,
+        rescaled: bool,
         base_TO: Tensor,
         x_TI: Tensor,
         weight_N: Tensor,
@@ -181,7 +202,7 @@ class _AddByExpert(torch.autograd.Function):
             base_TO.index_copy_(0, tokens_N, out_NO)
             z_E.append(z_NPR)
         ctx.mark_dirty(base_TO)
-        ctx.tokens_E, ctx.scale = tokens_E, scale
+        ctx.tokens_E, ctx.scale, ctx.rescaled = tokens_E, scale, rescaled
         ctx.save_for_backward(x_TI, torch.cat(z_E), weight_N, *factors)
         return base_TO
 
@@ -200,7 +221,7 @@ class _AddByExpert(torch.autograd.Function):
         )
         for e, (tokens_N, z, weight, dweight) in enumerate(parts):
             g_NO, x_NI = grad_TO.index_select(0, tokens_N), x_TI.index_select(0, tokens_N)
-            weight = (ctx.scale * weight)[:, None]
+            weight = (ctx.scale * (weight.sqrt() if ctx.rescaled else weight))[:, None]
             zw_P = (z * weight).to(z.dtype).chunk(len(A_P), dim=1)
             u_P = []
             for g, zw, B_EOR, dB_EOR in zip(_columns(g_NO, B_P), zw_P, B_P, dB_P, strict=True):
@@ -213,7 +234,7 @@ class _AddByExpert(torch.autograd.Function):
             dx_TI.index_copy_(0, tokens_N, dx_TI.index_select(0, tokens_N).addmm_(dz, A_RI))
             for dA_EIR, dz_NR in zip(dA_P, dz.chunk(len(A_P), dim=1), strict=True):
                 torch.mm(dz_NR.t(), x_NI, out=dA_EIR[e])
-        return None, None, grad_TO, dx_TI, dweight_N, *dfactors
+        return None, None, None, grad_TO, dx_TI, dweight_N, *dfactors
 
 
 class _ToPairs(torch.autograd.Function):

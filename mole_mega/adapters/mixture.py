@@ -52,9 +52,10 @@ class MixtureLayer(MoLELayer):
                 chosen_TE = self._gather_tokens(chosen_TE.to(weight_TE.dtype), shape).bool()
         adapter = self.experts.adapter
         if adapter.gate == "dense":
-            gate: Gate = MaskedGate(weight_TE)
+            gate: Gate = MaskedGate(weight_TE, adapter.rescale_gate)
         else:
-            gate = make_gate(weight_TE, chosen_TE, adapter.top_k, hidden_states.dtype)
+            rescaled = adapter.rescale_gate
+            gate = make_gate(weight_TE, chosen_TE, adapter.top_k, hidden_states.dtype, rescaled=rescaled)
         return self._scatter(self.experts(hidden_states.flatten(0, 1), gate), shape), None
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -82,7 +83,7 @@ class LinearMixtureLayer(MixtureLayer):
         self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, None]:
         """See `MixtureLayer.forward`."""
-        shape = hidden_states.shape
+        shape, rescaled = hidden_states.shape, self.experts.adapter.rescale_gate
         routers = (self.router.gate, self.router.up)
         weight_TPE = torch.stack([_route(router, hidden_states, padding_mask)[0] for router in routers], dim=1)
         if self._gathers_sequence:
@@ -92,9 +93,9 @@ class LinearMixtureLayer(MixtureLayer):
                 padding_mask = (whole_SB.bool() if padding_mask.dtype == torch.bool else whole_SB).T
 
         def gate_of_down(h_TF: torch.Tensor) -> Gate:
-            return MaskedGate(_route(self.router.down, h_TF, padding_mask)[0])
+            return MaskedGate(_route(self.router.down, h_TF, padding_mask)[0], rescaled)
 
-        output_TH = self.experts(hidden_states.flatten(0, 1), MaskedGate(weight_TPE), gate_of_down)
+        output_TH = self.experts(hidden_states.flatten(0, 1), MaskedGate(weight_TPE, rescaled), gate_of_down)
         return self._scatter(output_TH, shape), None
 
 

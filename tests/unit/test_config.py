@@ -221,6 +221,11 @@ TASK = {"router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_expe
             },
             ["reaction reseed", "router_scope is linear"],
         ),
+        ({"adapter": {"rescale_gate": True}}, ["adapter.rescale_gate is true", "weights"]),
+        (
+            {"adapter": {"rescale_gate": True, "expert_parallel": "auto", "gate": "straight_through"}},
+            ["adapter.rescale_gate", "straight_through is 1"],
+        ),
         ({"adapter": {"share_A": True}}, ["adapter.share_A is true", "weights"]),
         ({"adapter": {"gate": "dense", "top_k": 2, "expert_parallel": "auto"}}, ["gate dense", "top_k 2"]),
         ({"adapter": {"top_k": 4, "expert_parallel": "auto"}}, ["adapter.top_k is 4", "adapter.num_experts is 3"]),
@@ -518,7 +523,7 @@ def test_a_dumped_config_loads_equal(config, tmp_path):
 def test_the_all_set_config_leaves_no_field_at_its_default():
     """So that a field that dump or load forgets is seen by the test above."""
     # one value only, or inside a list
-    left_out = {"method", "router_scope", "context"}
+    left_out = {"method", "router_scope", "rescale_gate", "context"}
 
     def defaults(node: Any, where: str) -> list[str]:
         found = []

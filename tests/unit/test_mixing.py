@@ -53,10 +53,12 @@ FORMS = ("masked", "paired", "expert by expert")
 def form(monkeypatch):
     """form(name, ...): a gate of that form; "paired" as where grouped products are one call."""
 
-    def make(name, weight_TE, chosen_TE, top_k):
+    def make(name, weight_TE, chosen_TE, top_k, rescaled=False):
         used_TE = weight_TE * chosen_TE
         monkeypatch.setattr(mixing, "_goes_expert_by_expert", lambda _: name == "expert by expert")
-        return MaskedGate(used_TE) if name == "masked" else paired(used_TE, chosen_TE, top_k)
+        return (
+            MaskedGate(used_TE, rescaled) if name == "masked" else paired(used_TE, chosen_TE, top_k, rescaled=rescaled)
+        )
 
     return make
 
@@ -187,3 +189,26 @@ def test_no_token_at_all_is_no_error(shared_A):
     found = gate.add_lora(base_TO[:0] * 1, x_TI[:0], A_P, B_P, SCALE)
     assert found.shape == (0, base_TO.shape[1])
     assert not any(gradient.any() for gradient in gradients(found, [*A_P, *B_P]))
+
+
+@pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_rescaled_gate_leaves_the_value_and_gives_experts_the_root(form, name, shared_A):
+    """METHODS B.5 item 4: sg(sqrt g) e + (g - sg(sqrt g)) sg(e)."""
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2, shared_A=shared_A)
+    leaves = [base_TO, x_TI, weight_TE, *A_P, *B_P]
+    found = form(name, weight_TE, chosen_TE, 2, rescaled=True).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    value = loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P)
+    root_TE = weight_TE.detach().sqrt()
+    fixed = [x_TI.detach(), weight_TE - root_TE, chosen_TE, [A.detach() for A in A_P], [B.detach() for B in B_P]]
+    expected = loop(base_TO, x_TI, root_TE, chosen_TE, A_P, B_P) + loop(torch.zeros_like(base_TO), *fixed)
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(expected, value)
+    plain = gradients(value, leaves)
+    for leaf, got, wanted, unscaled in zip(
+        leaves, gradients(found, leaves), gradients(expected, leaves), plain, strict=True
+    ):
+        if leaf is weight_TE:
+            wanted = wanted * chosen_TE
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+        assert torch.allclose(got, unscaled) == (leaf is weight_TE or leaf is base_TO)
