@@ -80,16 +80,47 @@ class AdapterConfig:
     rank: PositiveInt = 32
     alpha: Positive = 64.0
     dropout: ProperShare = 0.0
-    gate: Literal["none", "prob", "straight_through"] = "prob"
+    # The weight of a chosen expert's output: 1; its probability; 1 with the probability's gradient. dense: all experts,
+    # each by its probability.
+    gate: Literal["none", "prob", "straight_through", "dense"] = "prob"
     top_k: PositiveInt = 1
+    # What routes: a router a block (LLaVA-MoLE); one for each of gate, up and down (LoRAMoE, arXiv 2312.09979); one of
+    # the model, which reads a sample's instruction (Octavius, arXiv 2311.02684); or the sample's task: source number e
+    # of data.sources is served by expert e, and nothing is learned (as in BoRA, arXiv 2407.15857).
+    router_scope: Literal["block", "linear", "sample", "task"] = "block"
+    # divide the probabilities of the chosen experts by their sum
+    renormalize: bool = False
+    # backward an expert gets the square root of its weight where the weight stood (arXiv 2502.15828); the value stays
+    rescale_gate: bool = False
+    # one A a linear for all its experts (MoSLD, arXiv 2412.08946; HydraLoRA, arXiv 2404.19245)
+    share_A: bool = False
     balance_weight: NonNegative = 0.01
     balance_scope: Literal["layer", "model"] = "layer"
     z_loss_weight: NonNegative = 0.0
-    expert_parallel: Literal["tokens"] = "tokens"
+    # What travels between expert-parallel ranks: tokens to their expert (top_k 1 alone), or the weights of a layer's
+    # experts to where the tokens are; auto: what moves fewer bytes.
+    expert_parallel: Literal["tokens", "weights", "auto"] = "tokens"
     router_bias: bool = True
     attention: bool = True
     # "all", or the indices (from 0) of the decoder layers that carry adapters in their MLP.
     layers: Literal["all"] | tuple[int, ...] = "all"
+
+    @property
+    def why_tokens_stay(self) -> str:
+        """What of this config wants `expert_parallel` weights, in words; empty if nothing does."""
+        reasons = {
+            f"adapter.top_k is {self.top_k}": self.top_k > 1,
+            "adapter.gate is dense": self.gate == "dense",
+            "adapter.share_A is true": self.share_A,
+            "adapter.rescale_gate is true": self.rescale_gate,
+            "adapter.router_scope is linear": self.router_scope == "linear",
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
+
+    @property
+    def num_choices(self) -> int:
+        """How many experts a token is counted for: top_k; where it uses all, its likeliest."""
+        return 1 if self.gate == "dense" else self.top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +339,8 @@ def validate(config: RunConfig) -> None:
     _validate_ranges(config, "")
     _validate_parallel(config.parallel, config.adapter)
     _validate_adapter(config.adapter, config.train)
+    _validate_samples(config.adapter)
+    _validate_tasks(config.adapter, config.data)
     _validate_batch(config.train)
     _validate_sources("sources", config.data.sources)
     _validate_sources("validation", config.data.validation)
@@ -358,10 +391,8 @@ def _validate_parallel(parallel: ParallelConfig, adapter: AdapterConfig) -> None
 
 
 def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
-    if adapter.top_k != 1:
-        raise ConfigError(
-            f"adapter.top_k is {adapter.top_k}: expert_parallel 'tokens' routes each token to one expert; set it to 1"
-        )
+    if adapter.method == "mole":
+        _validate_mixture(adapter)
     if adapter.method == "mole" and not adapter.layers:
         raise ConfigError("adapter.layers is empty: adapter.method mole needs at least one layer to put its experts in")
     if adapter.method == "lora" and not adapter.layers and not adapter.attention and not train.projector:
@@ -369,6 +400,7 @@ def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
     if (
         adapter.method == "mole"
         and adapter.num_experts > 1
+        and adapter.router_scope != "task"
         and adapter.gate == "none"
         and adapter.balance_weight == adapter.z_loss_weight == 0
     ):
@@ -376,6 +408,65 @@ def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
             "adapter.gate none gives the router no gradient, and adapter.balance_weight and adapter.z_loss_weight are "
             "both 0: the router would stay as it is initialised; set one of them, or another gate"
         )
+
+
+def _validate_mixture(adapter: AdapterConfig) -> None:
+    """How many experts a token uses, and what that asks for."""
+    if adapter.top_k > adapter.num_experts:
+        raise ConfigError(f"adapter.top_k is {adapter.top_k}, but adapter.num_experts is {adapter.num_experts}")
+    if adapter.gate == "dense" and adapter.top_k > 1:
+        raise ConfigError(f"adapter.gate dense uses every expert; adapter.top_k {adapter.top_k} chooses: leave it at 1")
+    if adapter.expert_parallel == "tokens" and (reason := adapter.why_tokens_stay):
+        raise ConfigError(
+            f"{reason}: adapter.expert_parallel tokens sends each token to one expert that is whole; set it to weights "
+            "or auto"
+        )
+    if adapter.rescale_gate and adapter.gate not in ("prob", "dense"):
+        raise ConfigError(
+            f"adapter.rescale_gate takes the root of an expert's weight, which with adapter.gate {adapter.gate} is 1: "
+            "it would change nothing; set it to false, or the gate to prob or dense"
+        )
+    if adapter.renormalize and (adapter.top_k == 1 or adapter.gate not in ("prob", "straight_through")):
+        raise ConfigError(
+            "adapter.renormalize divides the probabilities of several chosen experts by their sum: it wants "
+            f"adapter.top_k above 1 and adapter.gate prob or straight_through, got {adapter.top_k} and {adapter.gate}"
+        )
+
+
+def _validate_samples(adapter: AdapterConfig) -> None:
+    """One gate a sample: it has no losses of its own."""
+    if adapter.method == "mole" and adapter.router_scope == "sample":
+        for key in ("balance_weight", "z_loss_weight"):
+            if getattr(adapter, key) != 0:
+                raise ConfigError(
+                    f"adapter.router_scope sample routes samples and not tokens, which adapter.{key} "
+                    f"{getattr(adapter, key)} weighs; set it to 0"
+                )
+
+
+def _validate_tasks(adapter: AdapterConfig, data: DataConfig) -> None:
+    """Experts that serve a task each: nothing chooses, and there is one for each source."""
+    if adapter.method != "mole" or adapter.router_scope != "task":
+        return
+    wanted = {"gate": "none", "top_k": 1, "balance_weight": 0, "z_loss_weight": 0}
+    for key, value in wanted.items():
+        if getattr(adapter, key) != value:
+            raise ConfigError(
+                f"adapter.router_scope task has no router, so that adapter.{key} must be {value}, got "
+                f"{getattr(adapter, key)}"
+            )
+    names = [source.name for source in data.sources]
+    if names and adapter.num_experts != len(names):
+        raise ConfigError(
+            f"adapter.router_scope task has an expert for each source: adapter.num_experts is {adapter.num_experts}, "
+            f"data.sources has {len(names)}"
+        )
+    for source in data.validation:
+        if source.name not in names:
+            raise ConfigError(
+                f"data.validation {source.name!r} is none of data.sources ({', '.join(names)}): with "
+                "adapter.router_scope task no expert serves it"
+            )
 
 
 def _validate_batch(train: TrainConfig) -> None:
@@ -417,6 +508,11 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
             f"monitor.alarms.entropy_floor must be at most ln {adapter.num_experts} = "
             f"{math.log(adapter.num_experts):.4g} with adapter.num_experts {adapter.num_experts}, got "
             f"{alarms.entropy_floor}: no load has more entropy, so the alarm would never be silent"
+        )
+    if alarms.reaction == "reseed" and adapter.router_scope != "block":
+        raise ConfigError(
+            "monitor.alarms.reaction reseed copies an expert with its row of the block's router; adapter.router_scope "
+            f"is {adapter.router_scope}"
         )
     if alarms.reaction == "raise_balance" and adapter.balance_weight == 0:
         raise ConfigError("monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0")

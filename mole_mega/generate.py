@@ -40,6 +40,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompt", required=True, help="the question; images come first unless it says where, with <image>"
     )
+    parser.add_argument(
+        "--source", help="which of the run's sources the question is like, for experts that serve a task each"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--base", type=Path, help="where the base is, if not where the run or adapter says")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: the run's, or the export's")
@@ -102,12 +105,13 @@ def ask(model: Model, images: list[Path], prompt: str, max_new_tokens: int) -> t
 class MegatronModel:
     """A base, a run or a step, on one process."""
 
-    def __init__(self, trained: Trained, precision: Any) -> None:
+    def __init__(self, trained: Trained, precision: Any, source: str | None = None) -> None:
         from mole_mega.checkpoint.trained import build_trained
         from mole_mega.config import ParallelConfig
         from mole_mega.data import conversation
         from mole_mega.platform import parallel as platform
 
+        self._domain = _domain(trained, source)
         parallel = platform.initialize(ParallelConfig(), seed=0)
         self.model: LLaVA = build_trained(trained, parallel, ParallelConfig(), precision)
         size = trained.size
@@ -121,7 +125,8 @@ class MegatronModel:
     def answer(self, prompt: torch.Tensor, pixels: torch.Tensor, max_new_tokens: int) -> list[int]:
         from mole_mega.models.decode import greedy, pad_prompts
 
-        prompts = pad_prompts([prompt], [prompt == self.image_token_id], pixels, self.model.parallel)
+        is_image = prompt == self.image_token_id
+        prompts = pad_prompts([prompt], [is_image], pixels, self.model.parallel, [self._domain])
         ((tokens,),) = greedy(self.model, [prompts], max_new_tokens, self._stop_ids)
         return [token for token in tokens if token not in self._stop_ids]
 
@@ -177,10 +182,25 @@ def _open(args: argparse.Namespace) -> Model:
     if is_ours:
         from mole_mega.checkpoint.trained import find_trained
 
-        return MegatronModel(find_trained(folder, args.base), args.precision)
+        return MegatronModel(find_trained(folder, args.base), args.precision, args.source)
+    if args.source is not None:
+        raise ConfigError(f"--source {args.source}: {folder} is an export, none of which routes by task")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConfigError(f"{folder} is neither a run, a step or a base nor an exported folder with a config.json")
     return ExportedModel(folder, args.base, args.precision, trust_remote_code=args.trust_remote_code)
+
+
+def _domain(trained: Trained, source: str | None) -> int:
+    """Which of a run's sources a question is like. Only experts that serve a task each need to know."""
+    routes_by_task = trained.adapter is not None and trained.adapter.router_scope == "task"
+    names = [entry.name for entry in trained.run.data.sources] if routes_by_task else []
+    if source is None and not routes_by_task:
+        return 0
+    if source not in names:
+        given = "no --source was given" if source is None else f"--source {source} is none of them"
+        knows = f"has an expert for each of {', '.join(names)}" if routes_by_task else "does not route by task"
+        raise ConfigError(f"{trained.step or trained.base} {knows}; {given}")
+    return names.index(source)
 
 
 def _load_peft(folder: Path, base: Path | None, dtype: Any) -> tuple[Any, Path]:

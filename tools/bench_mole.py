@@ -1,4 +1,5 @@
-"""Time one MLP of the decoder, forward and backward, as it trains: frozen, with plain LoRA, with MoLE, and dense.
+"""Time one MLP of the decoder, forward and backward, as it trains: frozen, with plain LoRA, with MoLE, with two experts
+a token, and dense.
 
 All layers but `dense` are the product's own, built by `models/specs.py` on one process: Megatron-Core's MLP, and its
 MoELayer with our router, dispatcher and experts. What is timed is what a user's step pays: routing, balance statistics,
@@ -36,6 +37,9 @@ SEED = 0
 # (dtype, largest E, may cost so much of plain LoRA)
 LORA_TARGETS = (("fp32", 16, 1.10), ("fp32", 64, 1.20), ("bf16", 16, 1.15), ("bf16", 64, 1.50))
 FROZEN_TARGET = (16, 1.35)  # largest E, may cost so much of the frozen MLP
+TOP_2_TARGET = 1.10  # of a token's one expert
+# whose layer has experts of ours: tokens that go to one, by the default form and by the mixture's; to two
+MIXTURES = {"mole": {}, "mix 1": {"expert_parallel": "weights"}, "top 2": {"expert_parallel": "weights", "top_k": 2}}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ CASES = tuple(
         ("mole", 4),
         ("mole", 16),
         ("mole", 64),
+        ("top 2", 4),
+        ("top 2", 16),
+        ("top 2", 64),
         ("dense", 16),
     )
 )
@@ -106,13 +113,13 @@ class Bench:
         dtype = DTYPES[case.dtype]
         adapter = AdapterConfig(
             method="lora" if case.case == "lora" else "mole", num_experts=case.experts, rank=sizes.rank,
-            alpha=2.0 * sizes.rank, gate=gate, balance_weight=0.01,
+            alpha=2.0 * sizes.rank, gate=gate, balance_weight=0.01, **MIXTURES.get(case.case, {}),
         )  # fmt: skip
-        carries_adapters = case.case in ("lora", "mole")
-        self.layer = _build_mlp(case.dtype, adapter if carries_adapters else None, sizes, parallel)
+        carries_adapters = case.case == "lora" or case.case in MIXTURES
+        self.layer = build_mlp(case.dtype, adapter if carries_adapters else None, sizes, parallel)
         for parameter in self.layer.parameters():
             parameter.requires_grad = hasattr(parameter, "placement")
-        self.base = self.layer.experts if case.case == "mole" else self.layer
+        self.base = self.layer.experts if case.case in MIXTURES else self.layer
         if case.case == "dense":
             scale = adapter.alpha / adapter.rank
             self.layer = DenseMixture(self.base, case.experts, sizes, dtype, scale).to(parallel.device)
@@ -137,7 +144,7 @@ class Bench:
             for factor in ("A", "B"):
                 if self.case.case == "dense":
                     found[f"{projection}.{factor}"] = getattr(self.layer, f"{projection}_{factor}")
-                elif self.case.case == "mole":
+                elif self.case.case in MIXTURES:
                     found[f"{projection}.{factor}"] = getattr(self.base, f"lora_{projection}_{factor}")
                 elif self.case.case == "lora":
                     linear = self.base.linear_fc2 if projection == "down" else self.base.linear_fc1
@@ -146,13 +153,13 @@ class Bench:
 
     def run(self) -> Tensor:
         """Forward and backward; returns the output. Gradients are left on the parameters and on `x`."""
-        if self.case.case == "mole":
+        if self.case.case in MIXTURES:
             output, _ = self.layer(self.x, padding_mask=self.padding_mask)
         else:
             output, _ = self.layer(self.x)
         output.backward(self.grad)
         for router in self.routers:  # as at the end of a step whose global batch is this one micro-batch
-            router.sums.balance_gradient(router.sums.counts_E / router.sums.tokens)
+            router.sums.balance_gradient(router.sums.counts_E / router.sums.counts_E.sum())
         return output
 
     def renew(self, seed: int) -> None:
@@ -199,7 +206,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         peers = {(r["case"], r["experts"]): r for r in rows if r["dtype"] == row["dtype"]}
         ratios = {
             name: (row["ms"] / peer["ms"], row["cpu_ms"] / peer["cpu_ms"])
-            for name in (("frozen", 1), ("lora", 1), ("mole", 1))
+            for name in (("frozen", 1), ("lora", 1), ("mole", 1), ("mole", row["experts"]))
             if (peer := peers.get(name))
         }
         shown = [
@@ -215,6 +222,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def _judge(row: dict[str, Any], ratios: dict[tuple[str, int], tuple[float, float]]) -> str:
     """Whether a MoLE row meets its targets, by wall time."""
+    if row["case"] == "top 2" and ("mole", row["experts"]) in ratios:
+        ratio, _ = ratios["mole", row["experts"]]
+        return f"{'met' if ratio <= TOP_2_TARGET else 'MISSED'} <= {TOP_2_TARGET:.2f} mole ({ratio:.2f})"
     if row["case"] != "mole":
         return ""
     verdicts = []
@@ -230,11 +240,18 @@ def _judge(row: dict[str, Any], ratios: dict[tuple[str, int], tuple[float, float
     return "; ".join(verdicts)
 
 
-def _build_mlp(precision: str, adapter: AdapterConfig | None, sizes: Sizes, parallel: Parallel) -> Any:
+def build_mlp(
+    precision: str,
+    adapter: AdapterConfig | None,
+    sizes: Sizes,
+    parallel: Parallel,
+    layout: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
+) -> Any:
     """The MLP of a decoder's first layer, as `LLaVA` would build it."""
     run = RunConfig(
         run_dir="", model=ModelConfig(base=""), train=TrainConfig(steps=1, precision=precision),
         data=DataConfig(sources=(), max_length=sizes.tokens), adapter=adapter or AdapterConfig(method="lora"),
+        parallel=layout,
     )  # fmt: skip
     size = LlavaSize(
         vision=VisionSize(num_layers=2, hidden_size=8, ffn_hidden_size=8, num_heads=1, image_size=8, patch_size=8),
@@ -272,6 +289,13 @@ def _time(run: Callable[[], Any], parallel: Parallel) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def _cases(asked: Sequence[str] | None) -> Sequence[Case]:
+    if asked is None:
+        return CASES
+    named = [one.rpartition(":") for one in asked]
+    return [Case(name, int(experts), dtype) for dtype in ("fp32", "bf16") for name, _, experts in named]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -282,12 +306,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=Sizes.rank)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="this one alone (default: both)")
+    parser.add_argument("--case", action="append", metavar="NAME:EXPERTS", help="this one alone; may be given again")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     parallel = platform.initialize(ParallelConfig(), seed=SEED)
     try:
         sizes = Sizes(args.hidden, args.ffn, args.tokens, args.rank)
-        rows = run_cases([case for case in CASES if args.dtype in (None, case.dtype)], sizes, parallel, args.repeats)
+        cases = [case for case in _cases(args.case) if args.dtype in (None, case.dtype)]
+        rows = run_cases(cases, sizes, parallel, args.repeats)
     finally:
         platform.shutdown()
     print(f"{sizes}, {args.threads} threads, medians of {args.repeats} interleaved repeats\n{table(rows)}")

@@ -42,7 +42,7 @@ def add_expert_lora(
     The products run in the dtype of base_TO, the factors may be of another. Double backward is not supported.
     Raises ValueError when the counts are on the CPU (checking costs no synchronisation there) and do not sum to T.
     """
-    return _add_lora(base_TO, x_TI, [A_ERI], [B_EOR], tokens_per_expert_E, scale, weight_T)
+    return add_projections(base_TO, x_TI, [A_ERI], [B_EOR], tokens_per_expert_E, scale, weight_T)
 
 
 def add_gated_expert_lora(
@@ -60,7 +60,7 @@ def add_gated_expert_lora(
 
     y_t = base_t + weight_t * scale * concat(Bg_e Ag_e x_t, Bu_e Au_e x_t)
     """
-    return _add_lora(
+    return add_projections(
         base_T2F, x_TH, [gate_A_ERH, up_A_ERH], [gate_B_EFR, up_B_EFR], tokens_per_expert_E, scale, weight_T
     )
 
@@ -68,7 +68,7 @@ def add_gated_expert_lora(
 def add_lora(base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float) -> Tensor:
     """Plain LoRA: y = base + scale * concat_p(B_p A_p x), with A_p [R, I] and B_p [O_p, R]. base_TO is consumed."""
     everyone = torch.tensor([x_TI.shape[0]])
-    return _add_lora(base_TO, x_TI, [A[None] for A in A_P], [B[None] for B in B_P], everyone, scale, None)
+    return add_projections(base_TO, x_TI, [A[None] for A in A_P], [B[None] for B in B_P], everyone, scale, None)
 
 
 class _PlainProducts:
@@ -233,7 +233,7 @@ class _MaskedProducts:
 _Products = _PlainProducts | _GroupedProducts | _WindowProducts | _Fp32Products | _MaskedProducts
 
 
-def _add_lora(
+def add_projections(
     base_TO: Tensor,
     x_TI: Tensor,
     A_P: Sequence[Tensor],
@@ -242,6 +242,7 @@ def _add_lora(
     scale: float,
     weight_T: Tensor | None,
 ) -> Tensor:
+    """`add_expert_lora` for projections that read the same x; their outputs lie side by side in base_TO."""
     num_tokens, num_experts = x_TI.shape[0], A_P[0].shape[0]
     if tokens_per_expert_E.device.type == "cpu" and int(tokens_per_expert_E.sum()) != num_tokens:
         raise ValueError(

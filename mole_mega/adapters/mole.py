@@ -1,4 +1,4 @@
-"""The MoLE block: Megatron-Core's `MoELayer` around one frozen MLP and a bank of LoRA experts.
+"""The MoLE block whose tokens travel: Megatron-Core's `MoELayer` around one frozen MLP and a bank of LoRA experts.
 
 For a token x that its router sent to expert k with weight w (LLaVA-MoLE, arXiv 2401.16160):
 
@@ -112,7 +112,7 @@ class _Permute(torch.autograd.Function):
         return grad.index_select(0, inverse_T), None, None
 
 
-class _SwiGLU(torch.autograd.Function):
+class SwiGLU(torch.autograd.Function):
     """silu(gate) * up of [gate | up] side by side. Keeps its input alone, and writes its gradient as one tensor."""
 
     @staticmethod
@@ -136,7 +136,8 @@ class _SwiGLU(torch.autograd.Function):
 class MoLEExperts(MLP):
     """The frozen MLP of one block with this rank's part of the expert bank.
 
-    Factors, whole sizes: gate/up A [E, R, H], B [E, F, R]; down A [E, R, F], B [E, H, R].
+    Factors, whole sizes: gate/up A [E, R, H], B [E, F, R]; down A [E, R, F], B [E, H, R]. An A that the experts share
+    (`adapter.share_A`) has no axis E, and each expert-parallel rank holds it.
     """
 
     def __init__(
@@ -170,12 +171,13 @@ class MoLEExperts(MLP):
             ("up", "column", hidden, ffn),
             ("down", "row", ffn, hidden),
         ):
-            shapes = {"A": (experts, rank, in_features), "B": (experts, out_features, rank)}
+            shapes = {"A": (rank, in_features), "B": (out_features, rank)}
             for factor, init in (("A", sharding.kaiming_uniform), ("B", sharding.zeros)):
+                is_shared = factor == "A" and adapter.share_A
                 parameter = sharding.make_parameter(
                     f"{prefix}.{projection}.{factor}",
-                    sharding.PLACEMENTS[f"experts.{kind}.{factor}"],
-                    shapes[factor],
+                    sharding.PLACEMENTS[f"{'' if is_shared else 'experts.'}{kind}.{factor}"],
+                    shapes[factor] if is_shared else (experts, *shapes[factor]),
                     init,
                     pg_collection,
                     seed=seed,
@@ -204,7 +206,7 @@ class MoLEExperts(MLP):
             scale,
             weight,
         )
-        h_TF = _SwiGLU.apply(fc1_T2F)
+        h_TF = SwiGLU.apply(fc1_T2F)
         output_TH, _ = self.linear_fc2(h_TF)
         output_TH = bank.add_expert_lora(
             output_TH, self._dropout_split(h_TF), self.lora_down_A, self.lora_down_B, tokens_per_expert_E, scale, weight

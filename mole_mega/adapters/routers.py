@@ -15,30 +15,42 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.adapters import sharding
-from mole_mega.adapters.routing import RoutingSummary, num_groups
+from mole_mega.adapters.routing import RoutingSummary, group_domains, num_groups
 from mole_mega.config import AdapterConfig
 
 _NUM_SCALARS = 3  # z, entropy and margin, in a row of `RouterSums`
 
 
-def gate_weights(probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str) -> torch.Tensor:
-    """The weight w of each token's LoRA output, [T, E], zero where an expert was not chosen (DESIGN gate modes).
+def gate_weights(
+    probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str, *, renormalize: bool = False
+) -> torch.Tensor:
+    """The weight w of each token's LoRA outputs, [T, E], zero where an expert was not chosen (DESIGN gate modes).
 
-    `none`: 1, no gradient; `prob`: p; `straight_through`: 1 with the gradient of p.
+    `none`: 1, no gradient; `prob` and, of all experts, `dense`: p; `straight_through`: 1 with the gradient of p. With
+    `renormalize` p is divided by its sum over the chosen experts, gradient included.
     """
     chosen = chosen_TE.to(probs_TE.dtype)
     if gate == "none":
         return chosen
+    if gate == "dense":
+        return probs_TE
+    if renormalize:
+        probs_TE = probs_TE / (chosen * probs_TE).sum(-1, keepdim=True)
     if gate == "prob":
         return chosen * probs_TE
     return chosen * (1 + (probs_TE - probs_TE.detach()))
@@ -47,9 +59,10 @@ def gate_weights(probs_TE: torch.Tensor, chosen_TE: torch.Tensor, gate: str) -> 
 class RouterSums:
     """What a router remembers of the tokens of one global batch, summed over valid tokens. All tensors fp32.
 
-    counts_GE (how often chosen, by group of tokens), probs_E, z_sum [] (squared log-partition), entropy_sum [] (of p,
-    nats), margin_sum [] (largest p minus the second), `pairs_PX`: the sum of p_j p_k x over tokens for each pair j < k,
-    x extended by a 1 for the bias, and `z_grads_EX`: the sum of 2 lse p_k x.
+    counts_GE (how often chosen, by group of tokens; a token counts once for each of its choices), probs_E, z_sum []
+    (squared log-partition), entropy_sum [] (of p, nats), margin_sum [] (largest p minus the second), `pairs_PX`: the
+    sum of p_j p_k x over tokens for each pair j < k, x extended by a 1 for the bias, and `z_grads_EX`: the sum of
+    2 lse p_k x.
     """
 
     def __init__(
@@ -61,13 +74,17 @@ class RouterSums:
         balance: bool,
         z: bool,
         product_dtype: torch.dtype = torch.float32,
+        num_choices: int = 1,
     ) -> None:
-        """`product_dtype`: p_j p_k and x are rounded to it for the one big GEMM, [P, T] x [T, H] a micro-batch, and so
+        """`num_choices`: how often each token is counted.
+
+        `product_dtype`: p_j p_k and x are rounded to it for the one big GEMM, [P, T] x [T, H] a micro-batch, and so
         is that GEMM's result, before it is added up over micro-batches in fp32. With bf16 (where x is bf16 anyway) the
         balance gradient is off by about 1e-3 of its norm; with 64 experts fp32 would cost half a bf16 MLP.
 
         With many experts that GEMM costs, and its sums are as large as the tokens themselves. So tokens are only kept
         (no copy: their x is an activation of the layer) until they would take more memory than the sums."""
+        self.num_choices = num_choices
         self.balance, self.z, self.product_dtype = balance and num_experts > 1, z, product_dtype
         self.first_P, self.second_P = torch.triu_indices(num_experts, num_experts, offset=1, device=device)
         self.counts_GE = torch.zeros(1, num_experts, device=device)
@@ -84,7 +101,7 @@ class RouterSums:
 
     @property
     def tokens(self) -> torch.Tensor:
-        return self.counts_GE.sum()
+        return self.counts_GE.sum() / self.num_choices
 
     @property
     def counts_E(self) -> torch.Tensor:  # noqa: N802
@@ -113,22 +130,27 @@ class RouterSums:
         self._has_pairs = False
 
     @torch.no_grad()
-    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, choice_T: torch.Tensor,
+    def add(self, x_TH: torch.Tensor, logits_TE: torch.Tensor, probs_TE: torch.Tensor, choice_TK: torch.Tensor,
             valid_T: torch.Tensor, group_T: torch.Tensor | None = None) -> None:  # fmt: skip
-        """Add the tokens that `valid_T` marks, each to the count of its group (all to group 0 where none is given)."""
+        """Add the tokens that `valid_T` marks, each to the count of its group (all to group 0 where none is given).
+        choice_TK are the experts that each chose, the likeliest first; [T] where it is one."""
+        choice_TK = choice_TK if choice_TK.dim() == 2 else choice_TK[:, None]
         valid = valid_T.to(torch.float32)
         probs = probs_TE * valid[:, None]
         lse = torch.logsumexp(logits_TE, dim=-1) * valid
-        # one cell a token: its group's row, its expert's column (whole numbers, exact in any order)
-        cell_T = choice_T if group_T is None else group_T.clamp(min=0) * self.counts_GE.shape[1] + choice_T
-        self.counts_GE.view(-1).scatter_add_(0, cell_T, valid)
+        # one cell a choice: its group's row, its expert's column (whole numbers, exact in any order)
+        row_T = 0 if group_T is None else group_T.clamp(min=0)[:, None] * self.counts_GE.shape[1]
+        self.counts_GE.view(-1).scatter_add_(
+            0, (row_T + choice_TK).view(-1), valid[:, None].expand_as(choice_TK).reshape(-1)
+        )
         self.probs_E += probs.sum(0)
         self.z_sum += lse.square().sum()
         # entropy = lse - sum_k p_k logit_k
         self.entropy_sum += (lse - (probs * logits_TE).sum(-1)).sum()
         # by rows of [E, T]: the largest of a few columns is slow to find
-        others_ET = probs.T.clone(memory_format=torch.contiguous_format).scatter_(0, choice_T[None], 0.0)
-        self.margin_sum += (probs.gather(1, choice_T[:, None])[:, 0] - others_ET.amax(0)).sum()
+        first_T1 = choice_TK[:, :1]
+        others_ET = probs.T.clone(memory_format=torch.contiguous_format).scatter_(0, first_T1.T, 0.0)
+        self.margin_sum += (probs.gather(1, first_T1)[:, 0] - others_ET.amax(0)).sum()
         if self.balance:
             self._kept.append((x_TH, probs))
             if sum(len(x) for x, _ in self._kept) > self._most_kept:
@@ -181,7 +203,8 @@ class RouterSums:
 
 
 class MoLERouter(MegatronModule):
-    """Routes each token to one expert: p = softmax(R x + b), k = argmax p. Weights and maths in fp32.
+    """Routes each token to the `top_k` likeliest experts, p = softmax(R x + b), or in gate mode `dense` to all of them.
+    Weights and maths in fp32. `site` tells the routers of one layer apart.
 
     Stands where Megatron-Core's `MoESubmodules.router` wants a router: `forward` returns the dispatcher's
     (weights [T, E], routing map [T, E] bool).
@@ -197,29 +220,44 @@ class MoLERouter(MegatronModule):
         name: str,
         seed: int,
         device: torch.device,
+        site: int = 0,
     ) -> None:
         super().__init__(config)
-        self.adapter = adapter
+        self.adapter, self.site = adapter, site
         self.layer_number: int | None = None
         self._group_T: torch.Tensor | None = None
         self._groups = pg_collection
-        shape = (adapter.num_experts, config.hidden_size)
-        common = {"groups": pg_collection, "seed": seed, "dtype": torch.float32, "device": device}
-        self.weight = sharding.make_parameter(
-            f"{name}.weight", sharding.PLACEMENTS["router.weight"], shape, sharding.kaiming_uniform, **common
-        )
-        self.bias = None
-        if adapter.router_bias:
-            self.bias = sharding.make_parameter(
-                f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, **common
-            )
+        self._make_parameters(config, name, seed=seed, dtype=torch.float32, device=device)
         self.sums = RouterSums(
-            *shape,
+            adapter.num_experts,
+            self._in_features(config),
             device,
             balance=adapter.balance_weight > 0,
             z=adapter.z_loss_weight > 0,
             product_dtype=config.params_dtype,
+            num_choices=adapter.num_choices,
         )
+
+    def _in_features(self, config: TransformerConfig) -> int:
+        return config.hidden_size
+
+    def _make_parameters(self, config: TransformerConfig, name: str, **common: Any) -> None:
+        self._make_weights(name, (self.adapter.num_experts, config.hidden_size), "router.weight", **common)
+
+    def _make_weights(self, name: str, shape: tuple[int, int], placement: str, **common: Any) -> None:
+        self.weight = sharding.make_parameter(
+            f"{name}.weight", sharding.PLACEMENTS[placement], shape, sharding.kaiming_uniform, self._groups, **common
+        )
+        self.bias = None
+        if self.adapter.router_bias:
+            self.bias = sharding.make_parameter(
+                f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, self._groups, **common
+            )
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank's sums are not another one's too."""
+        return True
 
     def set_layer_number(self, layer_number: int) -> None:
         self.layer_number = layer_number
@@ -245,27 +283,128 @@ class MoLERouter(MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [S, B, H]; padding_mask [S, B], True where padded. Returns (weights [T, E], map [T, E] bool)."""
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        logits_TE = router_gating_linear(x_TH, self.weight, self.bias, torch.float32)
+        valid_T = None if padding_mask is None else ~padding_mask.reshape(-1)
+        return self._weigh(x_TH, self._logits(x_TH), valid_T, self._group_T)
+
+    def _weigh(
+        self, x_TH: torch.Tensor, logits_TE: torch.Tensor, valid_T: torch.Tensor | None, group_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` returns, of tokens with these logits; counts them."""
+        adapter = self.adapter
         probs_TE = torch.softmax(logits_TE, dim=-1)
-        choice_T = probs_TE.argmax(dim=-1)
-        chosen_TE = F.one_hot(choice_T, self.adapter.num_experts).bool()
+        choice_TK, chosen_TE = self._choose(probs_TE)
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.
         if self.training and torch.is_grad_enabled():
-            valid_T = torch.ones_like(choice_T, dtype=torch.bool) if padding_mask is None else ~padding_mask.reshape(-1)
-            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_T, valid_T, self._group_T)
-        return gate_weights(probs_TE, chosen_TE, self.adapter.gate), chosen_TE
+            valid_T = x_TH.new_ones(len(x_TH), dtype=torch.bool) if valid_T is None else valid_T
+            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_TK, valid_T, group_T)
+        return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=adapter.renormalize), chosen_TE
+
+    def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return router_gating_linear(x_TH, self.weight, self.bias, torch.float32)
+
+    def _choose(self, probs_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the experts that statistics count a token for, the likeliest first, those that it uses [T, E] bool)."""
+        if self.adapter.num_choices == 1:
+            choice_T = probs_TE.argmax(dim=-1)
+            if self.adapter.gate == "dense":
+                return choice_T, torch.ones_like(probs_TE, dtype=torch.bool)
+            return choice_T, F.one_hot(choice_T, self.adapter.num_experts).bool()
+        choice_TK = probs_TE.topk(self.adapter.num_choices, dim=-1).indices
+        return choice_TK, torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return sharding.sharded_adapters(self, prefix, self._groups)
 
 
+class RowRouter(MoLERouter):
+    """The router of a linear whose inputs are cut over tensor-parallel ranks: each has its columns of all tokens, and
+    their parts of the logits are summed. All ranks route alike; the first counts."""
+
+    def _in_features(self, config: TransformerConfig) -> int:
+        return config.ffn_hidden_size // self._groups.tp.size()
+
+    def _make_parameters(self, config: TransformerConfig, name: str, **common: Any) -> None:
+        self._make_weights(name, (self.adapter.num_experts, config.ffn_hidden_size), "router.row.weight", **common)
+
+    @property
+    def counts(self) -> bool:
+        return self._groups.tp.rank() == 0
+
+    def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
+        part_TE = router_gating_linear(x_TH, self.weight, None, torch.float32)
+        # summed forward, and backward too: what a rank makes of the logits is a part of the loss
+        logits_TE = reduce_from_tensor_model_parallel_region(part_TE, group=self._groups.tp)
+        logits_TE = copy_to_tensor_model_parallel_region(logits_TE, group=self._groups.tp)
+        return logits_TE if self.bias is None else logits_TE + self.bias
+
+
+class LinearRouters(MegatronModule):
+    """A router for each of gate, up and down of a block (LoRAMoE, arXiv 2312.09979), each of its linear's input."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool = False,
+        *,
+        name: str,
+        **common: Any,
+    ) -> None:
+        super().__init__(config)
+        self.gate = MoLERouter(config, pg_collection, name=f"{name}.gate", site=0, **common)
+        self.up = MoLERouter(config, pg_collection, name=f"{name}.up", site=1, **common)
+        self.down = RowRouter(config, pg_collection, name=f"{name}.down", site=2, **common)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        for router in (self.gate, self.up, self.down):
+            router.set_layer_number(layer_number)
+
+    @property
+    def layer(self) -> int:
+        """See `MoLERouter.layer`."""
+        return self.gate.layer
+
+
+class TaskRouter(MoLERouter):
+    """Stands where a router does, and has no parameters: each sample's tokens go to the expert of its task, with weight
+    1. The task is the source that the sample comes from, which `counting_by` tells."""
+
+    def _make_parameters(self, config: TransformerConfig, name: str, **common: Any) -> None:
+        pass
+
+    def forward(
+        self, hidden: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `MoLERouter.forward`. Raises ValueError where nobody says which task a sample is of."""
+        if self._group_T is None:
+            raise ValueError("adapter.router_scope is task, but the model was not told which source samples come from")
+        task_T = group_domains(self._group_T)
+        chosen_TE = F.one_hot(task_T, self.adapter.num_experts).bool()
+        weight_TE = chosen_TE.to(torch.float32)
+        if self.training and torch.is_grad_enabled():
+            # of a router that is certain
+            logits_TE = torch.where(chosen_TE, 0.0, -1e9)
+            x_TH = hidden.reshape(-1, hidden.shape[-1]).detach()
+            self.sums.add(x_TH, logits_TE, weight_TE, task_T, self._group_T >= 0, self._group_T)
+        return weight_TE, chosen_TE
+
+
 @dataclass(frozen=True)
 class RouterPlan:
-    """What every rank knows of the whole model's routers: the layers that have one, from 0 and in order, and by how
-    many groups they count tokens."""
+    """What every rank knows of the whole model's routers: the layers that have some, from 0 and in order, by how many
+    groups they count tokens, and how many a layer has."""
 
     layers: tuple[int, ...]
     num_groups: int
+    num_sites: int = 1
+
+    @property
+    def num_routers(self) -> int:
+        return len(self.layers) * self.num_sites
+
+    def row(self, router: MoLERouter) -> int:
+        """A router's place among those of the whole model."""
+        return self.layers.index(router.layer) * self.num_sites + router.site
 
 
 def plan_routers(routers: Sequence[MoLERouter], num_domains: int) -> RouterPlan:
@@ -273,9 +412,11 @@ def plan_routers(routers: Sequence[MoLERouter], num_domains: int) -> RouterPlan:
     plan_groups = num_groups(num_domains)
     for router in routers:
         router.sums.count_groups(plan_groups)
-    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, [router.layer for router in routers])
-    return RouterPlan(tuple(sorted(set().union(*everyone))), plan_groups)
+    everyone: list[list[tuple[int, int]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, [(router.layer, router.site) for router in routers])
+    found = set().union(*everyone)
+    layers = tuple(sorted({layer for layer, _ in found}))
+    return RouterPlan(layers, plan_groups, num_sites=1 + max((site for _, site in found), default=0))
 
 
 def router_loss_gradients(
@@ -292,32 +433,34 @@ def router_loss_gradients(
 
         layer:  w mean_l sum_j C_lj P_lj        model:  w sum_j C_j P_j,  C and P pooled over layers (as published)
 
-    (LLaVA-MoLE, arXiv 2401.16160, without a factor E: uniform gives 1/E, collapse 1). z: w_z mean (logsumexp)^2.
-    w is `adapter.balance_weight` times `balance_factor`.
+    (LLaVA-MoLE, arXiv 2401.16160, without a factor E: uniform gives 1/E, collapse 1). z: w_z mean (logsumexp)^2. l runs
+    over all routers, where a layer has several. With top_k choices a token each counts 1/top_k; where all experts are
+    mixed, C counts the likeliest. w is `adapter.balance_weight` times `balance_factor`.
 
     Call once a step on all ranks, after the last backward pass and before the gradient sync, which sums what each rank
     adds here. `grad_scale` multiplies the gradient: the number of loss tokens, by which Megatron-Core divides
     afterwards.
 
-    Returns the sums of all routers over all ranks, on the device, a row a layer, for `summarize` to read: one
+    Returns the sums of all routers over all ranks, on the device, a row a router, for `summarize` to read: one
     all-reduce, and nothing here waits for the device.
     """
     # Each token is in one rank's sums: tensor-parallel ranks route parts of a sequence, data- and expert-parallel ones
     # (tokens are counted before they travel) other samples; and the other pipeline stages leave a layer's row at zero.
     num_experts = adapter.num_experts
     width = _NUM_SCALARS + num_experts * (1 + plan.num_groups)
-    table = torch.zeros(len(plan.layers), width, device=grad_scale.device)
+    table = torch.zeros(plan.num_routers, width, device=grad_scale.device)
     for router in routers:
-        table[plan.layers.index(router.layer)] = router.sums.row()
+        if router.counts:
+            table[plan.row(router)] = router.sums.row()
     dist.all_reduce(table)
     _, _, counts_LGE = _split_rows(table, num_experts)
     counts_LE = counts_LGE.sum(1)
-    tokens_L = counts_LE.sum(-1).clamp(min=1)
-    share_LE = counts_LE / tokens_L[:, None]
+    choices_L = counts_LE.sum(-1).clamp(min=1)
+    tokens_L, share_LE = choices_L / adapter.num_choices, counts_LE / choices_L[:, None]
     pull_LE = share_LE.mean(0, keepdim=True).expand_as(share_LE) if adapter.balance_scope == "model" else share_LE
     for router in routers:
-        index = plan.layers.index(router.layer)
-        scale = grad_scale / (len(plan.layers) * tokens_L[index])
+        index = plan.row(router)
+        scale = grad_scale / (plan.num_routers * tokens_L[index])
         if router.sums.balance:
             weight = adapter.balance_weight * balance_factor
             _accumulate(router, router.sums.balance_gradient(pull_LE[index]), weight * scale)
@@ -328,22 +471,28 @@ def router_loss_gradients(
 
 
 def summarize(table: torch.Tensor, plan: RouterPlan, adapter: AdapterConfig) -> RoutingSummary:
-    """What `router_loss_gradients` returned, for people. Waits for the device, once."""
+    """What `router_loss_gradients` returned, for people, a layer's routers together. Waits for the device, once."""
     scalars, probs_LE, counts_LGE = _split_rows(table.cpu().double(), adapter.num_experts)
     counts_LE = counts_LGE.sum(1)
-    tokens_L = counts_LE.sum(-1).clamp(min=1)
-    share_LE, mean_LE = counts_LE / tokens_L[:, None], probs_LE / tokens_L[:, None]
+    choices_L = counts_LE.sum(-1).clamp(min=1)
+    tokens_L = choices_L / adapter.num_choices
+    share_LE, mean_LE = counts_LE / choices_L[:, None], probs_LE / tokens_L[:, None]
     z_L, entropy_L, margin_L = (scalars / tokens_L[:, None]).unbind(-1)
     balance_L = (share_LE * mean_LE).sum(-1)
     pooled = adapter.balance_scope == "model"
     balance = (share_LE.mean(0) * mean_LE.mean(0)).sum() if pooled else balance_L.mean()
+
+    def by_layer(of_routers: torch.Tensor) -> torch.Tensor:
+        return of_routers.unflatten(0, (len(plan.layers), plan.num_sites))
+
     return RoutingSummary(
         layers=plan.layers,
-        counts_LGE=counts_LGE,
-        balance_L=balance_L,
-        z_L=z_L,
-        entropy_L=entropy_L,
-        margin_L=margin_L,
+        counts_LGE=by_layer(counts_LGE).sum(1),
+        num_choices=adapter.num_choices * plan.num_sites,
+        balance_L=by_layer(balance_L).mean(1),
+        z_L=by_layer(z_L).mean(1),
+        entropy_L=by_layer(entropy_L).mean(1),
+        margin_L=by_layer(margin_L).mean(1),
         balance_loss=float(balance),
         z_loss=float(z_L.mean()),
     )
@@ -357,5 +506,6 @@ def _split_rows(table: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, to
 
 def _accumulate(router: MoLERouter, gradient_EX: torch.Tensor, scale: torch.Tensor) -> None:
     router.weight.main_grad.add_(gradient_EX[:, :-1] * scale)  # type: ignore[attr-defined]
-    if router.bias is not None:
+    # its gradient is summed over tensor-parallel ranks
+    if router.bias is not None and router.counts:
         router.bias.main_grad.add_(gradient_EX[:, -1] * scale)  # type: ignore[attr-defined]

@@ -27,13 +27,19 @@ def place_groups(domains_B: torch.Tensor, image_mask_BS: torch.Tensor, padding_m
     return torch.where(padding_mask_BS, 2 * domains_B[:, None] + image_mask_BS, -1)
 
 
+def group_domains(groups: torch.Tensor) -> torch.Tensor:
+    """The domain of each place's group, the inverse of `place_groups`; 0 for padding."""
+    return groups.clamp(min=0) // 2
+
+
 @dataclass(frozen=True)
 class RoutingSummary:
     """What the routers did with one global batch, each valid token counted once. Every rank holds the same, on the CPU.
 
-    Rows are the layers of the whole model that have a router; `layers` numbers them from 0. `counts_LGE`: tokens by
-    group and chosen expert. Means over tokens: `balance_L` and `z_L` (unweighted losses), `entropy_L` (of the router's
-    probabilities, in nats), `margin_L` (largest probability minus the second largest; 1 with one expert).
+    Rows are the layers of the whole model that have a router; `layers` numbers them from 0. `counts_LGE`: choices by
+    group and expert, `num_choices` a token. Means over tokens: `balance_L` and `z_L` (unweighted losses), `entropy_L`
+    (of the router's probabilities, in nats), `margin_L` (largest probability minus the second largest; 1 with one
+    expert).
     """
 
     layers: tuple[int, ...]
@@ -44,10 +50,11 @@ class RoutingSummary:
     margin_L: torch.Tensor
     balance_loss: float
     z_loss: float
+    num_choices: int = 1
 
     @property
     def tokens(self) -> float:
-        return float(self.counts_LGE[0].sum())
+        return float(self.counts_LGE[0].sum()) / self.num_choices
 
     @property
     def counts_LE(self) -> torch.Tensor:  # noqa: N802
@@ -55,7 +62,7 @@ class RoutingSummary:
 
     @property
     def load_LE(self) -> torch.Tensor:  # noqa: N802
-        """Each expert's share of the tokens; sums to 1 by layer."""
+        """Each expert's share of the choices; sums to 1 by layer."""
         return shares(self.counts_LE)
 
     @property

@@ -39,6 +39,8 @@ class Placement:
 PLACEMENTS = {
     "router.weight": Placement(),
     "router.bias": Placement(),
+    # of a linear whose inputs are cut, such as down
+    "router.row.weight": Placement(tensor_axis=1),
     "column.A": Placement(),
     "column.B": Placement(tensor_axis=0),
     "row.A": Placement(tensor_axis=1),

@@ -45,7 +45,10 @@ ADAPTER_FILE = "adapter.yaml"
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d+)")
 # What adapters are: under another value, the same tensors compute something else, or do not fit.
-_ADAPTER_KEYS = ("method", "num_experts", "rank", "alpha", "gate", "router_bias", "attention", "layers")
+_ADAPTER_KEYS = (
+    "method", "num_experts", "rank", "alpha", "gate", "top_k", "router_scope", "renormalize", "share_A", "router_bias",
+    "attention", "layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ class CheckpointStore:
         """A run goes on only with the adapters, precision and optimizer that it began with."""
         old = run_config.load(path / "config.yaml")
         _check_same_keys(path, old, self.run, ("precision", "distributed_optimizer", "projector"))
+        _check_same_tasks(path, old, self.run)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -197,7 +201,9 @@ def check_trained_with(path: Path, run: RunConfig, base_hash: str) -> None:
         raise files.CheckpointError(
             f"{path} was trained on a base with hash {trained_on}; {run.model.base} has {base_hash}"
         )
-    _check_same_keys(path, run_config.load(path / "config.yaml"), run, ("projector",))
+    trained = run_config.load(path / "config.yaml")
+    _check_same_keys(path, trained, run, ("projector",))
+    _check_same_tasks(path, trained, run)
 
 
 def load_weights(model: DistributedDataParallel | Any, path: Path) -> None:
@@ -264,7 +270,7 @@ def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
         source = vars(run_config.load(path / "config.yaml").adapter)
     else:
         raise files.CheckpointError(f"{path} holds no adapters: it has neither {ADAPTER_FILE} nor config.yaml")
-    for key in ("method", "num_experts", "rank", "alpha"):
+    for key in ("method", "num_experts", "rank", "alpha", "share_A"):
         ours, theirs = getattr(adapter, key), source[key]
         if key == "num_experts" and adapter.method == "lora":
             continue
@@ -279,6 +285,15 @@ def _check_same_keys(path: Path, old: RunConfig, new: RunConfig, train_keys: tup
             ours, theirs = getattr(getattr(new, section), key), getattr(getattr(old, section), key)
             if ours != theirs:
                 raise files.CheckpointError(f"{path} was written with {section}.{key} = {theirs}, this run has {ours}")
+
+
+def _check_same_tasks(path: Path, old: RunConfig, new: RunConfig) -> None:
+    """Experts that serve a task each know it by the number of its source."""
+    ours, theirs = ([source.name for source in run.data.sources] for run in (new, old))
+    if new.adapter.method == "mole" and new.adapter.router_scope == "task" and ours != theirs:
+        raise files.CheckpointError(
+            f"{path} has experts for the sources {', '.join(theirs)}, in this order; this run has {', '.join(ours)}"
+        )
 
 
 def _training_keys(run: RunConfig) -> dict[str, Any]:

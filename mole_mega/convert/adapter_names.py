@@ -42,7 +42,8 @@ class AdapterRow:
 
 
 def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow]:
-    """Every adapter tensor of a model, once. LoRA A is [R, in] and B [out, R], with a leading [E] for experts."""
+    """Every adapter tensor of a model, once. LoRA A is [R, in] and B [out, R], with a leading [E] for
+    experts, but for an A that they share."""
     is_mole = adapter.method == "mole"
     for layer in range(size.language.num_layers):
         ours, theirs = _OURS.format(layer=layer), _THEIRS.format(layer=layer)
@@ -50,9 +51,10 @@ def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow
         for module, projection, target in (*(_ATTENTION if adapter.attention else ()), *(_MLP if has_mlp else ())):
             has_experts = is_mole and module.startswith("mlp.")
             holder = "mlp.experts" if has_experts else module
-            yield AdapterRow(f"{ours}{holder}.lora_{projection}_A", theirs + target, "lora_A", has_experts)
+            own_A = has_experts and not adapter.share_A
+            yield AdapterRow(f"{ours}{holder}.lora_{projection}_A", theirs + target, "lora_A", own_A)
             yield AdapterRow(f"{ours}{holder}.lora_{projection}_B", theirs + target, "lora_B", has_experts)
-        if has_mlp and is_mole:
+        if has_mlp and is_mole and adapter.router_scope == "block":
             yield AdapterRow(f"{ours}{ROUTER}.weight", theirs + ROUTER, "router_weight")
             if adapter.router_bias:
                 yield AdapterRow(f"{ours}{ROUTER}.bias", theirs + ROUTER, "router_bias")

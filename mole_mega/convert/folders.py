@@ -152,7 +152,9 @@ def _of_peft(trained: Trained, folder: Path) -> Counterpart:
         name = peft.expert_folder(expert)
         parts[name] = peft.adapter_tensors(trained, expert), _raw_file(folder / name / peft.ADAPTER_WEIGHTS)
         models[name] = expert, partial(_load_peft, trained, folder / name)
-    parts["router"] = peft.router_tensors(trained), _raw_file(folder / peft.ROUTER_WEIGHTS)
+    routers = peft.router_tensors(trained)
+    if routers:
+        parts["router"] = routers, _raw_file(folder / peft.ROUTER_WEIGHTS)
     return Counterpart(parts, models)
 
 

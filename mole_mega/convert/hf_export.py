@@ -333,17 +333,15 @@ def _merged(
     assert trained.step is not None
     adapter, step = trained.run.adapter, StoredTensors(trained.step)
     factors: dict[str, dict[str, str]] = {}
-    has_experts = set()
     for row in adapter_rows(adapter, trained.size):
         if row.kind in ("lora_A", "lora_B"):
             factors.setdefault(row.module, {})[row.kind] = row.ours
-            has_experts |= {row.module} if row.has_experts else set()
     scale = adapter.alpha / adapter.rank
 
     def lora_delta(module: str) -> torch.Tensor:
         A, B = (step.read(factors[module][kind]).float() for kind in ("lora_A", "lora_B"))
-        if module in has_experts:
-            A, B = A[0], B[0]
+        # of the one expert
+        A, B = A if A.dim() == 2 else A[0], B if B.dim() == 2 else B[0]
         return (B @ A).mul_(scale)
 
     def projector_delta(name: str, ours: str) -> torch.Tensor:

@@ -3,18 +3,19 @@ transformers alone.
 
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
 
-is a `LlavaForConditionalGeneration` whose decoder carries LoRA. In an adapted layer a router sends each token x to one
-expert k of E, and gate, up and down of the frozen MLP take that expert's LoRA:
+is a `LlavaForConditionalGeneration` whose decoder carries LoRA. In an adapted layer a router sends each token x to its
+`top_k` likeliest experts of E, and gate, up and down of the frozen MLP take those experts' LoRA:
 
-    p = softmax(R x + b);  k = argmax p;  D_k(z) = alpha / rank B_k A_k z
-    h = silu(Wg x + w Dg_k(x)) * (Wu x + w Du_k(x));  out = Wd h + w Dd_k(h)
+    p = softmax(R x + b);  D(z) = alpha / rank sum_k w_k B_k A_k z, k over the chosen ones
+    h = silu(Wg x + Dg(x)) * (Wu x + Du(x));  out = Wd h + Dd(h)
 
-`gate` says what w is: `none` 1; `prob` p_k; `straight_through` 1 with the gradient of p_k. The router computes in fp32
-whatever the model's dtype is. Padding is routed like any token. `method: lora` is plain LoRA instead: a pair a linear.
+`gate` says what w is: `none` 1; `prob` p_k, divided by its sum over the chosen ones if `renormalize`;
+`straight_through` 1 with the gradient of `prob`; `dense` p_k, of all experts. The router computes in fp32 whatever the
+model's dtype is. Padding is routed like any token. `method: lora` is plain LoRA instead: a pair a linear.
 
-After a forward pass `model.expert_choices()` says which expert each token went to.
+After a forward pass `model.expert_choices()` says which experts each token went to.
 
-Shape suffixes: T tokens, H hidden, E experts, R rank, I in, O out.
+Shape suffixes: T tokens, H hidden, E experts, K experts a token uses, R rank, I in, O out.
 """
 
 import math
@@ -35,8 +36,9 @@ FP32_MODULES = ["mlp.router"]
 
 
 class LlavaMoleConfig(LlavaConfig):
-    """A LLaVA's config with the section `mole`: method, num_experts, rank, alpha, gate, top_k, layers ("all" or a list
-    of decoder layers, from 0, whose MLP is adapted), attention (LoRA on q, k, v and o of every layer), router_bias."""
+    """A LLaVA's config with the section `mole`: method, num_experts, rank, alpha, gate, top_k, router_scope (block: one
+    router for gate, up and down), renormalize, share_A (one A for all experts of a linear), layers ("all" or a list of
+    decoder layers, from 0, whose MLP is adapted), attention (LoRA on q, k, v and o of every layer), router_bias."""
 
     model_type = "llava_mole"
 
@@ -48,24 +50,30 @@ class LlavaMoleConfig(LlavaConfig):
 
 
 class Routing:
-    """One expert for each of T tokens. `weight_T` is the gate's w, None where it is 1."""
+    """The experts that each of T tokens uses, `chosen_TE` (bool, as many a token). `weight_TE` holds the gate's w, None
+    where it is 1."""
 
-    def __init__(self, choice_T: torch.Tensor, weight_T: torch.Tensor | None) -> None:
-        self.weight_T = weight_T
-        self.order_T = choice_T.argsort(stable=True)
-        self.counts_E = choice_T.bincount().tolist()
+    def __init__(self, chosen_TE: torch.Tensor, weight_TE: torch.Tensor | None) -> None:
+        # pairs of a token and an expert that it uses, sorted by expert
+        expert_N, self.token_N = chosen_TE.T.nonzero(as_tuple=True)
+        self.counts_E = chosen_TE.sum(0).tolist()
+        self.weight_N = None if weight_TE is None else weight_TE[self.token_N, expert_N]
+        self.num_tokens = len(chosen_TE)
 
-    def expert_lora(self, x_TI: torch.Tensor, A_ERI: torch.Tensor, B_EOR: torch.Tensor) -> torch.Tensor:
-        """w B_k A_k x of each token's own expert k: [T, O]. An expert without tokens costs nothing."""
-        parts = x_TI[self.order_T].split(self.counts_E)
-        sorted_TO = torch.cat([F.linear(F.linear(x, A_ERI[k]), B_EOR[k]) for k, x in enumerate(parts) if len(x)])
-        delta_TO = torch.empty_like(sorted_TO).index_copy(0, self.order_T, sorted_TO)
-        return delta_TO if self.weight_T is None else delta_TO * self.weight_T[:, None].to(delta_TO.dtype)
+    def expert_lora(self, x_TI: torch.Tensor, A: torch.Tensor, B_EOR: torch.Tensor) -> torch.Tensor:
+        """The sum of w B_k A_k x over each token's own experts k: [T, O]. One without tokens costs nothing. A is
+        [E, R, I], or [R, I] where all experts share it."""
+        A_ERI = A if A.dim() == 3 else A.expand(len(B_EOR), *A.shape)
+        parts = x_TI[self.token_N].split(self.counts_E)
+        sorted_NO = torch.cat([F.linear(F.linear(x, A_ERI[k]), B_EOR[k]) for k, x in enumerate(parts) if len(x)])
+        if self.weight_N is not None:
+            sorted_NO = sorted_NO * self.weight_N[:, None].to(sorted_NO.dtype)
+        return sorted_NO.new_zeros(self.num_tokens, sorted_NO.shape[1]).index_add(0, self.token_N, sorted_NO)
 
 
 class LoraLinear(nn.Module):
     """A frozen linear that carries LoRA, y = W x + alpha / rank B A x: one pair, A [R, I] and B [O, R], or a bank of
-    experts, A [E, R, I] and B [E, O, R], of which `routing` picks one a token."""
+    experts, A [E, R, I] (or a shared [R, I]) and B [E, O, R], of which `routing` picks some for each token."""
 
     def __init__(self, base: nn.Linear, mole: dict[str, Any], num_experts: int | None = None) -> None:
         super().__init__()
@@ -74,7 +82,8 @@ class LoraLinear(nn.Module):
         (out_features, in_features), rank = base.weight.shape, mole["rank"]
         bank = () if num_experts is None else (num_experts,)
         bound = 1 / math.sqrt(in_features)
-        self.lora_A = nn.Parameter(torch.empty(*bank, rank, in_features).uniform_(-bound, bound))
+        bank_A = () if mole["share_A"] else bank
+        self.lora_A = nn.Parameter(torch.empty(*bank_A, rank, in_features).uniform_(-bound, bound))
         self.lora_B = nn.Parameter(torch.zeros(*bank, out_features, rank))
 
     def forward(self, x: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
@@ -98,8 +107,9 @@ class MoleRouter(nn.Linear):
 class MoleMLP(nn.Module):
     """A Llama MLP whose gate, up and down carry a bank of LoRA experts behind one router.
 
-    `last_choice`: the expert of each token of the last forward pass, in the input's shape without its last axis; empty
-    before the first.
+    `last_choice`: the expert of each token of the last forward pass, in the input's shape without its last axis; with
+    several, a last axis more for them, in the order of their numbers; where all serve, the likeliest. Empty before the
+    first pass.
     """
 
     def __init__(self, mlp: Any, mole: dict[str, Any]) -> None:
@@ -111,28 +121,45 @@ class MoleMLP(nn.Module):
         self.act_fn = mlp.act_fn
         hidden_size = mlp.gate_proj.in_features
         self.router = MoleRouter(hidden_size, num_experts, bias=mole["router_bias"], dtype=torch.float32)
-        self.gate = mole["gate"]
+        self.gate, self.top_k, self.renormalize = mole["gate"], mole["top_k"], mole["renormalize"]
         self.last_choice = torch.empty(0, dtype=torch.long)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] -> [..., H]."""
         x_TH = hidden.flatten(0, -2)
         probs_TE = self.router(x_TH)
-        choice_T = probs_TE.argmax(dim=-1)
-        self.last_choice = choice_T.view(hidden.shape[:-1])
-        routing = Routing(choice_T, self._gate_weight(probs_TE.gather(1, choice_T[:, None])[:, 0]))
+        choice_TK = probs_TE.topk(self.top_k, dim=-1).indices if self.top_k > 1 else probs_TE.argmax(-1, keepdim=True)
+        self.last_choice = choice_TK.sort(-1).values.view(*hidden.shape[:-1], -1)
+        if self.top_k == 1:
+            self.last_choice = self.last_choice[..., 0]
+        chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, choice_TK, True)
+        if self.gate == "dense":
+            chosen_TE = torch.ones_like(chosen_TE)
+        routing = Routing(chosen_TE, self._gate_weight(probs_TE, chosen_TE))
         h_TF = self.act_fn(self.gate_proj(x_TH, routing)) * self.up_proj(x_TH, routing)
         return self.down_proj(h_TF, routing).view_as(hidden)
 
-    def _gate_weight(self, prob_T: torch.Tensor) -> torch.Tensor | None:
+    def _gate_weight(self, probs_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor | None:
         if self.gate == "none":
             return None
-        return prob_T if self.gate == "prob" else 1 + (prob_T - prob_T.detach())
+        if self.renormalize:
+            probs_TE = probs_TE / (probs_TE * chosen_TE).sum(-1, keepdim=True)
+        return 1 + (probs_TE - probs_TE.detach()) if self.gate == "straight_through" else probs_TE
 
 
 def add_adapters(decoder: Any, mole: dict[str, Any]) -> None:
     """Put LoRA, routers and experts around the weights of a Llama decoder; raises ValueError for what is not known."""
-    for key, known in (("method", ("mole", "lora")), ("gate", ("none", "prob", "straight_through")), ("top_k", (1,))):
+    # folders that were written before there was a choice do not name these
+    added: dict[str, Any] = {"router_scope": "block", "renormalize": False, "share_A": False}
+    mole = added | mole
+    for key, known in (
+        ("method", ("mole", "lora")),
+        ("gate", ("none", "prob", "straight_through", "dense")),
+        ("top_k", tuple(range(1, mole["num_experts"] + 1))),
+        ("router_scope", ("block",)),
+        ("renormalize", (False, True)),
+        ("share_A", (False, True)),
+    ):
         if mole[key] not in known:
             raise ValueError(f"config.json: mole.{key} is {mole[key]!r}; known are {', '.join(map(repr, known))}")
     for index, layer in enumerate(decoder.layers):
@@ -200,6 +227,7 @@ class LlavaMoleModel(BaseElsewhere, LlavaModel):
 
     def expert_choices(self) -> dict[int, torch.Tensor]:
         """{decoder layer: expert of each token [B, S]} of the last forward pass; layers without experts are left out.
+        With `top_k` above 1 [B, S, K], in the order of their numbers; in gate mode `dense` the likeliest.
 
         In `generate` with a cache that is the last token alone. Padded places have a choice too; it means nothing.
         """

@@ -34,6 +34,11 @@ def export_mole(trained: Trained, out: Path, base_reference: str | None = None) 
     """
     if trained.adapter is None:
         raise ConfigError(f"{trained.base} is a base: it has no adapters to export")
+    if trained.adapter.method == "mole" and trained.adapter.router_scope != "block":
+        raise ConfigError(
+            f"{trained.step} was trained with adapter.router_scope {trained.adapter.router_scope}: the exported "
+            "model's code knows one router a block, and no task"
+        )
     tensors = mole_tensors(trained, with_base=base_reference is None)
     if base_reference is not None and Path(base_reference).is_dir():
         base_reference = str(Path(base_reference).resolve())  # it is loaded from any folder
@@ -97,6 +102,9 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
             "alpha": adapter.alpha,
             "gate": adapter.gate,
             "top_k": adapter.top_k,
+            "router_scope": adapter.router_scope,
+            "renormalize": adapter.renormalize,
+            "share_A": adapter.share_A,
             "layers": adapter.layers,
             "attention": adapter.attention,
             "router_bias": adapter.router_bias,

@@ -37,8 +37,8 @@ _README = """# {num_experts} LoRA experts of a LLaVA, in PEFT's format
 Each of `{first}` to `{last}` is a PEFT LoRA adapter for `LlavaForConditionalGeneration`.
 It holds the MLP factors of one expert, and what all experts share: {shared}.
 
-**This is not one adapter.** In training, a router in each adapted layer sent every token to one of the experts. No
-PEFT loader does that:
+**This is not one adapter.** In training, a router in each adapted layer sent every token to one of the experts, or
+weighed several. No PEFT loader does that:
 
 - `PeftModel.from_pretrained(model, "{first}")` sends every token of every layer through expert 0. It runs, and it is
   another model than the one that was trained.
@@ -48,6 +48,15 @@ PEFT loader does that:
 
 To run the model as it was trained, export the run with `--format mole`. To train on from this folder, convert it back
 with `mole-mega convert peft-to-megatron`: nothing is lost on the way.
+"""
+
+_README_OF_TASKS = """# A LoRA expert for each task of a LLaVA, in PEFT's format
+
+| adapter | what it was trained on |
+|---|---|
+{tasks}
+Each is a PEFT LoRA adapter for `LlavaForConditionalGeneration`, whole by itself: in training every sample went through
+the one of its source.
 """
 
 
@@ -62,6 +71,11 @@ def export_peft(trained: Trained, out: Path) -> Exported:
         raise ConfigError(f"{trained.base} is a base: it has no adapters")
     if not any(row.kind in _FACTORS for row in adapter_rows(trained.adapter, trained.size)):
         raise ConfigError(f"{trained.step} trained no LoRA factors: a PEFT adapter would be empty")
+    if trained.adapter.method == "mole" and trained.adapter.router_scope not in ("block", "task"):
+        raise ConfigError(
+            f"{trained.step} was trained with adapter.router_scope {trained.adapter.router_scope}, whose routers have "
+            "no place in the exported folder"
+        )
     step = StoredTensors(trained.step)
     with new_folder(out) as folder:
         if trained.adapter.method == "lora" or trained.adapter.num_experts == 1:
@@ -115,10 +129,16 @@ def _write_experts(folder: Path, trained: Trained, adapter: AdapterConfig, step:
     for index, name in enumerate(names):
         _write_adapter(folder / name, trained, step, index)
     routers = router_tensors(trained, step)
-    write_tensors(folder, routers, dict.fromkeys(routers, ROUTER_WEIGHTS))
+    if routers:
+        write_tensors(folder, routers, dict.fromkeys(routers, ROUTER_WEIGHTS))
     shared = ["the attention's LoRA"] * adapter.attention + ["the trained projector"] * bool(trained_projector(step))
     tree = {"experts": names, "adapter": dataclasses.asdict(adapter), "base": _origin(trained.base)}
     (folder / MOLE_JSON).write_text(json.dumps(tree, indent=2) + "\n")
+    if adapter.router_scope == "task":
+        sources = trained.run.data.sources
+        tasks = "".join(f"| `{name}` | {source.name} |\n" for name, source in zip(names, sources, strict=True))
+        (folder / "README.md").write_text(_README_OF_TASKS.format(tasks=tasks))
+        return
     (folder / "README.md").write_text(
         _README.format(
             num_experts=adapter.num_experts,

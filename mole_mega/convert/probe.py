@@ -37,7 +37,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """logits [B, S, V] fp32, zero at padding; choices {layer: [B, S]} of the adapted layers, -1 at padding."""
+    """logits [B, S, V] fp32, zero at padding; choices {layer: [B, S]} of the adapted layers, -1 at padding. Where a
+    token uses several experts [B, S, K], in the order of their numbers; where it uses all, the likeliest."""
 
     logits: Tensor
     choices: dict[int, Tensor]
@@ -150,6 +151,8 @@ def _forward_step(probe: Probe, kept: list[Tensor], _: Any, model: Any) -> tuple
         padding_mask=probe.mask.to(device),
         image_mask=(tokens == probe.image_token_id) & probe.mask.to(device),
         pixels=probe.pixels.to(device),
+        # whose expert is asked is chosen by the caller (`_keep_choice`)
+        domains=tokens.new_zeros(len(tokens)),
     )
 
     def keep(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -163,13 +166,21 @@ def _keep_choice(
     chosen: dict[int, Tensor], expert: int | None, router: MoLERouter, args: tuple, output: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     places, batch = args[0].shape[:2]
+    weight_TE, chosen_TE = output
+    num_choices, experts_E = router.adapter.num_choices, torch.arange(chosen_TE.shape[1], device=chosen_TE.device)
     if expert is not None:
-        only = torch.zeros_like(output[1])
-        only[:, expert] = True
-        output = only.to(output[0].dtype), only
+        # as many are chosen as always, the others with weight 0
+        weight_TE = (experts_E == expert).to(weight_TE.dtype).expand_as(weight_TE)
+        chosen_TE = ((experts_E - expert) % len(experts_E) < int(chosen_TE[0].sum())).expand_as(chosen_TE)
+    if router.adapter.gate == "dense":
+        choice = weight_TE.argmax(-1).view(places, batch)
+    elif num_choices == 1:
+        choice = chosen_TE.int().argmax(dim=-1).view(places, batch)
+    else:
+        choice = chosen_TE.nonzero()[:, 1].view(places, batch, num_choices)
     assert router.layer_number is not None
-    chosen[router.layer_number - 1] = output[1].int().argmax(dim=-1).view(places, batch)
-    return output
+    chosen[router.layer_number - 1] = choice
+    return weight_TE, chosen_TE
 
 
 def _whole_logits(model: LLaVA, probe: Probe, kept: list[Tensor]) -> Tensor:
@@ -196,7 +207,9 @@ def _whole_choices(model: LLaVA, probe: Probe, chosen: dict[int, Tensor]) -> dic
     for layer, choice_SB in chosen.items():
         parts = [torch.empty_like(choice_SB) for _ in range(parallel.tp_size)]
         dist.all_gather(parts, choice_SB.contiguous(), group=parallel.groups.tp)
-        mine[layer] = torch.cat(parts).T.cpu().masked_fill(~probe.mask, -1)
+        choice_BS = torch.cat(parts).transpose(0, 1).cpu()
+        choice_BS[~probe.mask] = -1
+        mine[layer] = choice_BS
     stages: list[dict[int, Tensor]] = [{} for _ in range(parallel.pp_size)]
     dist.all_gather_object(stages, mine, group=parallel.groups.pp)
     return {layer: choice for stage in stages for layer, choice in sorted(stage.items())}

@@ -30,6 +30,14 @@ class Batch:
     domains: torch.Tensor
     sample_ids: tuple[str, ...]
 
+    @property
+    def instruction_mask(self) -> torch.Tensor:
+        """bool [B, S]: the text before a sample's first answer; all of it where there is none."""
+        labelled = self.labels != IGNORE_INDEX
+        # the place of the first label is the prompt's last
+        before_answers = labelled.cumsum(1) - labelled.long() == 0
+        return before_answers & self.padding_mask & ~self.image_mask
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

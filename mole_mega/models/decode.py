@@ -26,19 +26,29 @@ class Prompts:
     """A micro-batch of B prompts, padded on the right.
 
     tokens int64 [B, S], S a multiple of the tensor-parallel size; lengths int64 [B], 0 for a row that asks nothing;
-    image_mask bool [B, S]; pixels float32 [N, 3, h, w], in order of appearance.
+    image_mask bool [B, S]; pixels float32 [N, 3, h, w], in order of appearance; domains int64 [B], the source that each
+    is like, for a model that routes by task; instruction_mask bool [B, S], for one that routes by what is asked.
     """
 
     tokens: torch.Tensor
     lengths: torch.Tensor
     image_mask: torch.Tensor
     pixels: torch.Tensor
+    domains: torch.Tensor
+    instruction_mask: torch.Tensor
 
 
 def pad_prompts(
-    prompts: Sequence[torch.Tensor], image_masks: Sequence[torch.Tensor], pixels: torch.Tensor, parallel: Parallel
+    prompts: Sequence[torch.Tensor],
+    image_masks: Sequence[torch.Tensor],
+    pixels: torch.Tensor,
+    parallel: Parallel,
+    domains: Sequence[int] | None = None,
+    instructions: Sequence[int] | None = None,
 ) -> Prompts:
-    """Prompts int64 [S_b] with their image places bool [S_b] as one micro-batch on this rank's device."""
+    """Prompts int64 [S_b] with their image places bool [S_b] as one micro-batch on this rank's device. `domains`: the
+    source that each is like (default: the first); `instructions`: how many places of each come before its first answer
+    (default: all)."""
     tp = parallel.tp_size
     longest = max(tp, *(len(prompt) for prompt in prompts))
     shape = len(prompts), -(-longest // tp) * tp
@@ -46,7 +56,11 @@ def pad_prompts(
     for row, (prompt, mask) in enumerate(zip(prompts, image_masks, strict=True)):
         tokens[row, : len(prompt)], image_mask[row, : len(prompt)] = prompt, mask
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    return Prompts(*(tensor.to(parallel.device) for tensor in (tokens, lengths, image_mask, pixels)))
+    sources = torch.tensor(domains if domains is not None else [0] * len(prompts), dtype=torch.int64)
+    asked = lengths if instructions is None else torch.tensor(instructions)
+    instruction_mask = (torch.arange(shape[1]) < asked[:, None]) & ~image_mask
+    fields = (tokens, lengths, image_mask, pixels, sources, instruction_mask)
+    return Prompts(*(tensor.to(parallel.device) for tensor in fields))
 
 
 @torch.no_grad()
@@ -60,6 +74,7 @@ def greedy(
     """
     model.eval()
     parallel = model.parallel
+    model.read_instructions([(prompts.tokens, prompts.instruction_mask) for prompts in micro_batches])
     writers = [_Writer(prompts, model, max_new_tokens, stop_ids) for prompts in micro_batches]
     passes = [writer.first_pass() for writer in writers]
     while True:
@@ -120,6 +135,7 @@ class _Writer:
             "padding_mask": positions_S < prompts.lengths[:, None],
             "image_mask": prompts.image_mask,
             "pixels": prompts.pixels,
+            "domains": prompts.domains,
             "cache": self._cache,
         }
         self._position_B = prompts.lengths  # of the token that comes next
@@ -142,6 +158,7 @@ class _Writer:
             "padding_mask": (positions_S == 0).expand_as(tokens_BS),
             "image_mask": torch.zeros_like(tokens_BS, dtype=torch.bool),
             "pixels": self._prompts.pixels[:0],
+            "domains": self._prompts.domains,
             "cache": self._cache,
         }
         self._position_B = self._position_B + 1

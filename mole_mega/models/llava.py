@@ -6,9 +6,12 @@ Shape suffixes: B batch, S sequence, N images, P places an image, H hidden, V vo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -17,13 +20,14 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from mole_mega.adapters.instructions import InstructionRouter, number_places
 from mole_mega.adapters.mole import MoLELayer
 from mole_mega.adapters.routers import MoLERouter
 from mole_mega.adapters.routing import place_groups
 from mole_mega.config import RunConfig
 from mole_mega.models import specs
 from mole_mega.models.cache import KeyValueCache
-from mole_mega.models.mcore_config import McoreConfigs, build_configs
+from mole_mega.models.mcore_config import McoreConfigs, build_configs, expert_parallel
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.models.splice import splice
 from mole_mega.platform import fp8
@@ -67,7 +71,13 @@ class LLaVA(MegatronModule):
         padded_vocab_size = -(-vocab_size // tp) * tp
         per_stage = size.language.num_layers // parallel.pp_size
         layers = range(parallel.pp_rank * per_stage, (parallel.pp_rank + 1) * per_stage)
-        plan = specs.AdapterPlan(run.adapter if adapters else None, run.train.seed, parallel, backend)
+        adapter = replace(run.adapter, expert_parallel=expert_parallel(run, size).form) if adapters else None
+        self._instructions: tuple[InstructionRouter, ...] = ()
+        if adapter is not None and adapter.method == "mole" and adapter.router_scope == "sample":
+            self._instructions = (
+                InstructionRouter(configs.language, parallel.groups, adapter, run.train.seed, parallel.device),
+            )
+        plan = specs.AdapterPlan(adapter, run.train.seed, parallel, backend, *self._instructions)
         self.language_model = GPTModel(
             configs.language,
             specs.decoder_block(configs.language, layers, plan),
@@ -85,6 +95,8 @@ class LLaVA(MegatronModule):
             scatter_embedding_sequence_parallel=False,
             pg_collection=parallel.groups,
         )
+        for instructions in self._instructions:
+            self.language_model.router = instructions
         # vocabulary rows that only pad it to a multiple of TP; they lie on the last rank
         part = padded_vocab_size // tp
         self._num_real_logits = min(part, vocab_size - parallel.tp_rank * part)
@@ -110,6 +122,38 @@ class LLaVA(MegatronModule):
         """This stage's MoLE blocks, in layer order."""
         return [module for module in self.modules() if isinstance(module, MoLELayer)]
 
+    def router_parameters(self) -> list[torch.nn.Parameter]:
+        """Those of all this stage's routers."""
+        modules: list[MegatronModule] = [*self.routers(), *self._instructions]
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def shared_parameters(self) -> list[torch.nn.Parameter]:
+        """Trainable ones of which every stage has a copy: their gradients are to be summed over the pipeline."""
+        return [parameter for module in self._instructions for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def read_instructions(self, instructions: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """What the samples of the micro-batches ask that `forward` gets next, in this order: tokens and a mask of their
+        instruction's text, [B, S] each. All ranks call it before a schedule; only `router_scope` sample listens."""
+        if not self._instructions:
+            return
+        parallel, hidden_size = self.parallel, self.size.language.hidden_size
+        table_NH = torch.empty(sum(len(tokens) for tokens, _ in instructions), hidden_size, device=parallel.device)
+        if self.pre_process:
+            means = []
+            for tokens, mask in instructions:
+                tokens, mask = tokens.to(parallel.device), mask.to(parallel.device)
+                embeddings = self.language_model.embedding(
+                    input_ids=tokens.masked_fill(~mask, 0), position_ids=torch.zeros_like(tokens)
+                ).transpose(0, 1)
+                text = embeddings.float().masked_fill(~mask[..., None], 0)
+                means.append(text.sum(1) / mask.sum(1, keepdim=True).clamp(min=1))
+            table_NH = torch.cat(means) if means else table_NH
+        if parallel.pp_size > 1:
+            group = parallel.groups.pp
+            dist.broadcast(table_NH, src=dist.get_process_group_ranks(group)[0], group=group)
+        self._instructions[0].hear(table_NH)
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Megatron-Core's schedules hand over what the previous stage sent."""
         self.language_model.set_input_tensor(input_tensor)
@@ -132,7 +176,8 @@ class LLaVA(MegatronModule):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """tokens, position_ids, labels [B, S]; padding_mask and image_mask [B, S] bool (True: a real token; an image
-        place); pixels [N, 3, h, w], N may be 0. With `domains` [B] the routers count tokens by source and modality.
+        place); pixels [N, 3, h, w], N may be 0. With `domains` [B] the routers count tokens by source and modality,
+        and those that route by task know it.
         With a `cache` the places stand behind those that it holds of earlier passes (models/decode.py).
 
         Returns, by stage: hidden states for the next one; on the last, logits [B, S, V] (padded vocabulary rows at
@@ -140,6 +185,9 @@ class LLaVA(MegatronModule):
         """
         decoder_input = self._embed(tokens, position_ids, image_mask, pixels) if self.pre_process else None
         routed_padding = ~padding_mask if domains is None else place_groups(domains, image_mask, padding_mask)
+        for instructions in self._instructions:
+            groups = routed_padding if domains is not None else torch.where(padding_mask, 0, -1)
+            routed_padding = number_places(groups, instructions.next_rows(len(tokens)))
         if self.config.sequence_parallel:
             # MoELayer sees this rank's part of the sequence
             routed_padding = routed_padding.chunk(self.parallel.tp_size, dim=1)[self.parallel.tp_rank]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mole_mega.adapters.traffic import ExpertParallel, choose_expert_parallel
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.models.sizes import LlavaSize
 
@@ -126,6 +127,17 @@ def check_layout(run: RunConfig, size: LlavaSize) -> None:
             raise ConfigError(f"adapter.layers names a layer twice: {list(layers)}")
 
 
+def expert_parallel(run: RunConfig, size: LlavaSize) -> ExpertParallel:
+    """What travels between expert-parallel ranks in this run, decided for full micro-batches."""
+    return choose_expert_parallel(
+        run.adapter,
+        run.parallel,
+        size.language.hidden_size,
+        size.language.ffn_hidden_size,
+        run.train.micro_batch_size * run.data.max_length,
+    )
+
+
 def _moe(run: RunConfig, size: LlavaSize) -> dict[str, Any]:
     if run.adapter.method != "mole":
         return {}
@@ -134,6 +146,7 @@ def _moe(run: RunConfig, size: LlavaSize) -> dict[str, Any]:
         "moe_ffn_hidden_size": size.language.ffn_hidden_size,
         "expert_model_parallel_size": run.parallel.expert,
         "expert_tensor_parallel_size": run.parallel.tensor,
+        # of the dispatcher, which carries one expert a token (adapters/mole.py) or nothing (adapters/mixture.py)
         "moe_router_topk": 1,
         "moe_router_pre_softmax": True,
         # the balance loss is ours (adapters/routers.py)

@@ -18,22 +18,31 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from mole_mega.adapters.instructions import InstructionRouter, SampleRouter
 from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRASpec, Projection
+from mole_mega.adapters.mixture import LinearMixtureLayer, MixtureExperts, MixtureLayer
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer
-from mole_mega.adapters.routers import MoLERouter
+from mole_mega.adapters.routers import LinearRouters, MoLERouter, TaskRouter
 from mole_mega.config import AdapterConfig
 from mole_mega.models.cache import CachedSelfAttention
 from mole_mega.platform.parallel import Parallel
 
+_ROUTERS: dict[str, Any] = {
+    "block": MoLERouter, "linear": LinearRouters, "sample": SampleRouter, "task": TaskRouter,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What the adapters of one model are built from. `adapter` None builds the frozen base alone."""
+    """What the adapters of one model are built from. `adapter` None builds the frozen base alone; its `expert_parallel`
+    is decided, not auto."""
 
     adapter: AdapterConfig | None
     seed: int
     parallel: Parallel
     backend: BackendSpecProvider
+    # of a model whose samples are routed as a whole
+    instructions: InstructionRouter | None = None
 
     def lora(self, name: str, projections: tuple[Projection, ...], num_blocks: int = 1) -> LoRASpec:
         assert self.adapter is not None
@@ -123,9 +132,16 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
     name = f"layers.{index}.mlp"
     common: dict[str, Any] = {"adapter": adapter, "seed": plan.seed, "device": parallel.device}
     if adapter.method == "mole":
-        experts = partial(MoLEExperts, submodules=_mlp(plan.backend), prefix=name, **common)
-        router = partial(MoLERouter, name=f"{name}.router", **common)
-        return partial(MoLELayer, submodules=MoESubmodules(experts=experts, router=router))
+        assert adapter.expert_parallel != "auto"
+        travels = adapter.expert_parallel == "tokens"
+        layer, bank = (MoLELayer, MoLEExperts) if travels else (MixtureLayer, MixtureExperts)
+        if adapter.router_scope == "linear":
+            layer = LinearMixtureLayer
+        experts = partial(bank, submodules=_mlp(plan.backend), prefix=name, **common)
+        router = partial(_ROUTERS[adapter.router_scope], name=f"{name}.router", **common)
+        if plan.instructions is not None:
+            router = partial(router, instructions=plan.instructions)
+        return partial(layer, submodules=MoESubmodules(experts=experts, router=router))
     width = config.ffn_hidden_size // parallel.tp_size
     fused = plan.lora(name, (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)
     submodules = MLPSubmodules(

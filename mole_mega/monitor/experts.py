@@ -87,9 +87,10 @@ def _pairs(similarity_EE: torch.Tensor) -> list[tuple[int, int]]:
 def _inner_products(experts: MoLEExperts, ep_group: dist.ProcessGroup) -> torch.Tensor:
     """This tensor-parallel rank's part of <D_i, D_j> over the layer's experts, [E, E] fp64."""
     number, rank = experts.adapter.num_experts, experts.adapter.rank
-    total = torch.zeros(number, number, dtype=torch.float64, device=experts.lora_gate_A.device)
+    total = torch.zeros(number, number, dtype=torch.float64, device=experts.lora_gate_B.device)
     for projection in ("gate", "up", "down"):
-        A_ERI = _all_experts(getattr(experts, f"lora_{projection}_A"), ep_group)
+        A = getattr(experts, f"lora_{projection}_A")
+        A_ERI = A.float().expand(number, *A.shape) if experts.adapter.share_A else _all_experts(A, ep_group)
         B_EOR = _all_experts(getattr(experts, f"lora_{projection}_B"), ep_group)
         A_rows, B_rows = A_ERI.flatten(0, 1), B_EOR.transpose(1, 2).flatten(0, 1)
         products = (A_rows @ A_rows.T).double() * (B_rows @ B_rows.T).double()

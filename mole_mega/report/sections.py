@@ -71,7 +71,7 @@ def at_a_glance(run: RunFolder) -> list[Block]:
     rank, gate = run.setting("adapter", "rank"), run.setting("adapter", "gate")
     adapter = "not recorded"
     if method == "mole":
-        adapter = f"{experts} LoRA experts of rank {rank} in the MLPs, gate {gate}"
+        adapter = f"{experts} LoRA experts of rank {rank} in the MLPs, gate {gate}{_mixture(run)}"
     elif method is not None:
         adapter = f"{method} of rank {rank}"
     layout = ", ".join(
@@ -97,6 +97,16 @@ def at_a_glance(run: RunFolder) -> list[Block]:
     text = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes))
     rows.append(("checks", text))
     return [Table(("", ""), rows, text_columns=2)]
+
+
+def _mixture(run: RunFolder) -> str:
+    """What the experts do otherwise than serve each token alone, sent by a router a block."""
+    top_k, scope = run.setting("adapter", "top_k"), run.setting("adapter", "router_scope")
+    words = [f"top {top_k}"] if top_k not in (None, 1) else []
+    words += ["renormalized"] if run.setting("adapter", "renormalize") else []
+    words += [f"routed by {scope}"] if scope not in (None, "block") else []
+    words += ["one A for all"] if run.setting("adapter", "share_A") else []
+    return "".join(f", {word}" for word in words)
 
 
 def losses(run: RunFolder) -> list[Block]:

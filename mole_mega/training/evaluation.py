@@ -28,7 +28,7 @@ from mole_mega.training.step import Evaluator
 class Question:
     """One of the assistant's turns. `place` orders questions as their rows stand in the sources. `prompt` int64 [S],
     `image_mask` bool [S], `pixels` [N, 3, h, w] of the images in it; `true` are the tokens of the answer, with its stop
-    token."""
+    token; `instruction` is how many places come before the sample's first answer."""
 
     place: tuple[int, ...]
     domain: int
@@ -38,6 +38,7 @@ class Question:
     image_mask: torch.Tensor
     pixels: torch.Tensor
     true: list[int]
+    instruction: int
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def questions(batches: Sequence[Batch], dp_rank: int, places_per_image: int) -> 
         for row, sample_id in enumerate(batch.sample_ids):
             images = batch.pixels[images_read : images_read + int(batch.image_mask[row].sum()) // places_per_image]
             images_read += len(images)
-            for turn, (start, stop) in enumerate(_answers(batch.labels[row])):
+            answers = _answers(batch.labels[row])
+            for turn, (start, stop) in enumerate(answers):
                 image_mask = batch.image_mask[row, : start + 1]
                 yield Question(
                     place=(number, dp_rank, row, turn),
@@ -141,6 +143,7 @@ def questions(batches: Sequence[Batch], dp_rank: int, places_per_image: int) -> 
                     image_mask=image_mask,
                     pixels=images[: int(image_mask.sum()) // places_per_image],
                     true=batch.labels[row, start:stop].tolist(),
+                    instruction=answers[0][0] + 1,
                 )
 
 
@@ -183,4 +186,11 @@ def _prompts(chunk: Sequence[Question], model: LLaVA) -> Prompts:
         nothing = torch.zeros(0, dtype=torch.int64)
         return pad_prompts([nothing], [nothing.bool()], torch.zeros(0, 3, side, side), model.parallel)
     pixels = torch.cat([question.pixels for question in chunk])
-    return pad_prompts([q.prompt for q in chunk], [q.image_mask for q in chunk], pixels, model.parallel)
+    return pad_prompts(
+        [q.prompt for q in chunk],
+        [q.image_mask for q in chunk],
+        pixels,
+        model.parallel,
+        [q.domain for q in chunk],
+        [q.instruction for q in chunk],
+    )

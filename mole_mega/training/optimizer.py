@@ -47,8 +47,7 @@ def build_optimizer(model: DistributedDataParallel, train: TrainConfig) -> Megat
     llava: LLaVA = model.module
     for parameter in llava.parameters():
         parameter.lr_group = "adapters"
-    for router in llava.routers():
-        _assign(router.parameters(), "router")
+    _assign(llava.router_parameters(), "router")
     if llava.pre_process:
         _assign(llava.vision_projection.parameters(), "projector")
     config = OptimizerConfig(

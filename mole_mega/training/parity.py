@@ -31,6 +31,7 @@ from mole_mega.config import Fp8Config, ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
 from mole_mega.models.llava import LLaVA
+from mole_mega.models.mcore_config import expert_parallel
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.monitor.experts import measure_experts
 from mole_mega.platform import parallel as platform
@@ -116,6 +117,8 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
         image_token_id=4,
     )  # fmt: skip
     adapter, train = run.adapter, run.train
+    if base_size is not None:  # what travels stays the user's too
+        adapter = replace(adapter, expert_parallel=expert_parallel(run, base_size).form)
     rank = min(adapter.rank, 8)
     layers: Literal["all"] | tuple[int, ...] = "all" if adapter.layers == "all" else (1, 2)
     return (
@@ -264,7 +267,7 @@ def _norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
     own norm like all else: their inputs are not normalised.
     """
     own = float(reference[key].double().norm())
-    if not (key.startswith("gradient/") and key.endswith(".router.bias")):
+    if not (key.startswith("gradient/") and ".router." in key and key.endswith("bias")):
         return own
     weight = reference[f"{key.removesuffix('bias')}weight"].double()
     return max(own, float(weight.norm()) / math.sqrt(weight.shape[-1]))

@@ -44,7 +44,8 @@ def reseed_expert(
     for block in model.module.mole_layers():
         if block.router.layer == reseed.layer:
             for name, parameter in block.experts.named_parameters(recurse=False):
-                _reseed_factor(name, parameter, reseed, optimizer, groups, seed)
+                if parameter.placement.expert_axis is not None:  # not an A that all experts share
+                    _reseed_factor(name, parameter, reseed, optimizer, groups, seed)
             _reseed_router(block.router, reseed, optimizer, groups, seed)
 
 

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from mole_mega.adapters.routers import plan_routers, router_loss_gradients, summarize
 from mole_mega.config import RunConfig
 from mole_mega.data.collate import Batch
+from mole_mega.models.llava import LLaVA
 from mole_mega.monitor.metrics import StepResult
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.loss import LOSS_ROWS, SCORE_ROWS, sum_loss, sum_scores
@@ -37,6 +38,8 @@ class Evaluator:
         self, forward_step: Any, micro_batches: Sequence[Batch], num_rows: int, **kwargs: Any
     ) -> torch.Tensor:
         """Run Megatron-Core's schedule; returns the micro-batches' table, summed over all ranks."""
+        llava: LLaVA = getattr(self.model, "module", self.model)  # type: ignore[assignment]
+        llava.read_instructions([(batch.tokens, batch.instruction_mask) for batch in micro_batches])
         tables = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
@@ -61,7 +64,7 @@ class Evaluator:
         return logits, partial(sum_scores, batch=batch, num_domains=self.num_domains, tp_group=group)
 
     @staticmethod
-    def _run(model: Any, batch: Batch, labels: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
         return model(
             tokens=batch.tokens,
             position_ids=batch.position_ids,
@@ -69,7 +72,7 @@ class Evaluator:
             image_mask=batch.image_mask,
             pixels=batch.pixels,
             labels=labels,
-            **kwargs,
+            domains=batch.domains,
         )
 
 
@@ -132,7 +135,7 @@ class Stepper(Evaluator):
 
     def _forward(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch: Batch = next(batches).to(self.parallel.device)
-        loss = self._run(model, batch, batch.labels, domains=batch.domains)
+        loss = self._run(model, batch, batch.labels)
         return loss, partial(sum_loss, batch=batch, num_domains=self.num_domains)
 
     def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
@@ -151,6 +154,8 @@ class Stepper(Evaluator):
                 total.to(torch.float32),
                 balance_factor=self.balance_factor,
             )
+        for parameter in models[0].module.shared_parameters() if self.parallel.pp_size > 1 else ():
+            dist.all_reduce(parameter.main_grad, group=self.parallel.groups.pp)
         finalize_model_grads(models, num_tokens, **kwargs)
 
     def _gradients_are_finite(self) -> bool:

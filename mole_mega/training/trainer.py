@@ -35,6 +35,7 @@ from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import STOP_SIGNALS, CheckFailedError, ExitCode
 from mole_mega.estimate.plan import misfit
 from mole_mega.models.llava import LLaVA
+from mole_mega.models.mcore_config import expert_parallel
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.alarms import Alarm, observe, progress_note
 from mole_mega.monitor.experts import expert_row, measure_experts
@@ -421,6 +422,9 @@ class Trainer:
             f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
             f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
+        if self.run.adapter.method == "mole":
+            chosen = expert_parallel(self.run, self.size)
+            self._say(f"between expert-parallel ranks travel: {chosen.form} ({chosen.reason})")
         self._say(f"prompts: {self.loader.encoder.prompts}")
         if self._phases_before:
             self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")
@@ -483,11 +487,16 @@ def describe_trainable(model: DistributedDataParallel, parallel: Parallel) -> li
 
 def _names_to_prove(run: RunConfig, model: DistributedDataParallel) -> set[str]:
     """The trainable tensors that the language loss must reach. In gate mode none it does not reach a router, whose own
-    losses are added after the backward pass."""
+    losses are added after the backward pass; nor does it reach a stage's copy of a shared router that routes nothing
+    there."""
+    llava = model.module
+    idle = set() if llava.mole_layers() else set(llava.shared_parameters())
     return {
         name
-        for name, parameter in model.module.named_parameters()
-        if parameter.requires_grad and not (parameter.lr_group == "router" and run.adapter.gate == "none")
+        for name, parameter in llava.named_parameters()
+        if parameter.requires_grad
+        and not (parameter.lr_group == "router" and run.adapter.gate == "none")
+        and parameter not in idle
     }
 
 

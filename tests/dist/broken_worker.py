@@ -1,7 +1,10 @@
-"""A worker of `mole_mega.training.parity` that gives one mark of every adapter tensor a wrong value: the mark that the
-case names in its `run_dir`."""
+"""A worker of `mole_mega.training.parity` that does one thing wrong, which the case names in its `run_dir`: it gives one
+mark of every adapter tensor a wrong value, or leaves the gradients of experts that were gathered with who computed
+them."""
 
 import sys
+
+import torch.distributed as dist
 
 from mole_mega.adapters import sharding
 from mole_mega.training import parity
@@ -14,15 +17,21 @@ WRONG = {
     # the gradient's norm leaves out all but one rank's part
     "tensor_model_parallel": False,
 }
-_place, _record = sharding.place, parity.record
+_place, _record, _reduce_scatter = sharding.place, parity.record, dist.reduce_scatter_single
+
+
+def take_own(output, input, group):
+    output.copy_(input.view(group.size(), -1)[group.rank()])
 
 
 def record(run, size, parallel):
     def place(parameter, placement):
         _place(parameter, placement)
-        setattr(parameter, run.run_dir, WRONG[run.run_dir])
+        if run.run_dir in WRONG:
+            setattr(parameter, run.run_dir, WRONG[run.run_dir])
 
     sharding.place = place
+    dist.reduce_scatter_single = take_own if run.run_dir == "gathered" else _reduce_scatter
     return _record(run, size, parallel)
 
 

@@ -55,10 +55,14 @@ LAYOUTS = [
     ({"expert": 4}, 4),  # ranks with more questions than others, and with none
 ]
 GATES = ("none", "prob", "straight_through")
+TOP_2 = {"top_k": 2, "renormalize": True, "expert_parallel": "weights"}
+DENSE = {"gate": "dense", "expert_parallel": "weights"}
 CASES = [
     *((layout, world, {"gate": "prob"}) for layout, world in LAYOUTS),
     *((LAYOUTS[number][0], 2, {"gate": gate}) for number in (0, 2) for gate in ("none", "straight_through")),
     *((LAYOUTS[number][0], LAYOUTS[number][1], {"method": "lora"}) for number in (0, 6)),
+    (*LAYOUTS[7], TOP_2),
+    (*LAYOUTS[0], DENSE),
 ]
 LONGEST = 10
 STOPS = list(range(5, 40))
@@ -66,6 +70,10 @@ STOPS = list(range(5, 40))
 SAMPLES = [(0, [True]), (1, [True, False]), (2, [False]), (0, [True, True, True]), (3, [True]), (1, [False, True]),
            (0, [False]), (0, [True, True])]  # fmt: skip
 DOMAINS = tuple(f"sample {number}" for number in range(len(SAMPLES)))
+
+
+def kind(adapter):
+    return " ".join(map(str, adapter.values()))
 
 
 def name(layout, world, adapter):
@@ -91,8 +99,7 @@ def evaluate(folder, layout, adapter):
     """What a layout makes of the samples: {"answers": ..., "scores": [SCORE_ROWS, samples]}."""
     run, model = build(folder, layout, adapter)
     parallel = model.parallel
-    (word,) = adapter.values()
-    chunks = torch.load(folder / f"{word}.pt", weights_only=False)
+    chunks = torch.load(folder / f"{kind(adapter)}.pt", weights_only=False)
     batches = chunks[parallel.dp_rank :: parallel.dp_size]
     encoder = Encoder(
         AutoTokenizer.from_pretrained(EXAMPLE),
@@ -183,11 +190,10 @@ def expected(alone, tmp_path_factory):
     make_base(alone, folder / "base")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": STOPS}))
     results = {}
-    for adapter in (*({"gate": gate} for gate in GATES), {"method": "lora"}):
-        (word,) = adapter.values()
+    for adapter in (*({"gate": gate} for gate in GATES), {"method": "lora"}, TOP_2, DENSE):
         _, model = build(folder, {}, adapter)
-        torch.save(make_samples(model, model.parallel), folder / f"{word}.pt")
-        results[word] = evaluate(folder, {}, adapter)
+        torch.save(make_samples(model, model.parallel), folder / f"{kind(adapter)}.pt")
+        results[kind(adapter)] = evaluate(folder, {}, adapter)
     return folder, results
 
 
@@ -204,7 +210,7 @@ def found(expected):
     return results
 
 
-@pytest.mark.parametrize("adapter", [*GATES, "lora"])
+@pytest.mark.parametrize("adapter", [*GATES, "lora", kind(TOP_2), kind(DENSE)])
 def test_teacher_forced_exactness_is_that_of_greedy_answers(adapter, expected):
     of_one = expected[1][adapter]
     exact = [[a["exact"] for a in of_one["answers"] if a["source"] == domain] for domain in DOMAINS]
@@ -215,8 +221,7 @@ def test_teacher_forced_exactness_is_that_of_greedy_answers(adapter, expected):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: name(*case))
 def test_a_layout_answers_as_one_process_does(case, expected, found):
-    (word,) = case[2].values()
-    of_one, of_layout = expected[1][word], found[name(*case)]
+    of_one, of_layout = expected[1][kind(case[2])], found[name(*case)]
     assert of_layout["answers"] == of_one["answers"]
     torch.testing.assert_close(torch.tensor(of_layout["scores"]), torch.tensor(of_one["scores"]), rtol=1e-5, atol=0)
 

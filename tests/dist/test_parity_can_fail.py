@@ -85,11 +85,14 @@ def test_a_part_that_no_rank_holds_is_refused(alone):
 
 @pytest.fixture(scope="module")
 def broken():
-    """{mark: (comparison, reference, record)} of runs in which that mark is wrong on every adapter tensor."""
+    """{mark: (comparison, reference, record)} of runs in which that mark is wrong on every adapter tensor; or what
+    broken_worker.py does else."""
     cases = [
         Case(mark, replace(RUN, run_dir=mark, parallel=layout), 2)
         for mark, layout in (("sequence_parallel", TP), ("allreduce", EP), ("tensor_model_parallel", TP))
     ]
+    of_two = replace(RUN.adapter, top_k=2, expert_parallel="weights")
+    cases.append(Case("gathered", replace(RUN, run_dir="gathered", parallel=EP, adapter=of_two), 2))
     records = {}
     launch = parity.launch
 
@@ -125,6 +128,14 @@ def test_a_forgotten_tensor_parallel_sum_differs_though_the_first_loss_is_equal(
 
 def test_experts_synced_in_the_wrong_group_differ_though_the_first_loss_is_equal(broken):
     comparison, reference, measured = broken["allreduce"]
+    assert loss_difference(reference, measured) <= GRADIENT_TOLERANCE
+    assert not comparison.equal
+    assert comparison.gradient > 0.1
+    assert "experts.lora" in comparison.gradient_tensor
+
+
+def test_gathered_experts_whose_gradients_are_not_summed_differ_though_the_first_loss_is_equal(broken):
+    comparison, reference, measured = broken["gathered"]
     assert loss_difference(reference, measured) <= GRADIENT_TOLERANCE
     assert not comparison.equal
     assert comparison.gradient > 0.1

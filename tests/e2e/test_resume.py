@@ -38,19 +38,27 @@ def read_mixture(run_dir):
     return json.loads((run_dir / "mixture.json").read_text())
 
 
+TOP_2 = {"top_k": 2, "renormalize": True, "expert_parallel": "weights"}
 LAYOUTS = [
-    ({}, 1, "fp32", False),
-    ({}, 1, "bf16", True),
-    ({"expert": 2}, 2, "bf16", False),
-    ({"expert": 2}, 2, "fp32", True),
-    ({"tensor": 2}, 2, "fp32", False),
-    ({"pipeline": 2}, 2, "bf16", True),
+    ({}, 1, "fp32", False, {}),
+    ({}, 1, "bf16", True, {}),
+    ({"expert": 2}, 2, "bf16", False, {}),
+    ({"expert": 2}, 2, "bf16", True, TOP_2),
+    ({"expert": 2}, 2, "fp32", True, {}),
+    ({"tensor": 2}, 2, "fp32", False, {}),
+    ({"pipeline": 2}, 2, "bf16", True, {}),
 ]
 
 
-@pytest.mark.parametrize(("parallel", "nproc", "precision", "distributed"), LAYOUTS)
-def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(train, tmp_path, parallel, nproc, precision, distributed):
-    sections = {"parallel": parallel, "train": {"precision": precision, "distributed_optimizer": distributed}}
+@pytest.mark.parametrize(("parallel", "nproc", "precision", "distributed", "adapter"), LAYOUTS)
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
+    train, tmp_path, parallel, nproc, precision, distributed, adapter
+):
+    sections = {
+        "parallel": parallel,
+        "train": {"precision": precision, "distributed_optimizer": distributed},
+        "adapter": adapter,
+    }
     assert train("straight", nproc, **sections)[0] == 0
     # two steps after the checkpoint at step 3: what they wrote to metrics.jsonl has to go
     code, text = train("split", nproc, partial(kill_before_step, 6), **sections)

@@ -80,7 +80,9 @@ def test_the_cases_read_the_same_input_through_the_same_base(make, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("case, experts", [("lora", 1), ("mole", 1), ("mole", 4), ("dense", 4)])
+@pytest.mark.parametrize(
+    "case, experts", [("lora", 1), ("mole", 1), ("mole", 4), ("top 2", 4), ("top 2", 9), ("dense", 4)]
+)
 def test_without_b_every_case_is_the_frozen_mlp(make, case, experts, dtype):
     frozen, other = make("frozen", 1, dtype), make(case, experts, dtype)
     silence(other)
@@ -151,7 +153,7 @@ def test_rows_name_their_case_and_hold_two_times(bench, sizes, alone):
     rows = bench.run_cases(bench.CASES, sizes, alone, repeats=2, warmups=0)
     assert [set(row) for row in rows] == [{"case", "experts", "dtype", "ms", "cpu_ms"}] * len(rows)
     named = {(row["case"], row["experts"], row["dtype"]) for row in rows}
-    mole = {("mole", experts) for experts in (1, 4, 16, 64)}
+    mole = {("mole", experts) for experts in (1, 4, 16, 64)} | {("top 2", experts) for experts in (4, 16, 64)}
     assert named == {
         (*case, dtype) for case in {("frozen", 1), ("lora", 1), ("dense", 16)} | mole for dtype in ("fp32", "bf16")
     }
@@ -246,3 +248,24 @@ def test_the_boards_share_counts_pictures_and_experts_once_in_so_many_steps(boar
     assert board.share(rows, 100) == pytest.approx(0.01)
     assert "1.00% of a step: met" in board.table(rows, 100)
     assert "1.50% of a step: MISSED" in board.table(rows, 50)
+
+
+@pytest.fixture(scope="module")
+def expert_parallel():
+    return load("bench_expert_parallel")
+
+
+def test_a_pass_of_either_form_sends_what_the_formula_says_and_nothing_on_one_process(expert_parallel, sizes, alone):
+    row = expert_parallel.measure(4, sizes, "fp32", alone, repeats=1)
+    assert all(row[f"{form}_{kind}"] == 0 for form in ("tokens", "weights") for kind in ("bytes", "formula"))
+    assert row["tokens_ms"] > 0 and row["weights_ms"] > 0
+
+
+def test_the_table_says_where_auto_chose_the_slower_form(expert_parallel):
+    def row(auto, tokens_ms, weights_ms):
+        of_form = {f"{form}_{kind}": 100.0 for form in ("tokens", "weights") for kind in ("bytes", "formula")}
+        return {"experts": 4, "tokens": 64, "auto": auto, "tokens_ms": tokens_ms, "weights_ms": weights_ms} | of_form
+
+    _, right, wrong, last = expert_parallel.table([row("tokens", 1.0, 2.0), row("tokens", 2.0, 1.0)]).splitlines()
+    assert right.endswith("tokens   tokens") and wrong.endswith("weights  tokens  SLOWER")
+    assert last == "auto chose the faster form in 1 of 2 settings"

@@ -203,11 +203,43 @@ def test_a_value_out_of_range_is_named_with_its_key_and_number(section, key, val
     assert message.startswith(f"{section}.{key} must be") and message.endswith(f"got {value}")
 
 
+TASK = {"router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_experts": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
         ({"parallel": {"context": 2}}, ["parallel.context is 2"]),
-        ({"adapter": {"top_k": 2}}, ["adapter.top_k is 2"]),
+        ({"adapter": {"top_k": 2}}, ["adapter.top_k is 2", "weights"]),
+        ({"adapter": {"gate": "dense"}}, ["adapter.gate is dense", "weights"]),
+        ({"adapter": {"router_scope": "sample"}}, ["adapter.balance_weight 0.01", "set it to 0"]),
+        ({"adapter": {"router_scope": "linear"}}, ["adapter.router_scope is linear", "weights"]),
+        (
+            {
+                "adapter": {"router_scope": "linear", "expert_parallel": "auto"},
+                "monitor": {"alarms": {"reaction": "reseed"}},
+            },
+            ["reaction reseed", "router_scope is linear"],
+        ),
+        ({"adapter": {"rescale_gate": True}}, ["adapter.rescale_gate is true", "weights"]),
+        (
+            {"adapter": {"rescale_gate": True, "expert_parallel": "auto", "gate": "straight_through"}},
+            ["adapter.rescale_gate", "straight_through is 1"],
+        ),
+        ({"adapter": {"share_A": True}}, ["adapter.share_A is true", "weights"]),
+        ({"adapter": {"gate": "dense", "top_k": 2, "expert_parallel": "auto"}}, ["gate dense", "top_k 2"]),
+        ({"adapter": {"top_k": 4, "expert_parallel": "auto"}}, ["adapter.top_k is 4", "adapter.num_experts is 3"]),
+        (
+            {"adapter": {"router_scope": "task"}},
+            ["adapter.router_scope task", "adapter.gate must be none", "got prob"],
+        ),
+        ({"adapter": {**TASK, "balance_weight": 0.5}}, ["adapter.balance_weight must be 0", "got 0.5"]),
+        ({"adapter": {**TASK, "num_experts": 5}}, ["adapter.num_experts is 5", "data.sources has 2"]),
+        ({"adapter": {"renormalize": True}}, ["adapter.renormalize", "got 1 and prob"]),
+        (
+            {"adapter": {"renormalize": True, "top_k": 2, "gate": "none", "expert_parallel": "auto"}},
+            ["adapter.renormalize", "got 2 and none"],
+        ),
         ({"adapter": {"method": "lora"}, "parallel": {"expert": 2}}, ["parallel.expert is 2", "lora"]),
         ({"adapter": {"num_experts": 6}, "parallel": {"expert": 4}}, ["num_experts 6", "parallel.expert 4"]),
         ({"train": {"global_batch_size": 10, "micro_batch_size": 4}}, ["size 10", "size 4"]),
@@ -443,7 +475,8 @@ def all_set() -> RunConfig:
         model={"base_hash": "0123"},
         parallel={"tensor": 2, "pipeline": 2, "expert": 2},
         adapter={
-            "num_experts": 4, "rank": 8, "alpha": 4.5, "dropout": 0.1, "gate": "none", "balance_weight": 1e-7,
+            "num_experts": 4, "rank": 8, "alpha": 4.5, "dropout": 0.1, "gate": "straight_through", "top_k": 2,
+            "renormalize": True, "share_A": True, "expert_parallel": "auto", "balance_weight": 1e-7,
             "balance_scope": "model", "z_loss_weight": 1e-22, "router_bias": False, "attention": False,
             "layers": [3, 1],
         },
@@ -490,7 +523,7 @@ def test_a_dumped_config_loads_equal(config, tmp_path):
 def test_the_all_set_config_leaves_no_field_at_its_default():
     """So that a field that dump or load forgets is seen by the test above."""
     # one value only, or inside a list
-    left_out = {"method", "top_k", "expert_parallel", "context"}
+    left_out = {"method", "router_scope", "rescale_gate", "context"}
 
     def defaults(node: Any, where: str) -> list[str]:
         found = []

@@ -66,6 +66,11 @@ ADAPTERS = {
     "one layer, no attention": replace(MOLE, layers=(1,), attention=False),
     "no router bias": replace(MOLE, num_experts=2, router_bias=False),
     "one expert": replace(MOLE, num_experts=1),
+    "top 2": replace(MOLE, top_k=2, expert_parallel="weights"),
+    "top 2, renormalized": replace(MOLE, top_k=2, renormalize=True, expert_parallel="weights"),
+    "top 2 of many": replace(MOLE, num_experts=9, top_k=2, gate="straight_through", expert_parallel="auto"),
+    "dense": replace(MOLE, gate="dense", expert_parallel="weights"),
+    "shared A": replace(MOLE, share_A=True, expert_parallel="weights"),
     "lora": replace(MOLE, method="lora"),
     "lora, one layer": replace(MOLE, method="lora", layers=(0,)),
 }
@@ -214,7 +219,9 @@ def ask_ours(trained: Trained, model: LLaVA, inputs: Inputs) -> Answer:
     choices: dict[int, torch.Tensor] = {}
 
     def keep(router, args, output):
-        choices[router.layer_number - 1] = output[1].int().argmax(-1).view(args[0].shape[:2]).T[inputs.valid]
+        used_TE = output[0] == output[0].amax(-1, keepdim=True) if router.adapter.gate == "dense" else output[1]
+        experts = used_TE.nonzero()[:, 1].view(*args[0].shape[:2], -1).transpose(0, 1)[inputs.valid]
+        choices[router.layer_number - 1] = experts[:, 0] if experts.shape[1] == 1 else experts
 
     hooks = [router.register_forward_hook(keep) for router in model.routers()]
     positions = torch.arange(inputs.tokens.shape[1]).expand_as(inputs.tokens)
@@ -310,9 +317,9 @@ FAULTS = {
     ),
     "no scale": ("self.scale * delta", "delta"),
     "weight of another gate": ('self.gate == "none"', 'self.gate == "straight_through"'),
-    "no gradient to the router": ("1 + (prob_T - prob_T.detach())", "torch.ones_like(prob_T)"),
+    "no gradient to the router": ("1 + (probs_TE - probs_TE.detach())", "torch.ones_like(probs_TE)"),
     "another expert": ("probs_TE.argmax", "probs_TE.argmin"),
-    "tokens left sorted": ("torch.empty_like(sorted_TO).index_copy(0, self.order_T, sorted_TO)", "sorted_TO"),
+    "tokens left sorted": (".index_add(0, self.token_N, sorted_NO)", " + sorted_NO"),
     "no bias of the router": ("self.weight.float(), bias)", "self.weight.float())"),
     "attention without LoRA": ('if mole["attention"]', "if False"),
 }
@@ -592,12 +599,12 @@ def test_the_section_names_every_field_that_the_layer_depends_on(exported):
     """A field that AdapterConfig gains must be exported, or be one that matters in training alone."""
     _, folder = exported("prob")
     tree = json.loads((folder / "config.json").read_text())
-    training = {"dropout", "balance_weight", "balance_scope", "z_loss_weight", "expert_parallel"}
+    training = {"dropout", "balance_weight", "balance_scope", "z_loss_weight", "expert_parallel", "rescale_gate"}
     assert {*tree["mole"], *training} == {field.name for field in dataclasses.fields(AdapterConfig)}
     assert tree["model_type"] == "llava_mole" and tree["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("key, value", [("method", "moe"), ("gate", "sqrt"), ("top_k", 2)])
+@pytest.mark.parametrize("key, value", [("method", "moe"), ("gate", "sqrt"), ("top_k", 4)])
 def test_what_the_code_does_not_know_is_refused(key, value, exported, tmp_path):
     _, folder = exported("prob")
     shutil.copytree(folder, tmp_path / "model")

@@ -175,10 +175,12 @@ def test_data_is_looked_at_without_megatron():
     assert not {name for name in reached for n in imported(TREES[name]) if room(n) == "megatron"}
 
 
-def test_the_bank_knows_neither_ranks_nor_megatron():
-    for module in ("adapters.bank", "platform.processor"):  # the one module of ours that the bank asks
+def test_the_maths_knows_neither_ranks_nor_megatron():
+    # the bank asks one module of ours, and mixtures ask the bank
+    for module in ("adapters.bank", "adapters.mixing", "platform.processor"):
         names = imported(TREES[module])
-        ours = {n for n in names if n.startswith("mole_mega") and not n.startswith("mole_mega.platform.processor")}
+        known = ("mole_mega.platform.processor", "mole_mega.adapters.bank")
+        ours = {n for n in names if n.startswith("mole_mega") and not n.startswith(known)}
         assert not ours | {n for n in names if n.startswith(("megatron", "torch.distributed"))}
         used = {ast.unparse(n) for n in ast.walk(TREES[module]) if isinstance(n, ast.Attribute)}
         assert not {name for name in used if name.startswith("torch.distributed")}

@@ -594,3 +594,18 @@ def test_tables_of_both_forms_hold_the_same_cells():
     document = Document("t", "l", [Section("s", [table])])
     assert "| b\\|c | \\<2\\> |" in to_markdown(document)
     assert '<td class="text">b|c</td><td>&lt;2&gt;</td>' in to_html(document)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("top_k: 1, router_scope: block, renormalize: false", "gate prob"),
+        ("top_k: 2, renormalize: true, share_A: true", "gate prob, top 2, renormalized, one A for all"),
+        ("router_scope: linear", "gate prob, routed by linear"),
+    ],
+)
+def test_what_a_mixture_is_stands_at_its_beginning(run_dir, more, words):
+    path = run_dir / "config.yaml"
+    path.write_text(path.read_text().replace("num_experts: 3,", f"num_experts: 3, {more},"))
+    (table,) = sections.at_a_glance(read_run(run_dir))
+    assert dict(table.rows)["adapter"].endswith(f"in the MLPs, {words}")

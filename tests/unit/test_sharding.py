@@ -13,6 +13,7 @@ from mole_mega.adapters.sharding import PLACEMENTS, Placement
 
 EXPERTS, RANK, IN, OUT = 4, 2, 8, 12
 SHAPES = {
+    "router.row.weight": (EXPERTS, IN),
     "router.weight": (EXPERTS, IN),
     "router.bias": (EXPERTS,),
     "column.A": (RANK, IN),
@@ -26,6 +27,7 @@ SHAPES = {
 }
 # The axes that DESIGN section 2 says are cut: (over expert-parallel, over tensor-parallel ranks)
 CUT = {
+    "router.row.weight": (None, 1),
     "router.weight": (None, None),
     "router.bias": (None, None),
     "column.A": (None, None),

@@ -1,0 +1,308 @@
+"""The maths of a mixture in which a token may use several LoRA experts, written as if on one device.
+
+One formula, a gate in rank space: with the experts' factors stacked, A [sum of ranks, in] and B [out, sum of ranks],
+
+    y = W x + s B (G * (A x))        G [tokens, sum of ranks]: an expert's weight w_te in the columns of its ranks
+
+W x is computed once a token, however many experts it uses. Two forms compute the rest, equal by test: `MaskedGate`, two
+plain products with the gate between them, every expert for every token; and `PairedGate`, a row for each pair of a
+token and an expert that it uses, sorted by expert (bank.py). Not here: who chooses, where factors live, communication.
+
+Shape suffixes: T tokens, N pairs (token, expert), K experts a token uses, H hidden, I in, O out, E experts, R rank,
+P projections that read the same x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mole_mega.adapters import bank
+
+# Up to so many experts for each one that a token uses, computing them all is the faster form, by the bytes of a number
+# (measured with tools/bench_mole.py on 2 cores that multiply bf16 matrices: there products cost little, and rows much).
+_MASKED_UP_TO = {4: 4, 2: 32}
+
+
+@dataclass(frozen=True)
+class MaskedGate:
+    """weight_TE: fp32, 0 for an expert that a token does not use. Or weight_TPE, one of its own for each projection."""
+
+    weight: Tensor
+    rescaled: bool = False
+
+    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor],
+                 scale: float) -> Tensor:  # fmt: skip
+        """See `Gate`."""
+        dtype = base_TO.dtype
+        x_TI = x_TI.to(dtype).contiguous()
+        factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
+        weight = self.weight if self.weight.dim() == 3 else self.weight[:, None]
+        return _AddMasked.apply(scale, self.rescaled, _overwritable(base_TO), x_TI, weight, *factors)
+
+
+@dataclass(frozen=True)
+class PairedGate:
+    """order_N: the pairs, numbered K t + (0 to K - 1), sorted by expert; inverse_N: its inverse; tokens_per_expert_E;
+    weight_N fp32, in sorted order."""
+
+    order_N: Tensor
+    inverse_N: Tensor
+    tokens_per_expert_E: Tensor
+    weight_N: Tensor
+    rescaled: bool = False
+
+    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor],
+                 scale: float) -> Tensor:  # fmt: skip
+        """See `Gate`."""
+        num_experts = len(self.tokens_per_expert_E)
+        A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
+        if _goes_expert_by_expert(base_TO):
+            dtype = base_TO.dtype
+            token_N = self.order_N // (len(self.order_N) // len(x_TI))
+            tokens_E = token_N.split(self.tokens_per_expert_E.tolist())
+            factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
+            x_TI = x_TI.to(dtype).contiguous()
+            return _AddByExpert.apply(
+                tokens_E, scale, self.rescaled, _overwritable(base_TO), x_TI, self.weight_N, *factors
+            )
+        x_NI = _ToPairs.apply(x_TI.to(base_TO.dtype), self.order_N, self.inverse_N)
+        delta_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
+        weight_N = self.weight_N
+        if self.rescaled:
+            weight_N = weight_N.sqrt().detach()
+            fixed_A, fixed_B = [A.detach() for A in A_P], [B.detach() for B in B_P]
+            delta_NO = bank.add_projections(
+                delta_NO, x_NI.detach(), fixed_A, fixed_B, self.tokens_per_expert_E, scale, self.weight_N - weight_N
+            )
+        delta_NO = bank.add_projections(delta_NO, x_NI, A_P, B_P, self.tokens_per_expert_E, scale, weight_N)
+        return base_TO + _FromPairs.apply(delta_NO, self.order_N, self.inverse_N, len(base_TO))
+
+
+Gate = MaskedGate | PairedGate
+"""Who uses which expert, and how much, for T tokens. One gate serves every linear of a block.
+
+`add_lora(base, x, A_P, B_P, scale)` gives y_t = base_t + scale * concat_p(sum_e w_te B_pe A_pe x_t), [T, O]; A_P are
+[E, R, I], or [R, I] where the experts share it; B_P are [E, O_p, R] and fill O side by side. base is consumed. The
+products run in its dtype. Double backward is not supported.
+
+`rescaled`: backward the experts get sqrt(w) where w stood, and the gate what it always gets (MoE-LoRA with Riemannian
+preconditioning, arXiv 2502.15828): with e an expert's output and sg stopping gradients,
+
+    sg(sqrt w) e + (w - sg(sqrt w)) sg(e)
+"""
+
+
+def make_gate(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, dtype: torch.dtype, *, rescaled: bool = False) -> Gate:
+    """The faster form, in this dtype, for tokens that use `top_k` of E experts each: those that `chosen` marks."""
+    num_tokens, num_experts = weight_TE.shape
+    if num_experts <= _MASKED_UP_TO.get(dtype.itemsize, 4) * top_k or num_tokens == 0:
+        return MaskedGate(weight_TE, rescaled)
+    return paired(weight_TE, chosen_TE, top_k, rescaled=rescaled)
+
+
+def paired(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, *, rescaled: bool = False) -> PairedGate:
+    """The pairs of exactly `top_k` chosen experts a token. Nothing here waits for the device."""
+    num_pairs = len(weight_TE) * top_k
+    expert_N = chosen_TE.nonzero_static(size=num_pairs)[:, 1]
+    order_N = expert_N.argsort(stable=True)
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(num_pairs, device=order_N.device)
+    weight_N = weight_TE.gather(1, expert_N.view(-1, top_k)).flatten().index_select(0, order_N)
+    return PairedGate(order_N, inverse_N, chosen_TE.sum(0), weight_N, rescaled)
+
+
+class _AddMasked(torch.autograd.Function):
+    """out = base + concat_p(zw_p B_p^T) with z_p = x A_p^T over all experts' ranks, zw_p = scale * w * z_p.
+
+    With g = d loss / d out and u_p = g_p B_p (rank space):
+        d base = g      d w_te = scale * sum_p <u_pte, z_pte>      dz_p = scale * w * u_p
+        d B_p = g_p^T zw_p      d A_p = dz_p^T x, summed over experts if they share it      d x = sum_p dz_p A_p
+
+    `rescaled`: sqrt(w) in place of w in the last two rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scale: float, rescaled: bool, base_TO: Tensor, x_TI: Tensor, weight_TPE: Tensor, *factors: Tensor
+    ) -> Tensor:
+        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        z = x_TI @ _read_rows(A_P).t()
+        *experts, rank, _ = A_P[0].shape
+        z_TPER = z.view(len(x_TI), len(A_P), *(experts or [1]), rank)  # E is 1 where the experts share A
+        zw_TPER = _weigh(z_TPER, scale, weight_TPE)
+        for p, (out_TO, B_EOR) in enumerate(zip(_columns(base_TO, B_P), B_P, strict=True)):
+            out_TO.addmm_(zw_TPER[:, p].flatten(1), _write_rows(B_EOR))
+        ctx.mark_dirty(base_TO)
+        ctx.scale, ctx.rescaled = scale, rescaled
+        ctx.save_for_backward(x_TI, z_TPER, weight_TPE, *factors)
+        return base_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, z_TPER, weight_TPE, *factors = ctx.saved_tensors
+        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
+
+        weight_TPE = weight_TPE.sqrt() if ctx.rescaled else weight_TPE
+        zw_TPER = _weigh(z_TPER, ctx.scale, weight_TPE)
+        u_P, dB_P = [], []
+        for p, (g_TO, B_EOR) in enumerate(zip(_columns(grad_TO, B_P), B_P, strict=True)):
+            u_P.append((g_TO @ _write_rows(B_EOR).t()).unflatten(1, (len(B_EOR), B_EOR.shape[2])))
+            dB = g_TO.t() @ zw_TPER[:, p].flatten(1) if any(needs_factors) else None
+            dB_P.append(None if dB is None else dB.unflatten(1, (len(B_EOR), B_EOR.shape[2])).transpose(0, 1))
+        u_TPER = torch.stack(u_P, dim=1)
+        dweight_TPE = None
+        if needs_weight:
+            dweight_TPE = ctx.scale * (u_TPER.to(weight_TPE.dtype) * z_TPER).sum(-1)
+            if weight_TPE.shape[1] == 1:  # one gate for all projections
+                dweight_TPE = dweight_TPE.sum(1, keepdim=True)
+        dz_TPER = _weigh(u_TPER, ctx.scale, weight_TPE)
+        if z_TPER.shape[2] < dz_TPER.shape[2]:  # one A for all experts
+            dz_TPER = dz_TPER.sum(2, keepdim=True)
+        dz = dz_TPER.flatten(1)
+        dx_TI = dz @ _read_rows(A_P) if needs_x else None
+        dA_P: Sequence[Tensor | None] = [None] * len(A_P)
+        if any(needs_factors):
+            dA_P = [dA.view_as(A) for dA, A in zip((dz.t() @ x_TI).chunk(len(A_P)), A_P, strict=True)]
+        return None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
+
+
+class _AddByExpert(torch.autograd.Function):
+    """`_AddMasked` for each expert's own tokens, one expert after the other: the wide rows of one are gathered, used
+    and put back while they are in the processor's cache. `tokens_E`: which tokens use each, [N_e]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens_E: Sequence[Tensor],
+        scale: float,
+        rescaled: bool,
+        base_TO: Tensor,
+        x_TI: Tensor,
+        weight_N: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        weights_E = weight_N.split([len(tokens) for tokens in tokens_E])
+        z_E = []
+        for e, (tokens_N, weight) in enumerate(zip(tokens_E, weights_E, strict=True)):
+            z_NPR = x_TI.index_select(0, tokens_N) @ _read_rows([A[e] for A in A_P]).t()
+            zw_P = (z_NPR * (scale * weight)[:, None]).to(z_NPR.dtype).chunk(len(A_P), dim=1)
+            out_NO = base_TO.index_select(0, tokens_N)
+            for columns_NO, zw_NR, B_EOR in zip(_columns(out_NO, B_P), zw_P, B_P, strict=True):
+                columns_NO.addmm_(zw_NR, B_EOR[e].t())
+            base_TO.index_copy_(0, tokens_N, out_NO)
+            z_E.append(z_NPR)
+        ctx.mark_dirty(base_TO)
+        ctx.tokens_E, ctx.scale, ctx.rescaled = tokens_E, scale, rescaled
+        ctx.save_for_backward(x_TI, torch.cat(z_E), weight_N, *factors)
+        return base_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, z_NPR, weight_N, *factors = ctx.saved_tensors
+        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        counts_E = [len(tokens) for tokens in ctx.tokens_E]
+        grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
+        dx_TI, dweight_N = torch.zeros_like(x_TI), torch.empty_like(weight_N)
+        dfactors = [torch.empty_like(factor) for factor in factors]
+        dA_P, dB_P = dfactors[: len(A_P)], dfactors[len(A_P) :]
+        parts = zip(
+            ctx.tokens_E, z_NPR.split(counts_E), weight_N.split(counts_E), dweight_N.split(counts_E), strict=True
+        )
+        for e, (tokens_N, z, weight, dweight) in enumerate(parts):
+            g_NO, x_NI = grad_TO.index_select(0, tokens_N), x_TI.index_select(0, tokens_N)
+            weight = (ctx.scale * (weight.sqrt() if ctx.rescaled else weight))[:, None]
+            zw_P = (z * weight).to(z.dtype).chunk(len(A_P), dim=1)
+            u_P = []
+            for g, zw, B_EOR, dB_EOR in zip(_columns(g_NO, B_P), zw_P, B_P, dB_P, strict=True):
+                u_P.append(g @ B_EOR[e])
+                torch.mm(g.t(), zw, out=dB_EOR[e])
+            u = torch.cat(u_P, dim=1)
+            dweight.copy_(ctx.scale * (u.to(weight.dtype) * z).sum(1))
+            dz = (u * weight).to(z.dtype)
+            A_RI = _read_rows([A[e] for A in A_P])
+            dx_TI.index_copy_(0, tokens_N, dx_TI.index_select(0, tokens_N).addmm_(dz, A_RI))
+            for dA_EIR, dz_NR in zip(dA_P, dz.chunk(len(A_P), dim=1), strict=True):
+                torch.mm(dz_NR.t(), x_NI, out=dA_EIR[e])
+        return None, None, None, grad_TO, dx_TI, dweight_N, *dfactors
+
+
+class _ToPairs(torch.autograd.Function):
+    """Each token's row for each of its pairs, in sorted order: [T, I] -> [N, I]. Its gradient sums a token's pairs in a
+    fixed order: an atomic scatter would not give the same bits twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        ctx.num_tokens = len(x_TI)
+        return _to_pairs(x_TI, order_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_N,) = ctx.saved_tensors
+        return _from_pairs(grad_NI, inverse_N, ctx.num_tokens), None, None
+
+
+class _FromPairs(torch.autograd.Function):
+    """The sum of each token's pairs: [N, O] -> [T, O]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NO: Tensor, order_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(order_N)
+        return _from_pairs(rows_NO, inverse_N, num_tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_N,) = ctx.saved_tensors
+        return _to_pairs(grad_TO, order_N), None, None, None
+
+
+def _to_pairs(rows_T: Tensor, order_N: Tensor) -> Tensor:
+    return rows_T.index_select(0, order_N // (len(order_N) // len(rows_T)))
+
+
+def _from_pairs(rows_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:
+    return rows_N.index_select(0, inverse_N).unflatten(0, (num_tokens, -1)).sum(1)
+
+
+def _goes_expert_by_expert(base_TO: Tensor) -> bool:
+    """On the CPU grouped products are such a loop anyway; but in half precision its many shapes cost (bank.py)."""
+    return base_TO.device.type == "cpu" and base_TO.dtype.itemsize > 2
+
+
+def _overwritable(base_TO: Tensor) -> Tensor:
+    """As in bank.py: what autograd may not overwrite is copied."""
+    return base_TO.clone() if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad) else base_TO
+
+
+def _weigh(z_TPER: Tensor, scale: float, weight_TPE: Tensor) -> Tensor:
+    """scale * w * z; the product is rounded to z's dtype once, whatever the weight's."""
+    return (z_TPER * (scale * weight_TPE)[..., None]).to(z_TPER.dtype)
+
+
+def _read_rows(A_P: Sequence[Tensor]) -> Tensor:
+    """The ranks of all projections and experts: [P E R, I], or [P R, I] where experts share A."""
+    rows = [A.reshape(-1, A.shape[-1]) for A in A_P]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def _write_rows(B_EOR: Tensor) -> Tensor:
+    """[E R, O]."""
+    return B_EOR.transpose(1, 2).reshape(-1, B_EOR.shape[1])
+
+
+def _columns(wide_TO: Tensor, B_P: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of each projection."""
+    return wide_TO.split([B.shape[1] for B in B_P], dim=1)

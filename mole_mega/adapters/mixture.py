@@ -1,0 +1,168 @@
+"""The mixture block: Megatron-Core's MLP with a bank of LoRA experts, of which each token may use several.
+
+For a token x with gate weights w_e, those of the experts that it does not use 0 (LLaVA-MoLE, arXiv 2401.16160, is the
+case of one):
+
+    D(z) = s sum_e w_e B_e A_e dropout(z);  h = silu(Wg x + Dg(x)) * (Wu x + Du(x));  out = Wd h + Dd(h)
+
+Tokens stay where they are, and the frozen base runs once for each, as in a dense MLP. Expert-parallel ranks hold a part
+of the experts each, with its gradient and optimizer state; for a layer's pass each gathers the whole bank, and the
+gradients of all go back to the experts' owners, summed. The gathered bank is kept from forward to backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
+
+from mole_mega.adapters.mixing import Gate, MaskedGate, make_gate
+from mole_mega.adapters.mole import MoLEExperts, MoLELayer, SwiGLU
+from mole_mega.adapters.routers import LinearRouters, MoLERouter
+
+
+class MixtureLayer(MoLELayer):
+    """The block with its router. No token travels: Megatron-Core's dispatcher is built, but idle."""
+
+    experts: MixtureExperts
+
+    def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
+        super().__init__(config, pg_collection=pg_collection, **kwargs)
+        self._gathers_sequence = config.sequence_parallel
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states [S / TP, B, H] -> ([S / TP, B, H], None). `padding_mask`: see `MoLELayer.forward`."""
+        weight_TE, chosen_TE = _route(self.router, hidden_states, padding_mask)
+        shape = hidden_states.shape
+        if self._gathers_sequence:
+            hidden_states, weight_TE = self._gather(hidden_states), self._gather_tokens(weight_TE, shape)
+            with torch.no_grad():
+                chosen_TE = self._gather_tokens(chosen_TE.to(weight_TE.dtype), shape).bool()
+        adapter = self.experts.adapter
+        if adapter.gate == "dense":
+            gate: Gate = MaskedGate(weight_TE, adapter.rescale_gate)
+        else:
+            rescaled = adapter.rescale_gate
+            gate = make_gate(weight_TE, chosen_TE, adapter.top_k, hidden_states.dtype, rescaled=rescaled)
+        return self._scatter(self.experts(hidden_states.flatten(0, 1), gate), shape), None
+
+    def _gather(self, part: torch.Tensor) -> torch.Tensor:
+        """[S / TP, ...] -> [S, ...]. Each rank computes a part of every token's gradient: backward sums them."""
+        return gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=self.attn_tp_group)
+
+    def _gather_tokens(self, part_T: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """[T / TP, ...] -> [T, ...] for the tokens of hidden states [S / TP, B, H] of this `shape`."""
+        return self._gather(part_T.view(*shape[:2], *part_T.shape[1:])).flatten(0, 1)
+
+    def _scatter(self, output_TH: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        output = output_TH.view(-1, *shape[1:])
+        if self._gathers_sequence:
+            output = reduce_scatter_to_sequence_parallel_region(output, group=self.attn_tp_group)
+        return output
+
+
+class LinearMixtureLayer(MixtureLayer):
+    """The block with a router for each linear (`LinearRouters`). All experts are computed for every token, whichever
+    it uses."""
+
+    router: LinearRouters
+
+    def forward(
+        self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """See `MixtureLayer.forward`."""
+        shape, rescaled = hidden_states.shape, self.experts.adapter.rescale_gate
+        routers = (self.router.gate, self.router.up)
+        weight_TPE = torch.stack([_route(router, hidden_states, padding_mask)[0] for router in routers], dim=1)
+        if self._gathers_sequence:
+            hidden_states, weight_TPE = self._gather(hidden_states), self._gather_tokens(weight_TPE, shape)
+            if padding_mask is not None:
+                whole_SB = self._gather(padding_mask.T.contiguous().long())
+                padding_mask = (whole_SB.bool() if padding_mask.dtype == torch.bool else whole_SB).T
+
+        def gate_of_down(h_TF: torch.Tensor) -> Gate:
+            return MaskedGate(_route(self.router.down, h_TF, padding_mask)[0], rescaled)
+
+        output_TH = self.experts(hidden_states.flatten(0, 1), MaskedGate(weight_TPE, rescaled), gate_of_down)
+        return self._scatter(output_TH, shape), None
+
+
+def _route(
+    router: MoLERouter, hidden: torch.Tensor, padding_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a router says of hidden states; `padding_mask` as `MoLELayer.forward` takes it."""
+    if padding_mask is None or padding_mask.dtype == torch.bool:
+        return router(hidden, None if padding_mask is None else padding_mask.T)
+    with router.counting_by(padding_mask.T):
+        return router(hidden, padding_mask.T < 0)
+
+
+class MixtureExperts(MoLEExperts):
+    """The frozen MLP of a block with this rank's part of the expert bank; parameters as in `MoLEExperts`."""
+
+    def forward(  # type: ignore[override]
+        self, x_TH: torch.Tensor, gate: Gate, gate_of_down: Callable[[torch.Tensor], Gate] | None = None
+    ) -> torch.Tensor:
+        """[T, H] -> [T, H]: tokens in any order, whose experts `gate` says; those of the down projection
+        `gate_of_down`, of its input h, where it is given. Under tensor parallelism x is whole, and the outputs of the
+        ranks are still to be summed."""
+        adapter = self.adapter
+        scale = adapter.alpha / adapter.rank
+        whole = dict(self.named_parameters(recurse=False))
+        cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
+        whole |= zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True)
+        fc1_T2F, _ = self.linear_fc1(x_TH)
+        fc1_T2F = gate.add_lora(
+            fc1_T2F,
+            F.dropout(x_TH, adapter.dropout, self.training),
+            [whole["lora_gate_A"], whole["lora_up_A"]],
+            [whole["lora_gate_B"], whole["lora_up_B"]],
+            scale,
+        )
+        h_TF = SwiGLU.apply(fc1_T2F)
+        output_TH, _ = self.linear_fc2(h_TF)
+        if gate_of_down is not None:
+            gate = gate_of_down(h_TF)
+        return gate.add_lora(
+            output_TH, self._dropout_split(h_TF), [whole["lora_down_A"]], [whole["lora_down_B"]], scale
+        )
+
+
+def gather_bank(factors: list[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Of factors [E / EP, ...] of one dtype, those of all experts, [E, ...], in one collective; its backward sums the
+    ranks' gradients and leaves each its own part."""
+    if group.size() == 1:
+        return factors
+    return list(_GatherBank.apply(group, *factors))
+
+
+class _GatherBank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group, ctx.shapes = group, [factor.shape for factor in factors]
+        mine = torch.cat([factor.reshape(-1) for factor in factors])
+        everyone = mine.new_empty(group.size(), len(mine))
+        dist.all_gather_single(everyone.view(-1), mine, group=group)
+        parts = everyone.split([factor.numel() for factor in factors], dim=1)
+        return tuple(part.reshape(-1, *factor.shape[1:]) for part, factor in zip(parts, factors, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        everyone = torch.cat([grad.reshape(ctx.group.size(), -1) for grad in grads], dim=1)
+        mine = everyone.new_empty(everyone.shape[1])
+        dist.reduce_scatter_single(mine, everyone.view(-1), group=ctx.group)
+        parts = mine.split([shape.numel() for shape in ctx.shapes])
+        return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

@@ -1,0 +1,85 @@
+"""Mixtures in every layout compute what one process computes, whichever of their experts a token uses (DESIGN 6.1).
+
+Each case covers several options at once; all cases of one world size run in one launch.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_layouts import DP, EP, PP, PP_EP, RUN, TP, TP_EP, TP_PP, check, record_all
+from test_layouts import case as case_of
+
+from mole_mega.config import SourceConfig
+
+TOP_2 = {"top_k": 2, "expert_parallel": "weights"}
+DENSE = {"gate": "dense", "expert_parallel": "weights"}
+NORMED = {**TOP_2, "renormalize": True}
+SHARED = {**NORMED, "share_A": True}
+# so many experts that tokens are sorted into pairs
+MANY = {**TOP_2, "num_experts": 12}
+
+# an expert for each of the two sources that the made samples come from; tokens or weights travel
+TASK = {
+    "router_scope": "task", "gate": "none", "num_experts": 2, "balance_weight": 0.0, "z_loss_weight": 0.0,
+}  # fmt: skip
+SOURCES = tuple(SourceConfig(name=name, path="made") for name in "ab")
+
+
+# LoRAMoE: a router for each linear
+LINEAR = {**DENSE, "router_scope": "linear"}
+
+
+# Octavius: one gate a sample, of its instruction
+SAMPLE = {**NORMED, "router_scope": "sample", "balance_weight": 0.0, "z_loss_weight": 0.0}
+
+
+def case(*arguments):
+    """`test_layouts.case` on two sources."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_layouts.RUN", replace(RUN, data=replace(RUN.data, sources=SOURCES)))
+        return case_of(*arguments)
+
+
+CASES = [
+    case(TP, 2, NORMED),
+    case(PP, 2, MANY),
+    case(EP, 2, {**MANY, "rescale_gate": True}),
+    case(DP, 2, DENSE),
+    case(EP, 2, {**NORMED, "gate": "straight_through"}, {"recompute": "full"}),
+    case(TP_EP, 4, SHARED),
+    case(PP_EP, 4, {**TOP_2, "gate": "none", "balance_scope": "model"}),
+    case(TP_PP, 4, DENSE),
+    # experts cut and copied at once
+    case(EP, 4, TOP_2),
+    case(TP_EP, 4, TASK),
+    case(TP, 2, LINEAR),
+    case(PP, 2, SAMPLE, {"recompute": "full"}),
+    case(TP_EP, 4, SAMPLE),
+    case(PP_EP, 4, {**LINEAR, "gate": "prob", "top_k": 2, "balance_scope": "model"}),
+    case(EP, 2, {**TOP_2, "top_k": 1}),
+    # last: the distributed optimizer is never freed
+    case(EP, 2, DENSE, {"distributed_optimizer": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return record_all(CASES)
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_layout_equals_one_process(recorded, name):
+    check(recorded[0][name])
+
+
+def test_every_trainable_tensor_had_a_gradient(recorded):
+    for name, reference in recorded[1].items():
+        gradients = [tensor for key, tensor in reference.items() if key.startswith("gradient/")]
+        assert all(tensor.isfinite().all() and tensor.any() for tensor in gradients), name
+
+
+def test_a_tokens_choices_are_counted_each(recorded):
+    top_1, top_2 = (recorded[1][c.name]["loss/counts_LGE_0"] for c in (CASES[-2], CASES[0]))
+    assert top_1.sum() > 0
+    assert torch.equal(top_2.sum(-1), 2 * top_1.sum(-1))

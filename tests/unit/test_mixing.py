@@ -1,0 +1,214 @@
+"""Both forms of a mixture equal a loop over tokens and experts in float64, with every gradient.
+
+Shape suffixes: T tokens, I in, O out, E experts, R rank, P projections.
+"""
+
+import pytest
+import torch
+
+from mole_mega.adapters import bank, mixing
+from mole_mega.adapters.mixing import MaskedGate, make_gate, paired
+
+SCALE = 1.7
+T, IN, OUTS = 13, 8, (8, 16)
+
+
+def make_tensors(num_experts, top_k, *, shared_A=False, rank=4, projections=2, dtype=torch.float64, seed=0):
+    """Leaves that want gradients, by name; weights are 0 where an expert is not chosen. A few experts serve nobody."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
+
+    scores_TE = torch.rand(T, num_experts, generator=generator)
+    if num_experts > top_k:
+        scores_TE[:, 0] = -1  # nobody's expert
+    chosen_TE = torch.zeros(T, num_experts, dtype=torch.bool).scatter(1, scores_TE.topk(top_k).indices, True)
+    weight_TE = torch.rand(T, num_experts, generator=generator, dtype=dtype).requires_grad_()
+    A_P = [leaf(rank, IN) if shared_A else leaf(num_experts, rank, IN) for _ in range(projections)]
+    B_P = [leaf(num_experts, out, rank) for out in OUTS[:projections]]
+    base_TO = leaf(T, sum(OUTS[:projections]))
+    return base_TO, leaf(T, IN), weight_TE, chosen_TE, A_P, B_P
+
+
+def loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P):
+    rows = []
+    for t in range(len(x_TI)):
+        deltas = []
+        for A, B in zip(A_P, B_P, strict=True):
+            delta = torch.zeros(B.shape[1], dtype=base_TO.dtype)
+            for e in range(len(B)):
+                if chosen_TE[t, e]:
+                    A_e = A if A.dim() == 2 else A[e]
+                    delta = delta + weight_TE[t, e] * SCALE * (B[e] @ (A_e @ x_TI[t]))
+            deltas.append(delta)
+        rows.append(base_TO[t] + torch.cat(deltas))
+    return torch.stack(rows)
+
+
+FORMS = ("masked", "paired", "expert by expert")
+
+
+@pytest.fixture
+def form(monkeypatch):
+    """form(name, ...): a gate of that form; "paired" as where grouped products are one call."""
+
+    def make(name, weight_TE, chosen_TE, top_k, rescaled=False):
+        used_TE = weight_TE * chosen_TE
+        monkeypatch.setattr(mixing, "_goes_expert_by_expert", lambda _: name == "expert by expert")
+        return (
+            MaskedGate(used_TE, rescaled) if name == "masked" else paired(used_TE, chosen_TE, top_k, rescaled=rescaled)
+        )
+
+    return make
+
+
+def gradients(output, leaves):
+    generator = torch.Generator().manual_seed(9)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    return torch.autograd.grad(output, leaves, grad)
+
+
+@pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
+@pytest.mark.parametrize("projections", [1, 2])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 1), (3, 2), (5, 2), (5, 5), (9, 3)])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_equals_the_loop(form, name, num_experts, top_k, projections, shared_A):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(
+        num_experts, top_k, shared_A=shared_A, projections=projections
+    )
+    leaves = [base_TO, x_TI, weight_TE, *A_P, *B_P]
+    expected = loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P)
+    gate = form(name, weight_TE, chosen_TE, top_k)
+    found = gate.add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    pairs = zip(gradients(found, leaves), gradients(expected, leaves), strict=True)
+    for leaf, (got, wanted) in zip(leaves, pairs, strict=True):
+        if leaf is weight_TE:  # no gradient where an expert is not used
+            wanted = wanted * chosen_TE
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+        assert wanted.any()
+
+
+def test_each_projection_may_have_a_gate_of_its_own():
+    base_TO, x_TI, _, _, A_P, B_P = make_tensors(3, 3)
+    weight_TPE = torch.rand(T, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = MaskedGate(weight_TPE).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    parts = []
+    for p, columns in enumerate(base_TO.split(OUTS, dim=1)):
+        parts.append(MaskedGate(weight_TPE[:, p]).add_lora(columns * 1, x_TI, A_P[p : p + 1], B_P[p : p + 1], SCALE))
+    expected = torch.cat(parts, dim=1)
+    torch.testing.assert_close(found, expected)
+    leaves = [base_TO, x_TI, weight_TPE, *A_P, *B_P]
+    for got, wanted in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_mixture_is_one_lora_with_a_block_diagonal_gate(form):
+    """METHODS (SMoRA): stack the ranks, and each expert's weight stands in its ranks' columns."""
+    base_TO, x_TI, weight_TE, chosen_TE, (A, _), (B, _) = make_tensors(4, 2)
+    used_TE = (weight_TE * chosen_TE).detach()
+    columns = used_TE.repeat_interleave(A.shape[1], dim=1)
+    one = base_TO[:, :8] + SCALE * (columns * (x_TI @ A.flatten(0, 1).T)) @ B.transpose(1, 2).flatten(0, 1)
+    for name in FORMS:
+        found = form(name, weight_TE, chosen_TE, 2).add_lora(base_TO[:, :8] * 1, x_TI, [A], [B], SCALE)
+        torch.testing.assert_close(found, one)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_order_of_the_experts_means_nothing(form, name):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    found = [
+        form(name, weight_TE[:, o], chosen_TE[:, o], 2).add_lora(
+            base_TO * 1, x_TI, [A[o] for A in A_P], [B[o] for B in B_P], SCALE
+        )
+        for o in (torch.arange(5), order)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_b_of_zeros_leaves_the_base_bit_for_bit(form, name, dtype):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(9, 2, dtype=dtype)
+    gate = form(name, weight_TE.float(), chosen_TE, 2)
+    found = gate.add_lora(base_TO * 1, x_TI, A_P, [torch.zeros_like(B) for B in B_P], SCALE)
+    assert torch.equal(found, base_TO)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_top_1_equals_the_bank_of_sorted_tokens(form, name):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(3, 1)
+    order = chosen_TE.int().argmax(1).argsort(stable=True)
+    weight_T = (weight_TE * chosen_TE).sum(1)[order]
+    expected = bank.add_gated_expert_lora(
+        base_TO[order], x_TI[order], A_P[0], B_P[0], A_P[1], B_P[1], chosen_TE.sum(0), SCALE, weight_T
+    )
+    # both projections as wide as the first
+    found = form(name, weight_TE, chosen_TE, 1).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    torch.testing.assert_close(found[order], expected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_bf16_is_as_near_as_its_rounding(form, name):
+    exact = make_tensors(9, 2, rank=8)
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = exact
+    expected = loop(*exact)
+
+    def half(tensor):
+        return tensor.detach().bfloat16()
+
+    gate = form(name, weight_TE.float(), chosen_TE, 2)
+    found = gate.add_lora(half(base_TO), half(x_TI), [half(A) for A in A_P], [half(B) for B in B_P], SCALE)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_expert_that_nobody_uses_gets_a_gradient_of_zeros(form, name):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2)
+    found = form(name, weight_TE, chosen_TE, 2).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    for gradient in gradients(found, [*A_P, *B_P]):
+        assert not gradient[0].any() and gradient[1:].any()
+
+
+def test_the_form_follows_the_number_of_experts_for_each_that_is_used():
+    cases = [(8, 2, torch.float32, "Masked"), (9, 2, torch.float32, "Paired"), (64, 64, torch.float32, "Masked"),
+             (64, 2, torch.bfloat16, "Masked"), (65, 2, torch.bfloat16, "Paired")]  # fmt: skip
+    for num_experts, top_k, dtype, expected in cases:
+        _, _, weight_TE, chosen_TE, *_ = make_tensors(num_experts, top_k)
+        assert type(make_gate(weight_TE, chosen_TE, top_k, dtype)).__name__ == f"{expected}Gate"
+    assert mixing._MASKED_UP_TO == {4: 4, 2: 32}
+
+
+@pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
+def test_no_token_at_all_is_no_error(shared_A):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(9, 2, shared_A=shared_A)
+    gate = make_gate(weight_TE[:0], chosen_TE[:0], 2, torch.float64)
+    found = gate.add_lora(base_TO[:0] * 1, x_TI[:0], A_P, B_P, SCALE)
+    assert found.shape == (0, base_TO.shape[1])
+    assert not any(gradient.any() for gradient in gradients(found, [*A_P, *B_P]))
+
+
+@pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_rescaled_gate_leaves_the_value_and_gives_experts_the_root(form, name, shared_A):
+    """METHODS B.5 item 4: sg(sqrt g) e + (g - sg(sqrt g)) sg(e)."""
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2, shared_A=shared_A)
+    leaves = [base_TO, x_TI, weight_TE, *A_P, *B_P]
+    found = form(name, weight_TE, chosen_TE, 2, rescaled=True).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+    value = loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P)
+    root_TE = weight_TE.detach().sqrt()
+    fixed = [x_TI.detach(), weight_TE - root_TE, chosen_TE, [A.detach() for A in A_P], [B.detach() for B in B_P]]
+    expected = loop(base_TO, x_TI, root_TE, chosen_TE, A_P, B_P) + loop(torch.zeros_like(base_TO), *fixed)
+    torch.testing.assert_close(found, value)
+    torch.testing.assert_close(expected, value)
+    plain = gradients(value, leaves)
+    for leaf, got, wanted, unscaled in zip(
+        leaves, gradients(found, leaves), gradients(expected, leaves), plain, strict=True
+    ):
+        if leaf is weight_TE:
+            wanted = wanted * chosen_TE
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+        assert torch.allclose(got, unscaled) == (leaf is weight_TE or leaf is base_TO)
