@@ -90,6 +90,15 @@ class AdapterConfig:
     attention: bool = True
     # "all", or the indices (from 0) of the decoder layers that carry adapters in their MLP.
     layers: Literal["all"] | tuple[int, ...] = "all"
+    # The scale of what a pair adds: alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+    scaling: Literal["lora", "rslora"] = "lora"
+    # What works around the optimizer step, in order: a `name` of adapters/methods and that method's options each.
+    methods: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """s of y = W x + s B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +113,8 @@ class TrainConfig:
     lr: NonNegative = 2e-4
     projector_lr: NonNegative | None = None
     router_lr: NonNegative | None = None
+    # The learning rate of the B factors, as a multiple of `lr` (LoRA+, arXiv 2402.12354).
+    lora_plus_ratio: Positive = 1.0
     projector: bool = True
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
@@ -265,6 +276,13 @@ def from_dict(tree: dict[str, Any]) -> RunConfig:
     config = _build(RunConfig, tree, "")
     validate(config)
     return config
+
+
+def build_section(kind: type, tree: dict[str, Any], where: str) -> Any:
+    """Build a frozen dataclass from a mapping that stands at `where`, and check its ranges. Raises ConfigError."""
+    section = _build(kind, tree, where)
+    _validate_ranges(section, f"{where}.")
+    return section
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -510,6 +528,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if any(value == option and type(value) is type(option) for option in args):
             return value
         raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}")
+    if origin is dict:
+        # sections whose keys another room knows
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise ConfigError(f"{where} must be a mapping of keys with a name, got {value!r}")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, got {value!r}")

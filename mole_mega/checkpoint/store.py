@@ -45,7 +45,7 @@ ADAPTER_FILE = "adapter.yaml"
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d+)")
 # What adapters are: under another value, the same tensors compute something else, or do not fit.
-_ADAPTER_KEYS = ("method", "num_experts", "rank", "alpha", "gate", "router_bias", "attention", "layers")
+_ADAPTER_KEYS = ("method", "num_experts", "rank", "alpha", "scaling", "gate", "router_bias", "attention", "layers")
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,15 @@ class CheckpointStore:
         self.run, self.parallel = run, parallel
         self.folder = Path(run.run_dir) / "checkpoints"
 
-    def save(self, model: DistributedDataParallel, optimizer: MegatronOptimizer, state: RunState) -> Path:
+    def save(
+        self,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        state: RunState,
+        more: ShardedStateDict | None = None,
+    ) -> Path:
         """Write the checkpoint of `state.step`, point `latest` at it and drop the oldest beyond `checkpoint.keep`.
+        `more` are entries that no other of it holds: what methods remember.
 
         Raises CheckpointError on every rank when the disk fails; earlier checkpoints stay as they were.
         """
@@ -95,7 +102,7 @@ class CheckpointStore:
                 for leftover in self.folder.glob(".*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir()
-        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False)
+        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False) | (more or {})
         with files.shared_disk_errors("saving", final):
             dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
             rng = folder / f"rng_{self.parallel.rank}.safetensors"
@@ -131,14 +138,21 @@ class CheckpointStore:
                 )
         return found[-1] if found else None
 
-    def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> RunState:
-        """Load weights, optimizer and RNG; returns the run's state. All files are checked first."""
+    def load(
+        self,
+        path: Path,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        more: ShardedStateDict | None = None,
+    ) -> RunState:
+        """Load weights, optimizer, RNG and `more` (as in `save`); returns the run's state. All files are checked
+        first."""
         files.verify(path)
         files.refuse_unsafe(path)
         tree = json.loads((path / "state.json").read_text())
         layout = tree.pop("layout")
         self._check_compatible(path)
-        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=True)
+        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=True) | (more or {})
         loaded = _load(entries, path)
         for index, shards in loaded.pop("optimizer", {}).items():
             optimizer.chained_optimizers[index].load_parameter_state_from_fully_reshardable(shards)
@@ -175,6 +189,9 @@ class CheckpointStore:
         """A run goes on only with the adapters, precision and optimizer that it began with."""
         old = run_config.load(path / "config.yaml")
         _check_same_keys(path, old, self.run, ("precision", "distributed_optimizer", "projector"))
+        ours, theirs = ([method["name"] for method in run.adapter.methods] for run in (self.run, old))
+        if ours != theirs:
+            raise files.CheckpointError(f"{path} was written with adapter.methods {theirs}, this run has {ours}")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -251,25 +268,25 @@ def read_adapter(folder: Path) -> AdapterConfig:
     try:
         tree = yaml.safe_load(path.read_text())
         layers = tree["layers"] if tree["layers"] == "all" else tuple(tree["layers"])
-        return AdapterConfig(**{**tree, "layers": layers})
+        return AdapterConfig(**{**tree, "layers": layers, "methods": tuple(tree.get("methods", ()))})
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise files.CheckpointError(f"{path} does not describe adapters: {files.reason(error)}") from error
 
 
 def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
-    """What the tensors' names and shapes do not show, or show late: above all the scale alpha / rank."""
+    """What the tensors' names and shapes do not show, or show late: above all the scale."""
     if (path / ADAPTER_FILE).is_file():
-        source = vars(read_adapter(path))
+        source = read_adapter(path)
     elif (path / "config.yaml").is_file():
-        source = vars(run_config.load(path / "config.yaml").adapter)
+        source = run_config.load(path / "config.yaml").adapter
     else:
         raise files.CheckpointError(f"{path} holds no adapters: it has neither {ADAPTER_FILE} nor config.yaml")
-    for key in ("method", "num_experts", "rank", "alpha"):
-        ours, theirs = getattr(adapter, key), source[key]
-        if key == "num_experts" and adapter.method == "lora":
-            continue
-        same = math.isclose(ours, theirs, rel_tol=1e-6) if key == "alpha" else ours == theirs
-        if not same:
+    keys = ["method", "num_experts", "rank"] if adapter.method == "mole" else ["method", "rank"]
+    if not math.isclose(adapter.scale, source.scale, rel_tol=1e-6):
+        keys += ["alpha", "scaling"]
+    for key in keys:
+        ours, theirs = getattr(adapter, key), getattr(source, key)
+        if ours != theirs:
             raise files.CheckpointError(f"{path} was made with adapter.{key} = {theirs}, this run has {ours}")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
+from mole_mega.adapters.methods.base import Held
 from mole_mega.config import TrainConfig
 from mole_mega.models.llava import LLaVA
 
@@ -34,12 +35,14 @@ def lr_scale(step: int, train: TrainConfig) -> float:
 
 
 def peak_lrs(train: TrainConfig) -> dict[str, float]:
-    """Peak learning rate of each group of parameters."""
-    return {
+    """Peak learning rate of each group of parameters. `adapters_B` are the B factors where LoRA+ sets them apart (Hayou
+    et al., arXiv 2402.12354): lr_B = ratio * lr_A."""
+    lrs = {
         "adapters": train.lr,
         "projector": train.lr if train.projector_lr is None else train.projector_lr,
         "router": train.lr if train.router_lr is None else train.router_lr,
     }
+    return lrs if train.lora_plus_ratio == 1 else lrs | {"adapters_B": train.lr * train.lora_plus_ratio}
 
 
 def build_optimizer(model: DistributedDataParallel, train: TrainConfig) -> MegatronOptimizer:
@@ -47,6 +50,8 @@ def build_optimizer(model: DistributedDataParallel, train: TrainConfig) -> Megat
     llava: LLaVA = model.module
     for parameter in llava.parameters():
         parameter.lr_group = "adapters"
+    if train.lora_plus_ratio != 1:
+        _assign((pair.B.parameter for pair in llava.lora_pairs()), "adapters_B")
     for router in llava.routers():
         _assign(router.parameters(), "router")
     if llava.pre_process:
@@ -80,6 +85,30 @@ def set_lr(optimizer: MegatronOptimizer, step: int, train: TrainConfig) -> dict[
         group["lr"] = group["max_lr"] * scale
         group["weight_decay"] = train.weight_decay
     return {name: lr * scale for name, lr in peak_lrs(train).items()}
+
+
+def current_lr(optimizer: MegatronOptimizer) -> float:
+    """The learning rate of the group "adapters", which `set_lr` has set; 0 on a stage that has none."""
+    # the first group's mark (`build_optimizer`)
+    return next((float(group["lr"]) for group in optimizer.param_groups if group["min_lr"] == 0), 0.0)
+
+
+def held_parts(parameter: torch.nn.Parameter, optimizer: MegatronOptimizer) -> Iterator[Held]:
+    """What this rank's optimizer holds of a parameter: all of it, or under the distributed optimizer a range, or
+    nothing. Adam's moments are there after the first step."""
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is None:
+            continue
+        if not optimizer.config.use_distributed_optimizer:
+            master = getattr(parameter, "main_param", parameter)
+            if master in part.optimizer.state:
+                yield Held(master, part.optimizer.state[master], 0)
+        elif parameter in part.model_param_gbuf_map:
+            buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
+            held = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
+            group, order = part.model_param_group_index_map[parameter]
+            master = part.optimizer.param_groups[group]["params"][order]
+            yield Held(master, part.optimizer.state[master], held.start)
 
 
 def _assign(parameters: Iterable[torch.nn.Parameter], group: str) -> None:
