@@ -214,7 +214,7 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
     weights = _whole(entries, {name: parameters[name].detach() for name in entries}, parallel)
     result |= {f"weight/{key}": tensor for key, tensor in weights.items()}
     states = method_entries(stepper.methods, parallel.groups)
-    remembered = _whole(states, {name: entry.data for name, entry in states.items()}, parallel)
+    remembered = _whole(states, {name: entry.data.double() for name, entry in states.items()}, parallel)
     result |= {f"weight/{key}": tensor for key, tensor in remembered.items()}
     return result if parallel.is_main else None
 
