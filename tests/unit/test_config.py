@@ -445,14 +445,14 @@ def all_set() -> RunConfig:
         adapter={
             "num_experts": 4, "rank": 8, "alpha": 4.5, "dropout": 0.1, "gate": "none", "balance_weight": 1e-7,
             "balance_scope": "model", "z_loss_weight": 1e-22, "router_bias": False, "attention": False,
-            "layers": [3, 1],
+            "layers": [3, 1], "scaling": "rslora", "methods": [{"name": "any", "option": [0.5, {"x": None}]}],
         },
         train={
             "schedule_steps": 9, "global_batch_size": 6, "micro_batch_size": 3, "seed": 5, "lr": 1e-4,
             "projector_lr": 1e-5, "router_lr": 0, "projector": False, "schedule": "linear", "warmup_steps": 2,
             "min_lr_ratio": 0.1, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-9,
             "clip_grad": 0, "precision": "fp32", "distributed_optimizer": True, "recompute": "full",
-            "max_bad_steps": 1,
+            "max_bad_steps": 1, "lora_plus_ratio": 16.0,
         },
         data={
             "sources": [
