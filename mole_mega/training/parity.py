@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from mole_mega import config as run_config
-from mole_mega.adapters.methods import method_entries
+from mole_mega.adapters.methods import method_entries, shorten_methods
 from mole_mega.adapters.routing import RoutingSummary
 from mole_mega.checkpoint.base import save_base
 from mole_mega.checkpoint.store import trainable_entries
@@ -116,6 +116,7 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
         ),
         image_token_id=4,
     )  # fmt: skip
+    run = shorten_methods(run, STEPS)
     adapter, train = run.adapter, run.train
     rank = min(adapter.rank, 8)
     layers: Literal["all"] | tuple[int, ...] = "all" if adapter.layers == "all" else (1, 2)

@@ -1,5 +1,6 @@
 """The seam for methods: handles that mean what they say, a config that refuses what does not go, one file a method."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +63,7 @@ def test_a_method_is_one_file_one_test_and_one_example(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_nobody_else_knows_a_method(name):
     """Beside its own file, a method's name stands in the registry alone: its line, and its import."""
-    words = {path: path.read_text().count(name) for path in (ROOT / "mole_mega").rglob("*.py")}
+    words = {path: len(re.findall(rf"\b{name}\b", path.read_text())) for path in (ROOT / "mole_mega").rglob("*.py")}
     registry = ROOT / "mole_mega" / "adapters" / "methods" / "__init__.py"
     found = {path for path, count in words.items() if count}
     assert found == {registry, registry.with_name(f"{name}.py")}
@@ -144,6 +145,15 @@ def test_a_run_with_its_methods_survives_its_own_dump(tmp_path):
     assert run_config.load(path).adapter == run.adapter
     changed = run_config.load(path, ["adapter.methods.bora.tau=7"])
     assert check_methods(changed)[0][1].tau == 7
+
+
+def test_a_run_that_is_scaled_down_still_does_all_that_its_methods_do():
+    sculpt = {"name": "lorasculpt", "prune_step": 100, "ramp_steps": 50, "density": 0.2}
+    run = with_methods(replace(_RUN, train=TrainConfig(steps=1000)), sculpt, {"name": "riemannian"})
+    small, _ = scaled_down(run, None)
+    (_, options), _ = check_methods(small)
+    assert (options.prune_step, options.ramp_steps, options.density) == (2, 1, 0.2)
+    assert small.train.steps == parity.STEPS
 
 
 # handles

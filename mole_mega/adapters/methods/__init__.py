@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -25,16 +26,9 @@ METHODS: dict[str, type[Method]] = {
 def check_methods(run: RunConfig) -> list[tuple[type[Method], Any]]:
     """The methods that `adapter.methods` names and their options, in order. Raises ConfigError for a name or an option
     that there is not, and for methods that do not go together or not with the run."""
-    asked = []
-    for index, tree in enumerate(run.adapter.methods):
-        where = f"adapter.methods[{index}]"
-        name = tree.get("name")
-        if name not in METHODS:
-            raise ConfigError(f"{where}.name must be one of {', '.join(METHODS)}; got {name!r}")
-        kind = METHODS[name]
-        options = build_section(kind.Options, {key: value for key, value in tree.items() if key != "name"}, where)
+    asked = _read(run)
+    for kind, options in asked:
         kind.check(options, run)
-        asked.append((kind, options))
     names = [tree["name"] for tree in run.adapter.methods]
     for index, (name, (kind, _)) in enumerate(zip(names, asked, strict=True)):
         if names.count(name) > 1:
@@ -46,6 +40,15 @@ def check_methods(run: RunConfig) -> list[tuple[type[Method], Any]]:
     return asked
 
 
+def shorten_methods(run: RunConfig, steps: int) -> RunConfig:
+    """The run with methods that do all that they do within so many steps."""
+    methods = tuple(
+        {"name": tree["name"]} | asdict(kind.shortened(options, steps))
+        for tree, (kind, options) in zip(run.adapter.methods, _read(run), strict=True)
+    )
+    return replace(run, adapter=replace(run.adapter, methods=methods))
+
+
 def build_methods(
     run: RunConfig, pairs: Sequence[Pair], groups: ProcessGroupCollection, device: torch.device
 ) -> dict[str, Method]:
@@ -54,6 +57,19 @@ def build_methods(
         tree["name"]: kind(options, run, pairs, groups, device)
         for tree, (kind, options) in zip(run.adapter.methods, check_methods(run), strict=True)
     }
+
+
+def _read(run: RunConfig) -> list[tuple[type[Method], Any]]:
+    """Each method asked for and its options, by themselves."""
+    asked = []
+    for index, tree in enumerate(run.adapter.methods):
+        where = f"adapter.methods[{index}]"
+        name = tree.get("name")
+        if name not in METHODS:
+            raise ConfigError(f"{where}.name must be one of {', '.join(METHODS)}; got {name!r}")
+        options = {key: value for key, value in tree.items() if key != "name"}
+        asked.append((METHODS[name], build_section(METHODS[name].Options, options, where)))
+    return asked
 
 
 def method_entries(methods: dict[str, Method], groups: ProcessGroupCollection) -> ShardedStateDict:

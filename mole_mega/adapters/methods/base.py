@@ -65,6 +65,11 @@ class Method:
     def check(cls, options: Any, run: RunConfig) -> None:
         """Raise ConfigError where the options do not go with the rest of the run."""
 
+    @classmethod
+    def shortened(cls, options: Any, steps: int) -> Any:
+        """The options for a run of only so many steps, so that all that the method does happens in it."""
+        return options
+
     def init(self, pairs: Sequence[Pair]) -> None:
         """Change the adapters that a fresh run begins with; not called where weights come from a checkpoint."""
 

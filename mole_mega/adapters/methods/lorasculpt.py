@@ -19,7 +19,7 @@ The published density 0.1 at rank 32 makes B A 27.5% dense by the paper's own fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -84,6 +84,11 @@ class LoRASculpt(Method):
                 "adapter.methods lorasculpt keeps each expert's own support, which monitor.alarms.reaction reseed "
                 "would overwrite with another expert's weights"
             )
+
+    @classmethod
+    def shortened(cls, options: LoRASculptOptions, steps: int) -> LoRASculptOptions:
+        ramp_steps = min(options.ramp_steps, steps // 3)
+        return replace(options, prune_step=min(options.prune_step, steps - ramp_steps), ramp_steps=ramp_steps)
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
         if not self._regularised:
