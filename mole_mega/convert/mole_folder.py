@@ -95,7 +95,7 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
             "num_experts": adapter.num_experts,
             "rank": adapter.rank,
             # of the scale alpha / rank
-            "alpha": adapter.scale * adapter.rank,
+            "alpha": adapter.alpha if adapter.scaling == "lora" else adapter.scale * adapter.rank,
             "gate": adapter.gate,
             "top_k": adapter.top_k,
             "layers": adapter.layers,
