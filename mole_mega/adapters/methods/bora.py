@@ -9,13 +9,18 @@ theta_e all factors of expert e. tau -> 0: independent experts; tau -> inf: one 
 to the NLL summed over all tokens of the data, so its tau is this one times their number.
 
 With one expert a task, each token at its own task's, this is BoRA; with a router it ties experts to one another. Theta
-is a tensor a factor, in full on every expert-parallel rank: it begins as the experts' mean and is stepped by Adam at
-the adapters' learning rate (from its exact gradient, which is not part of the gradient norm that is clipped).
+is a tensor a factor, in full on every expert-parallel rank. It begins as the experts' mean and follows its gradient,
+
+    -tau sum_e w_e (theta_e - Theta)      w_e = 1, or 1 / ||theta_e - Theta||
+
+by the step 1 / (tau sum_e w_e), which ends at the weighted mean sum_e w_e theta_e / sum_e w_e: for the squared form
+that is the minimum, for the released one an iteration of Weiszfeld's towards it, the geometric median. (The paper's
+code steps Theta by Adam, which near the optimum, where the experts' pulls cancel, magnifies rounding to whole steps.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +31,8 @@ from mole_mega.adapters import sharding
 from mole_mega.adapters.methods.base import Method, StateTensor, Step
 from mole_mega.adapters.pairs import Factor, Pair, reduce_together, whole_sums
 from mole_mega.config import ConfigError, NonNegative, RunConfig
+
+_SMALLEST_NORM = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +45,8 @@ class BoRAOptions:
     init_noise: NonNegative | None = None
 
 
-@dataclass
-class _Global:
-    """Theta of one factor of this rank, and what Adam knows of it; all fp32."""
-
-    factor: Factor
-    lr_ratio: float
-    theta: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    gradient: torch.Tensor
-
-    @property
-    def placement(self) -> sharding.Placement:
-        return without_experts(self.factor.placement)
-
-
 class BoRA(Method):
-    """The prior. Its state: Theta and its Adam moments."""
+    """The prior. Its state: Theta, fp32, a tensor a factor."""
 
     Options = BoRAOptions
 
@@ -63,12 +54,8 @@ class BoRA(Method):
         self, options: Any, run: RunConfig, pairs: Sequence[Pair], groups: ProcessGroupCollection, device: torch.device
     ) -> None:
         super().__init__(options, run, pairs, groups, device)
-        self._globals = []
-        for pair in pairs:
-            for factor, lr_ratio in ((pair.A, 1.0), (pair.B, run.train.lora_plus_ratio)):
-                if factor.placement.expert_axis is not None:
-                    zeros = [torch.zeros_like(factor.values[0]) for _ in range(4)]
-                    self._globals.append(_Global(factor, lr_ratio, *zeros))
+        self._factors = [f for pair in pairs for f in pair.factors if f.placement.expert_axis is not None]
+        self._thetas = [torch.zeros_like(factor.values[0]) for factor in self._factors]
         self._prior = torch.zeros((), dtype=torch.float64, device=device)
 
     @classmethod
@@ -91,74 +78,73 @@ class BoRA(Method):
         with torch.no_grad():
             for pair in pairs:
                 for factor, start in ((pair.A, sharding.kaiming_uniform), (pair.B, sharding.zeros)):
-                    if factor.placement.expert_axis is None:
-                        continue
-                    shape, seed = factor.whole_shape(), self.run.train.seed
-                    one = sharding.draw_part(
-                        f"{factor.name}.global", without_experts(factor.placement), shape[1:], start, self.groups,
-                        seed=seed,
-                    )  # fmt: skip
-                    noise = sharding.draw_part(
-                        f"{factor.name}.noise", factor.placement, shape, sharding.normal, self.groups, seed=seed
-                    )
-                    factor.parameter.copy_(one + self.options.init_noise * noise)
+                    if factor.placement.expert_axis is not None:
+                        factor.parameter.copy_(self._noisy_copies(factor, start))
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
-        if not self.options.tau or not self._globals:
+        if not self.options.tau or not self._factors:
             return
-        ep = self.groups.ep
         if step.number == 1:
-            sums = reduce_together([g.factor.values.sum(0) for g in self._globals], ep)
-            for g, total in zip(self._globals, sums, strict=True):
-                g.theta.copy_(total / (len(g.factor.parameter) * ep.size()))
-        gaps = [g.factor.values - g.theta for g in self._globals]
-        squares = whole_sums([g.factor for g in self._globals], [gap.square().sum((-2, -1)) for gap in gaps])
-        total, pulls = torch.zeros_like(self._prior), []
-        for g, gap, square_E in zip(self._globals, gaps, squares, strict=True):
-            energy_E, pull = prior(gap, square_E, self.options.tau, self.options.prior)
-            g.factor.gradient.add_(pull)
-            pulls.append(pull.sum(0))
-            total += energy_E.sum()
-        for g, pull in zip(self._globals, reduce_together(pulls, ep), strict=True):
-            g.gradient.copy_(-pull)
-        self._prior = total
+            self._move_thetas([torch.ones(len(f.parameter), device=self.device) for f in self._factors])
+        gaps, squares = self._gaps()
+        self._prior = torch.zeros_like(self._prior)
+        for factor, gap, square_E in zip(self._factors, gaps, squares, strict=True):
+            energy_E, weight_E = prior(square_E, self.options.tau, self.options.prior)
+            factor.gradient.add_(weight_E[:, None, None] * gap)
+            self._prior += energy_E.sum()
 
     def after_step(self, pairs: Sequence[Pair], step: Step) -> None:
-        if not self.options.tau:
+        if not self.options.tau or not self._factors:
             return
-        train = self.run.train
-        beta1, beta2 = train.adam_beta1, train.adam_beta2
-        for g in self._globals:
-            g.exp_avg.lerp_(g.gradient, 1 - beta1)
-            g.exp_avg_sq.mul_(beta2).addcmul_(g.gradient, g.gradient, value=1 - beta2)
-            root = (g.exp_avg_sq / (1 - beta2**step.number)).sqrt_().add_(train.adam_eps)
-            g.theta.addcdiv_(g.exp_avg, root, value=-step.lr * g.lr_ratio / (1 - beta1**step.number))
+        _, squares = self._gaps()
+        self._move_thetas([prior(square_E, 1.0, self.options.prior)[1] for square_E in squares])
 
     def metrics(self) -> dict[str, torch.Tensor]:
         return {"prior": self._prior}
 
     def state(self) -> dict[str, StateTensor]:
         return {
-            f"{kind}.{g.factor.name}": StateTensor(getattr(g, kind), g.placement)
-            for g in self._globals
-            for kind in ("theta", "exp_avg", "exp_avg_sq")
+            f"theta.{factor.name}": StateTensor(theta, without_experts(factor.placement))
+            for factor, theta in zip(self._factors, self._thetas, strict=True)
         }
+
+    def _gaps(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """theta_e - Theta of this rank's part of each factor, and its squared norm over the whole, [E]."""
+        gaps = [factor.values - theta for factor, theta in zip(self._factors, self._thetas, strict=True)]
+        return gaps, whole_sums(self._factors, [gap.square().sum((-2, -1)) for gap in gaps])
+
+    def _move_thetas(self, weights_E: Sequence[torch.Tensor]) -> None:
+        """To the weighted mean over the experts of all ranks."""
+        sums = []
+        for factor, weight_E in zip(self._factors, weights_E, strict=True):
+            sums += [torch.einsum("e,eij->ij", weight_E, factor.values), weight_E.sum()]
+        reduced = reduce_together(sums, self.groups.ep)
+        for theta, total, weight in zip(self._thetas, reduced[0::2], reduced[1::2], strict=True):
+            theta.copy_(total / weight)
+
+    def _noisy_copies(self, factor: Factor, start: Callable[[torch.Tensor, torch.Generator], None]) -> torch.Tensor:
+        """One adapter's factor, drawn anew, for every expert of this rank, and noise of each one's own."""
+        shape, seed = factor.whole_shape(), self.run.train.seed
+        placement = without_experts(factor.placement)
+        one = sharding.draw_part(f"{factor.name}.global", placement, shape[1:], start, self.groups, seed=seed)
+        noise = sharding.draw_part(
+            f"{factor.name}.noise", factor.placement, shape, sharding.normal, self.groups, seed=seed
+        )
+        return one + self.options.init_noise * noise
 
 
 def prior(
-    gap: torch.Tensor, square_E: torch.Tensor, tau: float, form: Literal["squared", "released"]
+    square_E: torch.Tensor, tau: float, form: Literal["squared", "released"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what the prior adds to the loss [E], its gradient to the factors) of one factor of E experts.
+    """(what the prior adds to the loss, tau w_e) of one factor by expert, [E] both.
 
-    gap = theta_e - Theta [E, ...], which may be a part of the whole; `square_E` its squared norm over the whole. The
-    gradient to Theta is minus the sum over the experts. At theta_e = Theta the released form has a kink: its gradient
-    there is taken as 0.
+    `square_E` is ||theta_e - Theta||^2 of the whole factor. The gradient to theta_e is tau w_e (theta_e - Theta), that
+    to Theta minus the sum over the experts. At theta_e = Theta the released form has a kink; its gradient there is 0.
     """
     if form == "squared":
-        return tau / 2 * square_E, tau * gap
+        return tau / 2 * square_E, torch.full_like(square_E, tau)
     norm_E = square_E.sqrt()
-    scale_E = torch.where(norm_E > 0, tau / norm_E, 0.0)
-    return tau * norm_E, scale_E.reshape(-1, *[1] * (gap.dim() - 1)) * gap
+    return tau * norm_E, tau / norm_E.clamp(min=_SMALLEST_NORM)
 
 
 def without_experts(placement: sharding.Placement) -> sharding.Placement:
