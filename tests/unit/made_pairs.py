@@ -5,20 +5,17 @@ import torch
 from mole_mega.adapters.methods.base import Held, Step
 from mole_mega.adapters.pairs import Factor, Pair
 from mole_mega.adapters.sharding import PLACEMENTS, place
-from mole_mega.config import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
+from mole_mega.config import AdapterConfig, DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 
 
 def made_run(*methods, adapter=None, train=None):
-    run = RunConfig(
+    return RunConfig(
         run_dir="unused",
         model=ModelConfig(base=""),
+        adapter=AdapterConfig(methods=methods, **(adapter or {})),
         train=TrainConfig(**{"steps": 1000} | (train or {})),
         data=DataConfig(sources=(SourceConfig(name="made", path="made"),)),
     )
-    object.__setattr__(run.adapter, "methods", tuple(methods))
-    for key, value in (adapter or {}).items():
-        object.__setattr__(run.adapter, key, value)
-    return run
 
 
 def made_pair(parallel, A, B, W=None, *, name="layers.0.mlp.gate", grad_A=None, grad_B=None):
