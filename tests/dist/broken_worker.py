@@ -1,9 +1,10 @@
 """A worker of `mole_mega.training.parity` that gives one mark of every adapter tensor a wrong value: the mark that the
-case names in its `run_dir`."""
+case names in its `run_dir`; or, of a case that names none, whose methods forget what is summed over ranks."""
 
 import sys
 
-from mole_mega.adapters import sharding
+from mole_mega.adapters import pairs, sharding
+from mole_mega.adapters.methods import METHODS
 from mole_mega.training import parity
 
 WRONG = {
@@ -15,9 +16,19 @@ WRONG = {
     "tensor_model_parallel": False,
 }
 _place, _record = sharding.place, parity.record
+_USERS = [pairs, *(sys.modules[method.__module__] for method in METHODS.values())]
+_reduce_together = pairs.reduce_together
 
 
 def record(run, size, parallel):
+    forgets = run.run_dir not in WRONG
+    for module in _USERS:
+        if hasattr(module, "reduce_together"):
+            module.reduce_together = (lambda tensors, *_: list(tensors)) if forgets else _reduce_together
+    if forgets:
+        sharding.place = _place
+        return _record(run, size, parallel)
+
     def place(parameter, placement):
         _place(parameter, placement)
         setattr(parameter, run.run_dir, WRONG[run.run_dir])
