@@ -119,6 +119,8 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
     min_lr_ratio: Share = 0.0
+    # sgd: plain gradient descent, without momentum
+    optimizer: Literal["adam", "sgd"] = "adam"
     weight_decay: NonNegative = 0.0
     adam_beta1: ProperShare = 0.9
     adam_beta2: ProperShare = 0.999
@@ -302,6 +304,7 @@ def validate(config: RunConfig) -> None:
     _validate_ranges(config, "")
     _validate_parallel(config.parallel, config.adapter)
     _validate_adapter(config.adapter, config.train)
+    _validate_optimizer(config.train)
     _validate_batch(config.train)
     _validate_sources("sources", config.data.sources)
     _validate_sources("validation", config.data.validation)
@@ -360,6 +363,14 @@ def _validate_adapter(adapter: AdapterConfig, train: TrainConfig) -> None:
         raise ConfigError(
             "adapter.gate none gives the router no gradient, and adapter.balance_weight and adapter.z_loss_weight are "
             "both 0: the router would stay as it is initialised; set one of them, or another gate"
+        )
+
+
+def _validate_optimizer(train: TrainConfig) -> None:
+    if train.optimizer == "sgd" and train.distributed_optimizer:
+        raise ConfigError(
+            "train.optimizer sgd keeps nothing that train.distributed_optimizer could shard, and Megatron-Core shards "
+            "Adam's moments only; set it to false"
         )
 
 

@@ -158,7 +158,8 @@ class CheckpointStore:
             optimizer.chained_optimizers[index].load_parameter_state_from_fully_reshardable(shards)
         for part in _optimizer_parts(optimizer).values():
             for moments in part.optimizer.state.values():
-                moments["step"] = torch.tensor(float(tree["applied_steps"]))
+                if moments:
+                    moments["step"] = torch.tensor(float(tree["applied_steps"]))
         _copy_into(entries, loaded)
         if layout == self._layout():
             _set_rng_state(safetensors.torch.load_file(path / f"rng_{self.parallel.rank}.safetensors"))
@@ -188,7 +189,7 @@ class CheckpointStore:
     def _check_compatible(self, path: Path) -> None:
         """A run goes on only with the adapters, precision and optimizer that it began with."""
         old = run_config.load(path / "config.yaml")
-        _check_same_keys(path, old, self.run, ("precision", "distributed_optimizer", "projector"))
+        _check_same_keys(path, old, self.run, ("precision", "optimizer", "distributed_optimizer", "projector"))
         ours, theirs = ([method["name"] for method in run.adapter.methods] for run in (self.run, old))
         if ours != theirs:
             raise files.CheckpointError(f"{path} was written with adapter.methods {theirs}, this run has {ours}")
@@ -327,13 +328,13 @@ def trainable_entries(model: DistributedDataParallel | Any) -> ShardedStateDict:
 def _optimizer_entries(
     model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> ShardedStateDict:
-    """Adam's moments and the fp32 master weights, named and cut as their parameters are.
+    """Adam's moments (of SGD there are none) and the fp32 master weights, named and cut as their parameters are.
 
     Learning rates and the like are not state: they follow from the config and the step.
     """
     weights = trainable_entries(model)
     parts = _optimizer_parts(optimizer)
-    if is_loading:
+    if is_loading and optimizer.config.optimizer == "adam":
         for part in parts.values():
             part.init_state_fn(part.optimizer, part.config)
     if optimizer.config.use_distributed_optimizer:
@@ -345,7 +346,7 @@ def _optimizer_entries(
         return {"optimizer": shards} if shards else {}
     entries: ShardedStateDict = {}
     for name, parameter, state in _adam_states(model, optimizer):
-        tensors = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        tensors = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
         if getattr(parameter, "main_param", parameter) is not parameter:
             tensors["fp32_param"] = parameter.main_param  # type: ignore[attr-defined]
         for kind, tensor in tensors.items():
@@ -369,7 +370,7 @@ def _adam_states(
         states.update(part.optimizer.state)
     for name, parameter in model.module.named_parameters():
         if parameter.requires_grad:
-            yield name, parameter, states[getattr(parameter, "main_param", parameter)]
+            yield name, parameter, states.get(getattr(parameter, "main_param", parameter), {})
 
 
 def _load(entries: ShardedStateDict, path: Path) -> dict[str, Any]:

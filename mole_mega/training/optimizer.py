@@ -1,9 +1,9 @@
-"""Megatron-Core's Adam over what is trainable, and the learning rate as a pure function of the step."""
+"""Megatron-Core's optimizer over what is trainable, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -15,6 +15,8 @@ from mole_mega.config import TrainConfig
 from mole_mega.models.llava import LLaVA
 
 LR_GROUPS = ("adapters", "projector", "router")
+# what Adam keeps of each weight, by the names that torch gives them; SGD keeps nothing
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def lr_scale(step: int, train: TrainConfig) -> float:
@@ -46,7 +48,7 @@ def peak_lrs(train: TrainConfig) -> dict[str, float]:
 
 
 def build_optimizer(model: DistributedDataParallel, train: TrainConfig) -> MegatronOptimizer:
-    """Adam (decoupled weight decay) over the trainable parameters, bf16 ones through fp32 master weights."""
+    """Adam (decoupled weight decay) or SGD over the trainable parameters, bf16 ones through fp32 master weights."""
     llava: LLaVA = model.module
     for parameter in llava.parameters():
         parameter.lr_group = "adapters"
@@ -57,7 +59,8 @@ def build_optimizer(model: DistributedDataParallel, train: TrainConfig) -> Megat
     if llava.pre_process:
         _assign(llava.vision_projection.parameters(), "projector")
     config = OptimizerConfig(
-        optimizer="adam",
+        optimizer=train.optimizer,
+        sgd_momentum=0.0,
         lr=train.lr,
         min_lr=0.0,
         weight_decay=train.weight_decay,
@@ -94,21 +97,25 @@ def current_lr(optimizer: MegatronOptimizer) -> float:
 
 
 def held_parts(parameter: torch.nn.Parameter, optimizer: MegatronOptimizer) -> Iterator[Held]:
-    """What this rank's optimizer holds of a parameter: all of it, or under the distributed optimizer a range, or
-    nothing. Adam's moments are there after the first step."""
-    for part in optimizer.chained_optimizers:
-        if part.optimizer is None:
-            continue
-        if not optimizer.config.use_distributed_optimizer:
-            master = getattr(parameter, "main_param", parameter)
-            if master in part.optimizer.state:
-                yield Held(master, part.optimizer.state[master], 0)
-        elif parameter in part.model_param_gbuf_map:
+    """What this rank's optimizer holds of a trainable parameter: all of it, or under the distributed optimizer a range,
+    or nothing. Moments are there after the first step."""
+    parts = [part for part in optimizer.chained_optimizers if part.optimizer is not None]
+    if not optimizer.config.use_distributed_optimizer:
+        master = getattr(parameter, "main_param", parameter)
+        states = [part.optimizer.state[master] for part in parts if master in part.optimizer.state]
+        yield Held(master, _moments(states[0]) if states else (), 0)
+        return
+    for part in parts:
+        if parameter in part.model_param_gbuf_map:
             buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
             held = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
             group, order = part.model_param_group_index_map[parameter]
             master = part.optimizer.param_groups[group]["params"][order]
-            yield Held(master, part.optimizer.state[master], held.start)
+            yield Held(master, _moments(part.optimizer.state[master]), held.start)
+
+
+def _moments(state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(state[name] for name in MOMENTS if name in state)
 
 
 def _assign(parameters: Iterable[torch.nn.Parameter], group: str) -> None:

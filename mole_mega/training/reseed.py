@@ -110,5 +110,5 @@ def _write(parameter: torch.nn.Parameter, index: int, value: torch.Tensor, optim
         if first < last:
             place = slice(first - offset, last - offset)
             master.view(-1)[place].copy_(value.reshape(-1)[first - start : last - start])
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name].view(-1)[place].zero_()
+            for moment in moments:
+                moment.view(-1)[place].zero_()

@@ -47,6 +47,7 @@ CASES = [
     case(TP, 2, (SCULPT, RIEMANNIAN), LORA),
     case(TP_PP, 4, (SCULPT, RIEMANNIAN), LORA),
     case(PP_EP, 4, (RELEASED,), train={"lora_plus_ratio": 4.0}),
+    case(PP_EP, 4, (RIEMANNIAN,), train={"optimizer": "sgd", "lr": 0.01, "clip_grad": 0.0}),
     case(TP, 2, (), {"scaling": "rslora"}, {"lora_plus_ratio": 4.0}),
 ]  # fmt: skip
 

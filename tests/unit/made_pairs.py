@@ -40,7 +40,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam([f.parameter for p in pairs for f in p.factors], lr=lr)
 
     def held(self, parameter):
-        yield Held(parameter, self.optimizer.state[parameter], 0)
+        state = self.optimizer.state[parameter]
+        yield Held(parameter, (state["exp_avg"], state["exp_avg_sq"]), 0)
 
     def step(self, gradient):
         """`gradient(factor)` is the data's part."""

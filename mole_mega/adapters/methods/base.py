@@ -7,7 +7,7 @@ pass, so each is written once for every layout: a rank treats the pairs that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,11 +21,11 @@ from mole_mega.config import RunConfig
 
 class Held(NamedTuple):
     """The part of a parameter that this rank's optimizer steps: its fp32 master weights (the parameter itself in fp32),
-    Adam's moments `exp_avg` and `exp_avg_sq`, and where its first number lies in the flat parameter. All of it; under
-    the distributed optimizer a range, whose tensors may be flat."""
+    the moments that it keeps of them (of Adam two, of SGD none), and where the first number lies in the flat parameter.
+    All of it; under the distributed optimizer a range, whose tensors may be flat."""
 
     master: torch.Tensor
-    moments: Mapping[str, torch.Tensor]
+    moments: Sequence[torch.Tensor]
     start: int
 
 

@@ -205,5 +205,5 @@ def _impose(mask: torch.Tensor, factor: Factor, step: Step) -> None:
         flat = mask.view(-1)
         for master, moments, start in step.held(factor.parameter):
             part = flat[start : start + master.numel()]
-            for tensor in (master, moments["exp_avg"], moments["exp_avg_sq"]):
+            for tensor in (master, *moments):
                 tensor.detach().view(-1).mul_(part)

@@ -3,8 +3,9 @@
     dA = (B^T B + delta I)^-1 grad_A        dB = grad_B (A A^T + delta I)^-1
 
 by expert, of the whole factors, both from the weights before the step (Jacobi order), in place of the gradient that
-Adam gets. To first order a plain gradient step of B A is then P_col(B) G + G P_row(A), G the gradient of the product,
-whatever basis the factors are written in: A -> S A, B -> B S^-1 changes nothing.
+the optimizer gets: with `train.optimizer` sgd the paper's RSGD, with adam its RAdamW. To first order a step of SGD then
+moves B A by P_col(B) G + G P_row(A), G the gradient of the product, whatever basis the factors are written in:
+A -> S A, B -> B S^-1 changes nothing.
 
 Where this departs from the released code: there B's preconditioner sees A after its own update (`released_sgd_step` is
 that order, for comparison; one optimizer step cannot be split so), Adam has no bias correction and epsilon 1e-6
