@@ -213,7 +213,7 @@ def test_a_value_out_of_range_is_named_with_its_key_and_number(section, key, val
         ({"train": {"global_batch_size": 10, "micro_batch_size": 4}}, ["size 10", "size 4"]),
         (
             {"train": {"optimizer": "sgd", "distributed_optimizer": True}},
-            ["train.optimizer sgd", "distributed_optimizer"],
+            ["optimizer sgd", "shards Adam"],
         ),
         ({"adapter": {"layers": []}}, ["adapter.layers is empty", "mole"]),
         (
