@@ -49,18 +49,18 @@ class Factor:
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """The whole, over tensor-parallel ranks, of something cut as this factor is; of this rank's experts."""
-        if not self.is_cut:
+        axis = self.placement.tensor_axis
+        if axis is None:
             return part
         parts = [torch.empty_like(part) for _ in range(self.groups.tp.size())]
         dist.all_gather(parts, part.contiguous(), group=self.groups.tp)
-        return torch.cat(parts, dim=self.placement.tensor_axis)
+        return torch.cat(parts, dim=axis)
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's part of a whole: the inverse of `gather`."""
-        if not self.is_cut:
-            return whole
         axis, tp = self.placement.tensor_axis, self.groups.tp
-        assert axis is not None
+        if axis is None:
+            return whole
         return whole.chunk(tp.size(), dim=axis)[tp.rank()].contiguous()
 
     def whole_shape(self) -> tuple[int, ...]:

@@ -346,7 +346,7 @@ def _optimizer_entries(
         return {"optimizer": shards} if shards else {}
     entries: ShardedStateDict = {}
     for name, parameter, state in _adam_states(model, optimizer):
-        tensors = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
+        tensors: dict[str, torch.Tensor] = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
         if getattr(parameter, "main_param", parameter) is not parameter:
             tensors["fp32_param"] = parameter.main_param  # type: ignore[attr-defined]
         for kind, tensor in tensors.items():

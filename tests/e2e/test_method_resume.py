@@ -85,10 +85,10 @@ def test_what_methods_remember_goes_on_under_another_layout(train, tmp_path):
 
 
 def test_a_run_goes_on_only_with_the_methods_that_it_began_with(train, tmp_path):
-    assert train("run", train={"steps": 3})[0] == 0
-    code, text = train("run", adapter={"methods": METHODS[:1]}, train={"steps": 4})
+    assert train("run", train={"steps": 4})[0] == 0
+    code, text = train("run", adapter={"methods": METHODS[:1]}, train={"steps": 5})
     assert code == INPUT_ERROR
     assert "written with adapter.methods ['bora', 'lorasculpt', 'riemannian'], this run has ['bora']" in text
-    code, text = train("run", adapter={"methods": [METHODS[0] | {"tau": 0.2}, *METHODS[1:]]}, train={"steps": 4})
+    code, text = train("run", adapter={"methods": [METHODS[0] | {"tau": 0.2}, *METHODS[1:]]}, train={"steps": 5})
     assert code == 0, text
-    assert "changed since step_3: adapter.methods" in text
+    assert "changed since step_4: adapter.methods" in text
