@@ -71,6 +71,12 @@ class Factor:
                 shape[axis] *= group.size()
         return tuple(shape)
 
+    @property
+    def num_experts(self) -> int:
+        """How many experts' factors the whole tensor holds; 1 where it has no axis of experts."""
+        axis = self.placement.expert_axis
+        return 1 if axis is None else self.whole_shape()[axis]
+
     def numel(self) -> int:
         """How many numbers one expert's whole factor has."""
         rows, columns = self.whole_shape()[-2:]
@@ -118,7 +124,12 @@ class Pair:
     @property
     def num_experts(self) -> int:
         """Of the whole model's pair; 1 for plain LoRA."""
-        return 1 if self.experts is None else len(self.experts) * self.groups.ep.size()
+        return self.B.num_experts
+
+    @property
+    def shares_A(self) -> bool:  # noqa: N802
+        """Whether one A serves all experts: it then has no axis E."""
+        return self.A.num_experts != self.B.num_experts
 
 
 @runtime_checkable
@@ -140,8 +151,8 @@ def make_pair(
     """The handle on `module.lora_<projection>_A` and `_B`, which a module that registers its factors so gives away."""
     A, B = (Factor(f"{name}.{f}", getattr(module, f"lora_{projection}_{f}"), groups) for f in ("A", "B"))
     experts = None
-    if A.placement.expert_axis is not None:
-        number = len(A.parameter)
+    if B.placement.expert_axis is not None:
+        number = len(B.parameter)
         experts = range(groups.ep.rank() * number, (groups.ep.rank() + 1) * number)
     return Pair(name, layer, projection, A, B, scale, experts, frozen)
 

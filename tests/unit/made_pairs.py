@@ -19,15 +19,14 @@ def made_run(*methods, adapter=None, train=None):
 
 
 def made_pair(parallel, A, B, W=None, *, name="layers.0.mlp.gate", grad_A=None, grad_B=None):
-    """A pair of one process; a bank where A and B have three axes."""
-    kind = "experts.column" if A.dim() == 3 else "column"
+    """A pair of one process; of a bank, what has three axes."""
     factors = []
     for letter, values, gradient in (("A", A, grad_A), ("B", B, grad_B)):
         parameter = torch.nn.Parameter(values.clone())
-        place(parameter, PLACEMENTS[f"{kind}.{letter}"])
+        place(parameter, PLACEMENTS[f"{'experts.' if values.dim() == 3 else ''}column.{letter}"])
         parameter.main_grad = torch.zeros(values.shape) if gradient is None else gradient.float().clone()
         factors.append(Factor(f"{name}.{letter}", parameter, parallel.groups))
-    experts = range(len(A)) if A.dim() == 3 else None
+    experts = range(len(B)) if B.dim() == 3 else None
     frozen = torch.randn(B.shape[-2], A.shape[-1]) if W is None else W
     return Pair(name, 0, name.rpartition(".")[2], *factors, 1.0, experts, lambda: [frozen])
 

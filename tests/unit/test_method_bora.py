@@ -137,6 +137,14 @@ def test_a_fresh_run_may_begin_as_noisy_copies(alone):
         assert float(factor.values.mean(0).abs().max()) == pytest.approx(center, rel=0.1, abs=4e-3)
 
 
+def test_an_a_that_experts_share_is_tied_already(alone):
+    pair = made_pair(alone, randn(2, 4).float(), randn(3, 5, 2).float())
+    method = build(alone, [pair], tau=1.0)
+    Trainer(method, [pair]).step(lambda factor: torch.zeros(factor.parameter.shape))
+    assert not pair.A.gradient.any() and pair.B.gradient.any()
+    assert list(method.state()) == [f"theta.{pair.B.name}"]
+
+
 def test_a_plain_pair_has_no_prior(alone):
     pair = made_pair(alone, randn(2, 4).float(), randn(5, 2).float(), name="layers.0.attention.q")
     method = build(alone, [pair], tau=1.0)

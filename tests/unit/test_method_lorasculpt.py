@@ -7,6 +7,7 @@ from made_pairs import Trainer, made_pair, made_run
 from mole_mega.adapters.methods import build_methods, lorasculpt
 from mole_mega.adapters.methods.lorasculpt import LoRASculptOptions, conflict_mask, conflict_parts, density_at
 from mole_mega.adapters.pairs import squared_norms
+from mole_mega.config import ConfigError
 
 
 def build(parallel, pairs, **options):
@@ -95,6 +96,16 @@ def test_a_bank_waits_until_every_expert_has_seen_tokens(alone):
     assert pair.A.parameter.ne(0).all()
     trainer.step(noise())
     assert pair.A.parameter.ne(0).sum() == 24
+
+
+def test_an_a_that_experts_share_is_pruned_as_one(alone):
+    pair = made_pair(alone, randn(4, 30), randn(2, 20, 4))
+    method = build(alone, [pair], density=0.5, prune_step=1)
+    Trainer(method, [pair]).step(noise())
+    assert pair.A.parameter.ne(0).sum() == 60 and pair.B.parameter.ne(0).sum() == 2 * 40
+    assert float(method.metrics()["density"]) == 0.5
+    with pytest.raises(ConfigError, match=r"gate has one A for all of them"):
+        build(alone, [pair], conflict_weight=1.0, regularise=["gate"])
 
 
 @pytest.mark.parametrize(("density", "rank", "expected"), [(0.1, 8, 0.0773), (0.1, 32, 0.275), (0.04, 32, 0.05)])

@@ -7,6 +7,7 @@ from made_pairs import made_pair, made_run
 from mole_mega.adapters.methods import build_methods
 from mole_mega.adapters.methods.base import Step
 from mole_mega.adapters.methods.riemannian import precondition, released_sgd_step, rescale_gate, sgd_step
+from mole_mega.config import ConfigError
 
 
 def grads(A, B, G):
@@ -130,6 +131,11 @@ def test_each_expert_has_a_preconditioner_of_its_own(alone):
         expected = preconditioned(A_e, B_e, G_e, 1e-6)
         torch.testing.assert_close(dA[e].double(), expected[0], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(dB[e].double(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_a_that_experts_share_is_refused(alone):
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.gate has one A for all experts"):
+        build(alone, made_pair(alone, torch.ones(2, 6), torch.ones(3, 7, 2)))
 
 
 def test_the_released_order_lets_b_see_the_new_a():

@@ -63,6 +63,11 @@ class LoRASculpt(Method):
         self._densities = {pair.name: torch.ones(1, dtype=torch.float64) for pair in pairs}
         self._pairs = pairs
         self._regularised = [p for p in pairs if options.conflict_weight and p.projection in options.regularise]
+        if shared := next((pair.name for pair in self._regularised if pair.shares_A), None):
+            raise ConfigError(
+                f"adapter.methods lorasculpt regularises each expert's B A, and {shared} has one A for all of them; "
+                "leave its projection out of `regularise`"
+            )
         self._base_norms: list[torch.Tensor] = []  # of what is frozen: measured once, at the first step
         self._conflict = torch.zeros((), dtype=torch.float64, device=device)
         number = torch.tensor(sum(pair.num_experts for pair in self._regularised), device=device)
@@ -140,7 +145,7 @@ class LoRASculpt(Method):
 
     def _kept(self, density: Callable[[Pair], float]) -> int:
         """How many numbers of this stage's whole factors stay at a pair's density."""
-        return sum(p.num_experts * int(density(p) * f.numel()) for p in self._pairs for f in p.factors)
+        return sum(f.num_experts * int(density(p) * f.numel()) for p in self._pairs for f in p.factors)
 
     def state(self) -> dict[str, StateTensor]:
         masks = {f"mask.{name}": StateTensor(mask, self._placements[name]) for name, mask in self._masks.items()}

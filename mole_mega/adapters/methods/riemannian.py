@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mole_mega.adapters.methods.base import Method, Step
 from mole_mega.adapters.pairs import Pair, gram_matrices
-from mole_mega.config import Positive
+from mole_mega.config import ConfigError, Positive, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,15 @@ class Riemannian(Method):
 
     Options = RiemannianOptions
     reshapes_gradients = True
+
+    def __init__(
+        self, options: Any, run: RunConfig, pairs: Sequence[Pair], groups: ProcessGroupCollection, device: torch.device
+    ) -> None:
+        super().__init__(options, run, pairs, groups, device)
+        if shared := next((pair.name for pair in pairs if pair.shares_A), None):
+            raise ConfigError(
+                f"adapter.methods riemannian preconditions an expert's A by its B; {shared} has one A for all experts"
+            )
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
         for pair, (gram_A, gram_B) in zip(pairs, gram_matrices(pairs), strict=True):
