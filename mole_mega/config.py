@@ -104,6 +104,15 @@ class AdapterConfig:
     attention: bool = True
     # "all", or the indices (from 0) of the decoder layers that carry adapters in their MLP.
     layers: Literal["all"] | tuple[int, ...] = "all"
+    # The scale of what a pair adds: alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+    scaling: Literal["lora", "rslora"] = "lora"
+    # What works around the optimizer step, in order: a `name` of adapters/methods and that method's options each.
+    methods: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """s of y = W x + s B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
     @property
     def why_tokens_stay(self) -> str:
@@ -135,10 +144,14 @@ class TrainConfig:
     lr: NonNegative = 2e-4
     projector_lr: NonNegative | None = None
     router_lr: NonNegative | None = None
+    # The learning rate of the B factors, as a multiple of `lr` (LoRA+, arXiv 2402.12354).
+    lora_plus_ratio: Positive = 1.0
     projector: bool = True
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
     min_lr_ratio: Share = 0.0
+    # sgd: plain gradient descent, without momentum
+    optimizer: Literal["adam", "sgd"] = "adam"
     weight_decay: NonNegative = 0.0
     adam_beta1: ProperShare = 0.9
     adam_beta2: ProperShare = 0.999
@@ -311,6 +324,13 @@ def from_dict(tree: dict[str, Any]) -> RunConfig:
     return config
 
 
+def build_section(kind: type, tree: dict[str, Any], where: str) -> Any:
+    """Build a frozen dataclass from a mapping that stands at `where`, and check its ranges. Raises ConfigError."""
+    section = _build(kind, tree, where)
+    _validate_ranges(section, f"{where}.")
+    return section
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain dicts, lists and scalars, every default filled in."""
     return _plain(dataclasses.asdict(config))
@@ -341,6 +361,7 @@ def validate(config: RunConfig) -> None:
     _validate_adapter(config.adapter, config.train)
     _validate_samples(config.adapter)
     _validate_tasks(config.adapter, config.data)
+    _validate_optimizer(config.train)
     _validate_batch(config.train)
     _validate_sources("sources", config.data.sources)
     _validate_sources("validation", config.data.validation)
@@ -467,6 +488,14 @@ def _validate_tasks(adapter: AdapterConfig, data: DataConfig) -> None:
                 f"data.validation {source.name!r} is none of data.sources ({', '.join(names)}): with "
                 "adapter.router_scope task no expert serves it"
             )
+
+
+def _validate_optimizer(train: TrainConfig) -> None:
+    if train.optimizer == "sgd" and train.distributed_optimizer:
+        raise ConfigError(
+            "train.optimizer sgd keeps nothing that train.distributed_optimizer could shard, and Megatron-Core shards "
+            "Adam's moments only; set it to false"
+        )
 
 
 def _validate_batch(train: TrainConfig) -> None:
@@ -639,6 +668,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if any(value == option and type(value) is type(option) for option in args):
             return value
         raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}; got {value!r}")
+    if origin is dict:
+        # sections whose keys another room knows
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise ConfigError(f"{where} must be a mapping of keys with a name, got {value!r}")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, got {value!r}")

@@ -1,7 +1,7 @@
 """Frozen tensor-parallel linears that carry plain LoRA. A fused base (q, k, v; gate, up) carries one pair a projection,
 as Hugging Face PEFT does, so that export stays exact.
 
-y = W x + s B A dropout(x), s = alpha / rank (LoRA, arXiv 2106.09685).
+y = W x + s B A dropout(x), s = `adapter.scale` (LoRA, arXiv 2106.09685).
 
 The communication around the base is done here once for base and LoRA together: a column linear gathers the sequence
 before both, a row linear sums both over the ranks after.
@@ -10,6 +10,7 @@ before both, a row linear sums both over the ranks after.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from megatron.core.tensor_parallel import (
 )
 
 from mole_mega.adapters import bank, sharding
+from mole_mega.adapters.pairs import Pair, make_pair
 from mole_mega.config import AdapterConfig
+from mole_mega.platform.fp8 import frozen_weight
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Projection:
 @dataclass(frozen=True, kw_only=True)
 class LoRASpec:
     """What a linear needs to know to carry LoRA. `name` is the linear's place in the whole model; it seeds the factors.
-    `num_blocks` is how often the base's whole output repeats its projections one after another: once a query group for
-    q, k, v; once a tensor-parallel rank for gate and up; 1 for a base that fuses nothing."""
+    `layer` counts decoder layers from 0. `num_blocks` is how often the base's whole output repeats its projections one
+    after another: once a query group for q, k, v; once a tensor-parallel rank for gate and up; 1 for a base that fuses
+    nothing."""
 
     adapter: AdapterConfig
     name: str
+    layer: int
     seed: int
     groups: ProcessGroupCollection
     device: torch.device
@@ -95,7 +100,7 @@ class LoRAColumnParallelLinear(ColumnParallelLinear):
         x = F.dropout(tokens, lora.adapter.dropout, self.training)
         factors_A = [getattr(self, f"lora_{p.name}_A") for p in lora.projections]
         factors_B = [getattr(self, f"lora_{p.name}_B") for p in lora.projections]
-        scale = lora.adapter.alpha / lora.adapter.rank
+        scale = lora.adapter.scale
         num_blocks = lora.num_blocks // self.tp_group.size()
         if num_blocks == 1:  # each projection's outputs lie side by side
             output = bank.add_lora(output, x, factors_A, factors_B, scale)
@@ -107,6 +112,22 @@ class LoRAColumnParallelLinear(ColumnParallelLinear):
             ]
             output = output + torch.cat(deltas, dim=-1).flatten(-2)
         return output.unflatten(0, input_.shape[:-1]), bias
+
+    def pairs(self) -> list[Pair]:
+        """Handles on this rank's factors, one a projection."""
+        lora = self.lora
+        return [
+            make_pair(self, f"{lora.name}.{p.name}", lora.layer, p.name, lora.adapter.scale, lora.groups,
+                      partial(self._frozen_rows, p))
+            for p in lora.projections
+        ]  # fmt: skip
+
+    def _frozen_rows(self, projection: Projection) -> list[torch.Tensor]:
+        """The base's rows of one projection, block by block."""
+        widths = [p.width for p in self.lora.projections]
+        start = sum(widths[: self.lora.projections.index(projection)])
+        blocks = frozen_weight(self).detach().split(sum(widths))
+        return [block[start : start + projection.width] for block in blocks]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)
@@ -139,11 +160,27 @@ class LoRARowParallelLinear(RowParallelLinear):
                 x = F.dropout(tokens, lora.adapter.dropout)
         factor_A = getattr(self, f"lora_{self._projection.name}_A")
         factor_B = getattr(self, f"lora_{self._projection.name}_B")
-        output = bank.add_lora(output, x, [factor_A], [factor_B], lora.adapter.alpha / lora.adapter.rank)
+        output = bank.add_lora(output, x, [factor_A], [factor_B], lora.adapter.scale)
         output = output.unflatten(0, input_.shape[:-1])
         if self._scatter_output:
             output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
         return output, bias
+
+    def pairs(self) -> list[Pair]:
+        """The handle on this rank's factors."""
+        lora, name = self.lora, self._projection.name
+        whole_name = f"{lora.name}.{name}"
+        return [
+            make_pair(
+                self,
+                whole_name,
+                lora.layer,
+                name,
+                lora.adapter.scale,
+                lora.groups,
+                lambda: [frozen_weight(self).detach()],
+            )
+        ]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)

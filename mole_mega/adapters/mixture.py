@@ -119,7 +119,7 @@ class MixtureExperts(MoLEExperts):
         `gate_of_down`, of its input h, where it is given. Under tensor parallelism x is whole, and the outputs of the
         ranks are still to be summed."""
         adapter = self.adapter
-        scale = adapter.alpha / adapter.rank
+        scale = adapter.scale
         whole = dict(self.named_parameters(recurse=False))
         cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
         whole |= zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True)

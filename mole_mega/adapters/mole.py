@@ -24,7 +24,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank, sharding
+from mole_mega.adapters.pairs import Pair, make_pair
 from mole_mega.config import AdapterConfig
+from mole_mega.platform.fp8 import frozen_weight
 
 
 class MoLELayer(MoELayer):
@@ -149,6 +151,7 @@ class MoLEExperts(MLP):
         submodules: MLPSubmodules,
         adapter: AdapterConfig,
         prefix: str,
+        layer: int,
         seed: int,
         device: torch.device,
         name: str | None = None,
@@ -163,7 +166,7 @@ class MoLEExperts(MLP):
             name=name,
         )
         self.adapter = adapter
-        self._groups = pg_collection
+        self._groups, self._prefix, self._layer = pg_collection, prefix, layer
         experts, rank, hidden, ffn = adapter.num_experts, adapter.rank, config.hidden_size, config.ffn_hidden_size
         assert num_local_experts * pg_collection.ep.size() == experts, (num_local_experts, experts)
         for projection, kind, in_features, out_features in (
@@ -191,7 +194,7 @@ class MoLEExperts(MLP):
     ) -> tuple[torch.Tensor, None]:
         """dispatched [T, H] sorted by local expert; counts [E]; weight [T], the gate's w. Returns ([T, H], None)."""
         adapter = self.adapter
-        scale = adapter.alpha / adapter.rank
+        scale = adapter.scale
         # w = 1 throughout: leave the multiplication out, so that it stays bit for bit plain LoRA
         weight = None if adapter.gate == "none" else weight_T
         fc1_T2F, _ = self.linear_fc1(dispatched_TH)
@@ -219,6 +222,18 @@ class MoLEExperts(MLP):
             return h_TF
         with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
             return F.dropout(h_TF, self.adapter.dropout)
+
+    def pairs(self) -> list[Pair]:
+        """Handles on this rank's part of the bank, one a projection with all experts that it has."""
+        frozen = {
+            "gate": lambda: [frozen_weight(self.linear_fc1).detach().chunk(2)[0]],
+            "up": lambda: [frozen_weight(self.linear_fc1).detach().chunk(2)[1]],
+            "down": lambda: [frozen_weight(self.linear_fc2).detach()],
+        }
+        return [
+            make_pair(self, f"{self._prefix}.{name}", self._layer, name, self.adapter.scale, self._groups, rows)
+            for name, rows in frozen.items()
+        ]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)

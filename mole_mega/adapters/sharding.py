@@ -113,14 +113,19 @@ def sharded_adapters(module: torch.nn.Module, prefix: str, groups: ProcessGroupC
     entries: ShardedStateDict = {}
     for name, parameter in module.named_parameters(recurse=False):
         placement = getattr(parameter, "placement", None)
-        if placement is None:
-            continue
-        # the copies of one part: over TP where TP holds it in full, over the data-parallel ranks that remain
-        data_group = groups.dp_cp if placement.expert_axis is None else groups.expt_dp
-        replica = (0, groups.tp.rank() if placement.partial else 0, data_group.rank())
-        cuts = _cuts(placement, groups)
-        entries[prefix + name] = ShardedTensor.from_rank_offsets(prefix + name, parameter, *cuts, replica_id=replica)
+        if placement is not None:
+            entries[prefix + name] = sharded_entry(prefix + name, parameter, placement, groups)
     return entries
+
+
+def sharded_entry(
+    key: str, tensor: torch.Tensor, placement: Placement, groups: ProcessGroupCollection
+) -> ShardedTensor:
+    """The checkpoint entry of this rank's part of the tensor that is called `key` in the whole model."""
+    # the copies of one part: over TP where TP holds it in full, over the data-parallel ranks that remain
+    data_group = groups.dp_cp if placement.expert_axis is None else groups.expt_dp
+    replica = (0, groups.tp.rank() if placement.partial else 0, data_group.rank())
+    return ShardedTensor.from_rank_offsets(key, tensor, *_cuts(placement, groups), replica_id=replica)
 
 
 def kaiming_uniform(tensor: torch.Tensor, generator: torch.Generator) -> None:

@@ -46,8 +46,8 @@ LATEST = "latest"
 _STEP = re.compile(r"step_(\d+)")
 # What adapters are: under another value, the same tensors compute something else, or do not fit.
 _ADAPTER_KEYS = (
-    "method", "num_experts", "rank", "alpha", "gate", "top_k", "router_scope", "renormalize", "share_A", "router_bias",
-    "attention", "layers",
+    "method", "num_experts", "rank", "alpha", "scaling", "gate", "top_k", "router_scope", "renormalize", "share_A",
+    "router_bias", "attention", "layers",
 )  # fmt: skip
 
 
@@ -85,8 +85,15 @@ class CheckpointStore:
         self.run, self.parallel = run, parallel
         self.folder = Path(run.run_dir) / "checkpoints"
 
-    def save(self, model: DistributedDataParallel, optimizer: MegatronOptimizer, state: RunState) -> Path:
+    def save(
+        self,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        state: RunState,
+        more: ShardedStateDict | None = None,
+    ) -> Path:
         """Write the checkpoint of `state.step`, point `latest` at it and drop the oldest beyond `checkpoint.keep`.
+        `more` are entries that no other of it holds: what methods remember.
 
         Raises CheckpointError on every rank when the disk fails; earlier checkpoints stay as they were.
         """
@@ -98,7 +105,7 @@ class CheckpointStore:
                 for leftover in self.folder.glob(".*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir()
-        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False)
+        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False) | (more or {})
         with files.shared_disk_errors("saving", final):
             dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
             rng = folder / f"rng_{self.parallel.rank}.safetensors"
@@ -134,20 +141,28 @@ class CheckpointStore:
                 )
         return found[-1] if found else None
 
-    def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> RunState:
-        """Load weights, optimizer and RNG; returns the run's state. All files are checked first."""
+    def load(
+        self,
+        path: Path,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        more: ShardedStateDict | None = None,
+    ) -> RunState:
+        """Load weights, optimizer, RNG and `more` (as in `save`); returns the run's state. All files are checked
+        first."""
         files.verify(path)
         files.refuse_unsafe(path)
         tree = json.loads((path / "state.json").read_text())
         layout = tree.pop("layout")
         self._check_compatible(path)
-        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=True)
+        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=True) | (more or {})
         loaded = _load(entries, path)
         for index, shards in loaded.pop("optimizer", {}).items():
             optimizer.chained_optimizers[index].load_parameter_state_from_fully_reshardable(shards)
         for part in _optimizer_parts(optimizer).values():
             for moments in part.optimizer.state.values():
-                moments["step"] = torch.tensor(float(tree["applied_steps"]))
+                if moments:
+                    moments["step"] = torch.tensor(float(tree["applied_steps"]))
         _copy_into(entries, loaded)
         if layout == self._layout():
             _set_rng_state(safetensors.torch.load_file(path / f"rng_{self.parallel.rank}.safetensors"))
@@ -177,8 +192,11 @@ class CheckpointStore:
     def _check_compatible(self, path: Path) -> None:
         """A run goes on only with the adapters, precision and optimizer that it began with."""
         old = run_config.load(path / "config.yaml")
-        _check_same_keys(path, old, self.run, ("precision", "distributed_optimizer", "projector"))
+        _check_same_keys(path, old, self.run, ("precision", "optimizer", "distributed_optimizer", "projector"))
         _check_same_tasks(path, old, self.run)
+        ours, theirs = ([method["name"] for method in run.adapter.methods] for run in (self.run, old))
+        if ours != theirs:
+            raise files.CheckpointError(f"{path} was written with adapter.methods {theirs}, this run has {ours}")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -257,25 +275,25 @@ def read_adapter(folder: Path) -> AdapterConfig:
     try:
         tree = yaml.safe_load(path.read_text())
         layers = tree["layers"] if tree["layers"] == "all" else tuple(tree["layers"])
-        return AdapterConfig(**{**tree, "layers": layers})
+        return AdapterConfig(**{**tree, "layers": layers, "methods": tuple(tree.get("methods", ()))})
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise files.CheckpointError(f"{path} does not describe adapters: {files.reason(error)}") from error
 
 
 def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
-    """What the tensors' names and shapes do not show, or show late: above all the scale alpha / rank."""
+    """What the tensors' names and shapes do not show, or show late: above all the scale."""
     if (path / ADAPTER_FILE).is_file():
-        source = vars(read_adapter(path))
+        source = read_adapter(path)
     elif (path / "config.yaml").is_file():
-        source = vars(run_config.load(path / "config.yaml").adapter)
+        source = run_config.load(path / "config.yaml").adapter
     else:
         raise files.CheckpointError(f"{path} holds no adapters: it has neither {ADAPTER_FILE} nor config.yaml")
-    for key in ("method", "num_experts", "rank", "alpha", "share_A"):
-        ours, theirs = getattr(adapter, key), source[key]
-        if key == "num_experts" and adapter.method == "lora":
-            continue
-        same = math.isclose(ours, theirs, rel_tol=1e-6) if key == "alpha" else ours == theirs
-        if not same:
+    keys = ["method", "num_experts", "rank", "share_A"] if adapter.method == "mole" else ["method", "rank"]
+    if not math.isclose(adapter.scale, source.scale, rel_tol=1e-6):
+        keys += ["alpha", "scaling"]
+    for key in keys:
+        ours, theirs = getattr(adapter, key), getattr(source, key)
+        if ours != theirs:
             raise files.CheckpointError(f"{path} was made with adapter.{key} = {theirs}, this run has {ours}")
 
 
@@ -325,13 +343,13 @@ def trainable_entries(model: DistributedDataParallel | Any) -> ShardedStateDict:
 def _optimizer_entries(
     model: DistributedDataParallel, optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> ShardedStateDict:
-    """Adam's moments and the fp32 master weights, named and cut as their parameters are.
+    """Adam's moments (of SGD there are none) and the fp32 master weights, named and cut as their parameters are.
 
     Learning rates and the like are not state: they follow from the config and the step.
     """
     weights = trainable_entries(model)
     parts = _optimizer_parts(optimizer)
-    if is_loading:
+    if is_loading and optimizer.config.optimizer == "adam":
         for part in parts.values():
             part.init_state_fn(part.optimizer, part.config)
     if optimizer.config.use_distributed_optimizer:
@@ -343,7 +361,7 @@ def _optimizer_entries(
         return {"optimizer": shards} if shards else {}
     entries: ShardedStateDict = {}
     for name, parameter, state in _adam_states(model, optimizer):
-        tensors = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        tensors: dict[str, torch.Tensor] = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in state}
         if getattr(parameter, "main_param", parameter) is not parameter:
             tensors["fp32_param"] = parameter.main_param  # type: ignore[attr-defined]
         for kind, tensor in tensors.items():
@@ -367,7 +385,7 @@ def _adam_states(
         states.update(part.optimizer.state)
     for name, parameter in model.module.named_parameters():
         if parameter.requires_grad:
-            yield name, parameter, states[getattr(parameter, "main_param", parameter)]
+            yield name, parameter, states.get(getattr(parameter, "main_param", parameter), {})
 
 
 def _load(entries: ShardedStateDict, path: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def llava_tensors(trained: Trained) -> dict[str, LazyTensor]:
 
 
 def export_merged(trained: Trained, out: Path) -> Exported:
-    """Write a base with its adapters added in and its trained projector: W' = cast(W + alpha / rank * B A).
+    """Write a base with its adapters added in and its trained projector: W' = cast(W + s B A).
 
     The sum is in fp32 and cast to the dtype that W is stored in; `merge_report.json` in `out` says how much of each
     change outlived the cast. Only where every token meets the same factors: method lora, or one expert. Raises
@@ -336,7 +336,7 @@ def _merged(
     for row in adapter_rows(adapter, trained.size):
         if row.kind in ("lora_A", "lora_B"):
             factors.setdefault(row.module, {})[row.kind] = row.ours
-    scale = adapter.alpha / adapter.rank
+    scale = adapter.scale
 
     def lora_delta(module: str) -> torch.Tensor:
         A, B = (step.read(factors[module][kind]).float() for kind in ("lora_A", "lora_B"))

@@ -99,7 +99,8 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
             "method": adapter.method,
             "num_experts": adapter.num_experts,
             "rank": adapter.rank,
-            "alpha": adapter.alpha,
+            # of the scale alpha / rank
+            "alpha": adapter.alpha if adapter.scaling == "lora" else adapter.scale * adapter.rank,
             "gate": adapter.gate,
             "top_k": adapter.top_k,
             "router_scope": adapter.router_scope,

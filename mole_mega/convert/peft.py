@@ -173,7 +173,7 @@ def _adapter_config(trained: Trained, *, has_projector: bool) -> dict[str, Any]:
         "r": adapter.rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
         "lora_dropout": adapter.dropout,
-        "use_rslora": False,
+        "use_rslora": adapter.scaling == "rslora",
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -22,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from mole_mega.adapters.instructions import InstructionRouter, number_places
 from mole_mega.adapters.mole import MoLELayer
+from mole_mega.adapters.pairs import HasPairs, Pair
 from mole_mega.adapters.routers import MoLERouter
 from mole_mega.adapters.routing import place_groups
 from mole_mega.config import RunConfig
@@ -121,6 +122,10 @@ class LLaVA(MegatronModule):
     def mole_layers(self) -> list[MoLELayer]:
         """This stage's MoLE blocks, in layer order."""
         return [module for module in self.modules() if isinstance(module, MoLELayer)]
+
+    def lora_pairs(self) -> list[Pair]:
+        """Handles on this stage's LoRA pairs, in layer order."""
+        return [pair for module in self.modules() if isinstance(module, HasPairs) for pair in module.pairs()]
 
     def router_parameters(self) -> list[torch.nn.Parameter]:
         """Those of all this stage's routers."""

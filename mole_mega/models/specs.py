@@ -44,11 +44,11 @@ class AdapterPlan:
     # of a model whose samples are routed as a whole
     instructions: InstructionRouter | None = None
 
-    def lora(self, name: str, projections: tuple[Projection, ...], num_blocks: int = 1) -> LoRASpec:
+    def lora(self, layer: int, part: str, projections: tuple[Projection, ...], num_blocks: int = 1) -> LoRASpec:
         assert self.adapter is not None
         return LoRASpec(
-            adapter=self.adapter, name=name, seed=self.seed, groups=self.parallel.groups, device=self.parallel.device,
-            projections=projections, num_blocks=num_blocks,
+            adapter=self.adapter, name=f"layers.{layer}.{part}", layer=layer, seed=self.seed,
+            groups=self.parallel.groups, device=self.parallel.device, projections=projections, num_blocks=num_blocks,
         )  # fmt: skip
 
 
@@ -114,12 +114,11 @@ def _attention(config: TransformerConfig, index: int, plan: AdapterPlan) -> Self
     if adapter is None or not adapter.attention:
         linear_qkv, linear_proj = backend.column_parallel_linear(), backend.row_parallel_linear()
     else:
-        name, heads, groups, width = (
-            f"layers.{index}.attention", config.num_attention_heads, config.num_query_groups, config.kv_channels,
-        )  # fmt: skip
+        heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
         qkv = (Projection("q", heads // groups * width), Projection("k", width), Projection("v", width))
-        linear_qkv = partial(LoRAColumnParallelLinear, lora=plan.lora(name, qkv, num_blocks=groups))
-        linear_proj = partial(LoRARowParallelLinear, lora=plan.lora(name, (Projection("o", config.hidden_size),)))
+        linear_qkv = partial(LoRAColumnParallelLinear, lora=plan.lora(index, "attention", qkv, num_blocks=groups))
+        output = plan.lora(index, "attention", (Projection("o", config.hidden_size),))
+        linear_proj = partial(LoRARowParallelLinear, lora=output)
     return SelfAttentionSubmodules(
         linear_qkv=linear_qkv, core_attention=backend.core_attention(), linear_proj=linear_proj
     )
@@ -137,15 +136,16 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
         layer, bank = (MoLELayer, MoLEExperts) if travels else (MixtureLayer, MixtureExperts)
         if adapter.router_scope == "linear":
             layer = LinearMixtureLayer
-        experts = partial(bank, submodules=_mlp(plan.backend), prefix=name, **common)
+        experts = partial(bank, submodules=_mlp(plan.backend), prefix=name, layer=index, **common)
         router = partial(_ROUTERS[adapter.router_scope], name=f"{name}.router", **common)
         if plan.instructions is not None:
             router = partial(router, instructions=plan.instructions)
         return partial(layer, submodules=MoESubmodules(experts=experts, router=router))
     width = config.ffn_hidden_size // parallel.tp_size
-    fused = plan.lora(name, (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)
+    fused = plan.lora(index, "mlp", (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)
+    down = plan.lora(index, "mlp", (Projection("down", config.hidden_size),))
     submodules = MLPSubmodules(
         linear_fc1=partial(LoRAColumnParallelLinear, lora=fused),
-        linear_fc2=partial(LoRARowParallelLinear, lora=plan.lora(name, (Projection("down", config.hidden_size),))),
+        linear_fc2=partial(LoRARowParallelLinear, lora=down),
     )
     return partial(MLP.as_mlp_submodule, submodules=submodules, ffn_hidden_size=config.ffn_hidden_size)

@@ -95,7 +95,7 @@ def _inner_products(experts: MoLEExperts, ep_group: dist.ProcessGroup) -> torch.
         A_rows, B_rows = A_ERI.flatten(0, 1), B_EOR.transpose(1, 2).flatten(0, 1)
         products = (A_rows @ A_rows.T).double() * (B_rows @ B_rows.T).double()
         total += products.unflatten(0, (number, rank)).unflatten(-1, (number, rank)).sum((1, 3))
-    return total * (experts.adapter.alpha / rank) ** 2
+    return total * experts.adapter.scale**2
 
 
 def _all_experts(mine: torch.Tensor, ep_group: dist.ProcessGroup) -> torch.Tensor:

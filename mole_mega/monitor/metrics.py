@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Row = dict[str, int | float]
 class StepResult:
     """What one step did; every rank holds the same. `loss` is the mean over labelled places of the global batch,
     `domain_loss` and `domain_tokens` [D]; `places` counts all valid places. `applied` is False when a loss or gradient
-    was not finite and the weights stayed as they were."""
+    was not finite and the weights stayed as they were. `methods`: the methods' own scalars by "method/name"."""
 
     loss: float
     domain_loss: torch.Tensor
@@ -32,6 +32,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     routing: RoutingSummary | None
+    methods: Mapping[str, float] = field(default_factory=dict)
 
 
 def step_row(step: int, result: StepResult, lrs: Mapping[str, float], domains: Sequence[str]) -> Row:
@@ -42,8 +43,7 @@ def step_row(step: int, result: StepResult, lrs: Mapping[str, float], domains: S
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": lrs["adapters"],
-        "lr/projector": lrs["projector"],
-        "lr/router": lrs["router"],
+        **{f"lr/{group}": lr for group, lr in lrs.items() if group != "adapters"},
         "tokens": result.places,
         "loss_tokens": int(result.domain_tokens.sum()),
         "skipped": int(not result.applied),
@@ -53,7 +53,7 @@ def step_row(step: int, result: StepResult, lrs: Mapping[str, float], domains: S
             row[f"loss/{domain}"] = float(loss)
     if result.routing is not None:
         row |= routing_row(result.routing, domains)
-    return row
+    return row | {f"method/{name}": value for name, value in result.methods.items()}
 
 
 def routing_row(routing: RoutingSummary, domains: Sequence[str]) -> Row:

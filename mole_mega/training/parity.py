@@ -24,10 +24,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from mole_mega import config as run_config
+from mole_mega.adapters.methods import method_entries, shorten_methods
 from mole_mega.adapters.routing import RoutingSummary
 from mole_mega.checkpoint.base import save_base
 from mole_mega.checkpoint.store import trainable_entries
-from mole_mega.config import Fp8Config, ParallelConfig, RunConfig
+from mole_mega.config import AdapterConfig, Fp8Config, ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
 from mole_mega.models.llava import LLaVA
@@ -116,6 +117,7 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
         ),
         image_token_id=4,
     )  # fmt: skip
+    run = shorten_methods(run, STEPS)
     adapter, train = run.adapter, run.train
     if base_size is not None:  # what travels stays the user's too
         adapter = replace(adapter, expert_parallel=expert_parallel(run, base_size).form)
@@ -124,8 +126,8 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
     return (
         replace(
             run,
-            # alpha follows the rank, so that the scale alpha / rank stays the user's
-            adapter=replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank, dropout=0.0, layers=layers),
+            # alpha follows the rank, so that the scale stays the user's
+            adapter=replace(adapter, rank=rank, alpha=_scaled_alpha(adapter, rank), dropout=0.0, layers=layers),
             train=replace(
                 train, steps=STEPS, schedule_steps=None, precision="fp32", global_batch_size=8, micro_batch_size=2,
                 warmup_steps=0,
@@ -134,6 +136,10 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
         ),
         size,
     )  # fmt: skip
+
+
+def _scaled_alpha(adapter: AdapterConfig, rank: int) -> float:
+    return adapter.alpha * adapter.scale / replace(adapter, rank=rank).scale
 
 
 def batches(size: LlavaSize, step: int, rank: int, world: int) -> list[Batch]:
@@ -185,7 +191,7 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
     """Run one case; rank 0 gets {"loss/<which>", "gradient/<tensor>", "weight/<tensor>"}, whole, the others None."""
     model = build_model(run, size, parallel)
     entries = trainable_entries(model)
-    _fill_adapters(entries, run.adapter.alpha / run.adapter.rank)
+    _fill_adapters(entries, run.adapter.scale)
     optimizer = build_optimizer(model, run.train)
     stepper = Stepper(run, model, optimizer, parallel, num_domains=2)
     parameters = dict(model.module.named_parameters())
@@ -202,6 +208,7 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
         result[f"loss/{step}"] = torch.tensor(outcome.loss, dtype=torch.float64)
         # Adam hides the size of a gradient from the weights: a norm that counts a part twice would clip unseen
         result[f"loss/grad_norm_{step}"] = torch.tensor(outcome.grad_norm, dtype=torch.float64)
+        result |= {f"loss/method/{n}_{step}": torch.tensor(v, dtype=torch.float64) for n, v in outcome.methods.items()}
         if outcome.routing is not None:
             result |= {f"loss/{name}_{step}": value for name, value in _routing_figures(outcome.routing).items()}
     if run.adapter.method == "mole":
@@ -210,6 +217,9 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
         result["loss/delta_norms"], result["loss/similarities"] = experts.delta_norm_LE, experts.similarity_LEE
     weights = _whole(entries, {name: parameters[name].detach() for name in entries}, parallel)
     result |= {f"weight/{key}": tensor for key, tensor in weights.items()}
+    states = method_entries(stepper.methods, parallel.groups)
+    remembered = _whole(states, {name: entry.data.double() for name, entry in states.items()}, parallel)
+    result |= {f"weight/{key}": tensor for key, tensor in remembered.items()}
     return result if parallel.is_main else None
 
 

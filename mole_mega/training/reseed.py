@@ -8,7 +8,6 @@ the new expert start at zero: those that it had are of weights that are gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mole_mega.adapters import sharding
+from mole_mega.training.optimizer import held_parts
 
 
 @dataclass(frozen=True)
@@ -105,31 +105,11 @@ def _write(parameter: torch.nn.Parameter, index: int, value: torch.Tensor, optim
     parameter[index].copy_(value)
     size = value.numel()
     start, stop = index * size, (index + 1) * size
-    for master, moments, offset in _held(parameter, optimizer):
+    for master, moments, offset in held_parts(parameter, optimizer):
         # which of the numbers written lie in the part that this rank's optimizer holds
         first, last = max(start, offset), min(stop, offset + master.numel())
         if first < last:
             place = slice(first - offset, last - offset)
             master.view(-1)[place].copy_(value.reshape(-1)[first - start : last - start])
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name].view(-1)[place].zero_()
-
-
-def _held(
-    parameter: torch.nn.Parameter, optimizer: MegatronOptimizer
-) -> Iterator[tuple[torch.Tensor, dict[str, Any], int]]:
-    """(master weights, Adam's moments, place of their first number in the flat parameter) of the part of a parameter
-    that this rank's optimizer steps: all of it, or under the distributed optimizer a range, or nothing."""
-    for part in optimizer.chained_optimizers:
-        if part.optimizer is None:
-            continue
-        if not optimizer.config.use_distributed_optimizer:
-            master = getattr(parameter, "main_param", parameter)
-            if master in part.optimizer.state:
-                yield master, part.optimizer.state[master], 0
-        elif parameter in part.model_param_gbuf_map:
-            buffer, dtype, bucket = part.model_param_gbuf_map[parameter]
-            held = part.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
-            group, order = part.model_param_group_index_map[parameter]
-            master = part.optimizer.param_groups[group]["params"][order]
-            yield master, part.optimizer.state[master], held.start
+            for moment in moments:
+                moment.view(-1)[place].zero_()

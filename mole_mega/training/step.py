@@ -13,6 +13,8 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mole_mega.adapters.methods import build_methods
+from mole_mega.adapters.methods.base import Step
 from mole_mega.adapters.routers import plan_routers, router_loss_gradients, summarize
 from mole_mega.config import RunConfig
 from mole_mega.data.collate import Batch
@@ -20,6 +22,7 @@ from mole_mega.models.llava import LLaVA
 from mole_mega.monitor.metrics import StepResult
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.loss import LOSS_ROWS, SCORE_ROWS, sum_loss, sum_scores
+from mole_mega.training.optimizer import current_lr, held_parts
 
 
 class Evaluator:
@@ -77,10 +80,12 @@ class Evaluator:
 
 
 class Stepper(Evaluator):
-    """Runs steps of one model under one layout. `balance_factor` multiplies `adapter.balance_weight`."""
+    """Runs steps of one model under one layout. `balance_factor` multiplies `adapter.balance_weight`; `applied_steps`
+    counts the steps that moved the weights; `methods` are the run's, by name, and work around each step in order."""
 
     model: DistributedDataParallel
     balance_factor: float = 1.0
+    applied_steps: int = 0
 
     def __init__(
         self,
@@ -93,12 +98,15 @@ class Stepper(Evaluator):
         super().__init__(run, model, parallel, num_domains)
         self.optimizer = optimizer
         self.router_plan = plan_routers(model.module.routers(), num_domains)
+        self.pairs = model.module.lora_pairs()
+        self.methods = build_methods(run, self.pairs, parallel.groups, parallel.device)
         self._routing_table: torch.Tensor | None = None
         model.config.finalize_model_grads_func = self._finalize
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step on the global batch."""
-        self.backward(micro_batches)
+        # a method works on whole gradients
+        self.backward(micro_batches, whole_gradients=bool(self.methods))
         return self.apply()
 
     def backward(self, micro_batches: Sequence[Batch], *, whole_gradients: bool = False) -> None:
@@ -120,7 +128,13 @@ class Stepper(Evaluator):
         loss = float(domain_loss.sum() / domain_tokens.sum().clamp(min=1))
         applied, grad_norm = self._gradients_are_finite() and loss == loss and abs(loss) != float("inf"), float("nan")
         if applied:
+            self.applied_steps += 1
+            step = Step(self.applied_steps, current_lr(self.optimizer), partial(held_parts, optimizer=self.optimizer))
+            for method in self.methods.values():
+                method.before_step(self.pairs, step)
             _, grad_norm, _ = self.optimizer.step()
+            for method in self.methods.values():
+                method.after_step(self.pairs, step)
         table = self._routing_table
         return StepResult(
             loss=loss,
@@ -131,7 +145,18 @@ class Stepper(Evaluator):
             applied=applied,
             # only now, when the step's other figures have waited for the device anyway
             routing=None if table is None else summarize(table, self.router_plan, self.run.adapter),
+            methods=self._method_metrics() if applied else {},
         )
+
+    def _method_metrics(self) -> dict[str, float]:
+        """The methods' own scalars by "method/name", over all stages and expert-parallel ranks."""
+        shares = {f"{name}/{key}": v for name, m in self.methods.items() for key, v in m.metrics().items()}
+        if not shares:
+            return {}
+        totals = torch.stack(list(shares.values()))
+        for group in (self.parallel.groups.ep, self.parallel.groups.pp):
+            dist.all_reduce(totals, group=group)
+        return dict(zip(shares, totals.tolist(), strict=True))
 
     def _forward(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch: Batch = next(batches).to(self.parallel.device)

@@ -14,9 +14,11 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from mole_mega import config as run_config
+from mole_mega.adapters.methods import check_methods, method_entries
 from mole_mega.adapters.routing import RouterMemory
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import load_base, read_size
@@ -165,6 +167,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, parallel: Parallel, out: TextIO = sys.stdout) -> None:
         self.run, self.parallel, self._out = run, parallel, out
+        check_methods(run)
         base = Path(run.model.base)
         self.size = read_size(base)
         self.base_hash = files.folder_hash(base)
@@ -284,7 +287,8 @@ class Trainer:
         """Where this run begins: its own newest checkpoint, another run's weights, or the base alone."""
         latest = self.store.latest()
         if latest is not None:
-            state = self.store.load(latest, self.model, self.optimizer)
+            state = self.store.load(latest, self.model, self.optimizer, self._method_entries())
+            self.stepper.applied_steps = state.applied_steps
             if state.base_hash != self.base_hash:
                 raise ConfigError(
                     f"{latest} was trained on a base with hash {state.base_hash}; {self.run.model.base} has "
@@ -302,16 +306,23 @@ class Trainer:
             self._say(f"starting from the adapters of {found[-1]}")
             if kept:
                 self._say(f"not in it, and as a fresh run has them: {len(kept)} tensors, first {kept[0]}")
+        elif self.stepper.methods:
+            for method in self.stepper.methods.values():
+                method.init(self.stepper.pairs)
+            self.optimizer.reload_model_params()
         return RunState(step=0, base_hash=self.base_hash, applied_steps=0)
 
     def _save(self) -> None:
         self._take_stock()
         try:
-            path = self.store.save(self.model, self.optimizer, self.state)
+            path = self.store.save(self.model, self.optimizer, self.state, self._method_entries())
         except files.CheckpointError as error:
             raise files.CheckpointError(f"{error}. Last good checkpoint: {self.store.latest() or 'none'}") from error
         self._write_mixture()
         self._say(f"saved {path}")
+
+    def _method_entries(self) -> ShardedStateDict:
+        return method_entries(self.stepper.methods, self.parallel.groups)
 
     def _mixtures_before(self) -> tuple[int, tuple[tally.Phase, ...]]:
         """(the step after which this run's mixture began, the phases before it): a run that goes on with the mixture

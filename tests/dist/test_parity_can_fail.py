@@ -93,6 +93,14 @@ def broken():
     ]
     of_two = replace(RUN.adapter, top_k=2, expert_parallel="weights")
     cases.append(Case("gathered", replace(RUN, run_dir="gathered", parallel=EP, adapter=of_two), 2))
+    sculpt = {"name": "lorasculpt", "density": 1.0, "conflict_weight": 0.5}
+    forgetful = [
+        (TP, {"name": "riemannian"}), (TP, sculpt), (TP, {"name": "bora", "tau": 0.5}), (EP, {"name": "bora", "tau": 0.5}),
+    ]  # fmt: skip
+    for layout, method in forgetful:
+        adapter, train = replace(RUN.adapter, methods=(method,)), replace(RUN.train, weight_decay=0.0)
+        name = f"{method['name']} over {'experts' if layout is EP else 'tensors'}"
+        cases.append(Case(name, replace(RUN, run_dir="forgets", parallel=layout, adapter=adapter, train=train), 2))
     records = {}
     launch = parity.launch
 
@@ -147,3 +155,12 @@ def test_a_norm_that_leaves_out_parts_differs_though_the_gradients_are_equal(bro
     assert comparison.gradient <= GRADIENT_TOLERANCE
     assert not comparison.equal
     assert loss_difference(reference, measured, "loss/grad_norm_0") > 0.01
+
+
+@pytest.mark.parametrize(
+    "case", ["riemannian over tensors", "lorasculpt over tensors", "bora over tensors", "bora over experts"]
+)
+def test_a_method_that_forgets_a_sum_over_ranks_differs_though_the_gradients_are_equal(broken, case):
+    comparison, reference, measured = broken[case]
+    assert comparison.gradient <= GRADIENT_TOLERANCE
+    assert not comparison.equal

@@ -64,7 +64,7 @@ ADAPTERS = {
     "none": replace(MOLE, gate="none"),
     "straight_through": replace(MOLE, gate="straight_through"),
     "one layer, no attention": replace(MOLE, layers=(1,), attention=False),
-    "no router bias": replace(MOLE, num_experts=2, router_bias=False),
+    "no router bias, rsLoRA": replace(MOLE, num_experts=2, router_bias=False, alpha=3.0, scaling="rslora"),
     "one expert": replace(MOLE, num_experts=1),
     "top 2": replace(MOLE, top_k=2, expert_parallel="weights"),
     "top 2, renormalized": replace(MOLE, top_k=2, renormalize=True, expert_parallel="weights"),

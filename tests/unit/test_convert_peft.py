@@ -115,8 +115,17 @@ def same_files(a: Path, b: Path) -> bool:
         AdapterConfig(method="lora", rank=2, alpha=5.0, attention=False, layers=(0,)),
         AdapterConfig(method="lora", rank=2, alpha=5.0, layers=()),
         AdapterConfig(num_experts=1, rank=2, alpha=5.0, gate="none", attention=False),
+        AdapterConfig(method="lora", rank=9, alpha=5.0, scaling="rslora"),
     ],
-    ids=["lora", "one expert", "attention and one MLP", "one MLP", "attention alone", "one expert, MLP alone"],
+    ids=[
+        "lora",
+        "one expert",
+        "attention and one MLP",
+        "one MLP",
+        "attention alone",
+        "one expert, MLP alone",
+        "rsLoRA",
+    ],
 )
 def test_peft_computes_what_the_trained_model_does(adapter, projector, base, parallel, tmp_path):
     trained, ours = train(base, tmp_path / "step_1", parallel, adapter, projector=projector)

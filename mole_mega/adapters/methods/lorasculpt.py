@@ -1,0 +1,214 @@
+"""LoRASculpt (arXiv 2503.16843): sparse factors, and a pull away from what the frozen weights hold.
+
+**Masks.** At step `prune_step` each factor keeps the floor(density * numel) largest magnitudes of its whole tensor, by
+expert; the support stays, and is re-imposed on weights and Adam's moments after every step, so that what is saved is
+sparse (the released code masks before a step, and its last step is left dense). With `ramp_steps` the density falls to
+its end in as many steps along a cubic (Zhu and Gupta, arXiv 1710.01878, equation 1), supports nested. A pair waits
+until no expert of it has B = 0: without tokens there is nothing to rank by.
+
+**Conflict regulariser.** Added to the loss, by its gradient (M held fixed):
+
+    lambda * mean over pairs ||M o (B A)||_F       M = tanh(omega S), S = |1 / ln(|W| / ||W||_F + 1e-15)|
+
+of the `regularise` projections, each expert a pair of its own; the norm is not squared, and s not included, as in the
+released code. B A is never whole: it is built, weighed and given up a few rows at a time.
+
+The published density 0.1 at rank 32 makes B A 27.5% dense by the paper's own formula 1 - (1 - s_A s_B)^r, not 5%.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mole_mega.adapters.methods.base import Method, StateTensor, Step, once_over_experts
+from mole_mega.adapters.pairs import Factor, Pair, reduce_together
+from mole_mega.adapters.sharding import Placement
+from mole_mega.config import ConfigError, Count, NonNegative, Positive, PositiveInt, Range, RunConfig
+
+# of W and of B A that are in memory at once, whatever their size
+_CHUNK_ROWS = 256
+_TINY = 1e-15
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASculptOptions:
+    """`density` is rho, the share of each factor that stays; `conflict_weight` is lambda."""
+
+    density: Annotated[float, Range(0, 1, low_open=True)] = 0.1
+    prune_step: PositiveInt = 100
+    ramp_steps: Count = 0
+    conflict_weight: NonNegative = 1e-3
+    omega: Positive = 1.0
+    regularise: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = ("q", "k", "v")
+
+
+class LoRASculpt(Method):
+    """The masks and the regulariser. Its state: the masks, and the density that each pair was last cut to."""
+
+    Options = LoRASculptOptions
+
+    def __init__(
+        self, options: Any, run: RunConfig, pairs: Sequence[Pair], groups: ProcessGroupCollection, device: torch.device
+    ) -> None:
+        super().__init__(options, run, pairs, groups, device)
+        self._masks = {f.name: torch.ones_like(f.parameter, dtype=torch.bool) for p in pairs for f in p.factors}
+        self._placements = {f.name: f.placement for p in pairs for f in p.factors}
+        # on the CPU, where reading them waits for nothing
+        self._densities = {pair.name: torch.ones(1, dtype=torch.float64) for pair in pairs}
+        self._pairs = pairs
+        self._regularised = [p for p in pairs if options.conflict_weight and p.projection in options.regularise]
+        if shared := next((pair.name for pair in self._regularised if pair.shares_A), None):
+            raise ConfigError(
+                f"adapter.methods lorasculpt regularises each expert's B A, and {shared} has one A for all of them; "
+                "leave its projection out of `regularise`"
+            )
+        self._base_norms: list[torch.Tensor] = []  # of what is frozen: measured once, at the first step
+        self._conflict = torch.zeros((), dtype=torch.float64, device=device)
+        number = torch.tensor(sum(pair.num_experts for pair in self._regularised), device=device)
+        dist.all_reduce(number, group=groups.pp)
+        self._num_regularised = int(number)
+        numbers = torch.tensor(self._kept(lambda pair: 1.0), device=device)
+        dist.all_reduce(numbers, group=groups.pp)
+        self._num_numbers = int(numbers)
+
+    @classmethod
+    def check(cls, options: LoRASculptOptions, run: RunConfig) -> None:
+        if options.density < 1 and options.prune_step + options.ramp_steps > run.train.steps:
+            raise ConfigError(
+                f"adapter.methods lorasculpt prunes from step {options.prune_step} over {options.ramp_steps} steps on, "
+                f"but train.steps is {run.train.steps}: the run would end before"
+            )
+        if run.monitor.alarms.reaction == "reseed":
+            raise ConfigError(
+                "adapter.methods lorasculpt keeps each expert's own support, which monitor.alarms.reaction reseed "
+                "would overwrite with another expert's weights"
+            )
+
+    @classmethod
+    def shortened(cls, options: LoRASculptOptions, steps: int) -> LoRASculptOptions:
+        ramp_steps = min(options.ramp_steps, steps // 3)
+        return replace(options, prune_step=min(options.prune_step, steps - ramp_steps), ramp_steps=ramp_steps)
+
+    def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
+        if not self._regularised:
+            return
+        if not self._base_norms:
+            squares = [sum(_square(block) for block in pair.frozen()) for pair in self._regularised]
+            self._base_norms = [s.sqrt() for s in reduce_together(squares, self.groups.tp)]  # type: ignore[arg-type]
+        weight = self.options.conflict_weight / self._num_regularised
+        total = torch.zeros_like(self._conflict)
+        parts = []
+        for pair, base_norm in zip(self._regularised, self._base_norms, strict=True):
+            parts.append(conflict_parts(pair.A.values, pair.B.values, pair.frozen(), base_norm, self.options.omega))
+        # over tensor-parallel ranks: every square is a part; of the gradients, those of the factor that each has whole
+        summed = []
+        for pair, (square, grad_A, grad_B) in zip(self._regularised, parts, strict=True):
+            summed += [square, grad_B if pair.A.is_cut else grad_A]
+        reduced = reduce_together(summed, self.groups.tp)
+        for index, (pair, (_, grad_A, grad_B)) in enumerate(zip(self._regularised, parts, strict=True)):
+            square, whole = reduced[2 * index], reduced[2 * index + 1]
+            grad_A, grad_B = (grad_A, whole) if pair.A.is_cut else (whole, grad_B)
+            norm = square.sqrt()
+            factor = torch.where(norm > 0, weight / norm, 0.0)[..., None, None]
+            pair.A.gradient.add_(factor * grad_A)
+            pair.B.gradient.add_(factor * grad_B)
+            if once_over_experts(pair):
+                total += weight * norm.sum()
+        self._conflict = total
+
+    def after_step(self, pairs: Sequence[Pair], step: Step) -> None:
+        density = density_at(step.number, self.options)
+        pending = [pair for pair in pairs if float(self._densities[pair.name]) > density]
+        for pair, ready in zip(pending, _have_moved(pending, self.groups), strict=True):
+            if ready:
+                for factor in pair.factors:
+                    mask = self._masks[factor.name]
+                    mask.copy_(factor.largest(int(density * factor.numel()), among=mask))
+                self._densities[pair.name].fill_(density)
+        for pair in pairs:
+            if float(self._densities[pair.name]) < 1:
+                for factor in pair.factors:
+                    _impose(self._masks[factor.name], factor, step)
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        kept = self._kept(lambda pair: float(self._densities[pair.name])) * (self.groups.ep.rank() == 0)
+        return {
+            "conflict": self._conflict,
+            "density": torch.full_like(self._conflict, kept / max(1, self._num_numbers)),
+        }
+
+    def _kept(self, density: Callable[[Pair], float]) -> int:
+        """How many numbers of this stage's whole factors stay at a pair's density."""
+        return sum(f.num_experts * int(density(p) * f.numel()) for p in self._pairs for f in p.factors)
+
+    def state(self) -> dict[str, StateTensor]:
+        masks = {f"mask.{name}": StateTensor(mask, self._placements[name]) for name, mask in self._masks.items()}
+        return masks | {f"density.{name}": StateTensor(d, Placement()) for name, d in self._densities.items()}
+
+
+def density_at(step: int, options: LoRASculptOptions) -> float:
+    """The share that stays after optimizer step `step` (the first is 1): 1 before `prune_step`, then down to rho."""
+    if step < options.prune_step:
+        return 1.0
+    done = min(1.0, (step - options.prune_step + 1) / (options.ramp_steps + 1))
+    return options.density + (1 - options.density) * (1 - done) ** 3
+
+
+def conflict_mask(frozen: torch.Tensor, base_norm: torch.Tensor, omega: float) -> torch.Tensor:
+    """M = tanh(omega |1 / ln(|W| / ||W||_F + 1e-15)|) of some of W's entries; fp32 or what `frozen` has above."""
+    share = frozen.abs().to(base_norm.dtype) / base_norm
+    return torch.tanh(omega * (share + _TINY).log().reciprocal().abs())
+
+
+def conflict_parts(
+    A: torch.Tensor, B: torch.Tensor, frozen: Sequence[torch.Tensor], base_norm: torch.Tensor, omega: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For N = ||M o (B A)||_F over the rows and columns at hand: (N^2, N dN/dA, N dN/dB), by expert.
+
+    A [E, R, I] or [R, I], B [E, O, R] or [O, R]; `frozen`, blocks of the O rows of W, [rows, I].
+    """
+    square, grad_A, grads_B = A.new_zeros(A.shape[:-2]), torch.zeros_like(A), []
+    start = 0
+    for block in frozen:
+        for rows in block.split(_CHUNK_ROWS):
+            weight = conflict_mask(rows, base_norm, omega).square_()
+            B_rows = B[..., start : start + len(rows), :]
+            delta = B_rows @ A
+            pull = weight * delta
+            square = square + (pull * delta).sum((-2, -1))
+            grad_A += B_rows.mT @ pull
+            grads_B.append(pull @ A.mT)
+            start += len(rows)
+    assert start == B.shape[-2], (start, B.shape)
+    return square, grad_A, torch.cat(grads_B, dim=-2)
+
+
+def _square(block: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(block, dtype=torch.float32).square()
+
+
+def _have_moved(pairs: Sequence[Pair], groups: ProcessGroupCollection) -> list[bool]:
+    """Of each pair, whether B is not zero in any expert of the whole model."""
+    if not pairs:
+        return []
+    moved = [pair.B.parameter.detach().ne(0).flatten(-2).any(-1).int() for pair in pairs]
+    moved = reduce_together(moved, groups.tp, dist.ReduceOp.MAX)
+    everywhere = reduce_together([m.min().reshape(1) for m in moved], groups.ep, dist.ReduceOp.MIN)
+    return [bool(flag) for flag in torch.cat(everywhere).tolist()]
+
+
+def _impose(mask: torch.Tensor, factor: Factor, step: Step) -> None:
+    """Zero what the mask leaves out, in the weights and in what the optimizer holds of them."""
+    with torch.no_grad():
+        factor.parameter.mul_(mask)
+        flat = mask.view(-1)
+        for master, moments, start in step.held(factor.parameter):
+            part = flat[start : start + master.numel()]
+            for tensor in (master, *moments):
+                tensor.detach().view(-1).mul_(part)

@@ -1,0 +1,74 @@
+"""Every method, alone and together, does under every layout what it does in one process: to the loss, the gradient norm,
+the weights and what it remembers, after three steps (DESIGN 6.1)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_layouts import DP, EP, PP, PP_EP, RUN, SIZE, TP, TP_EP, TP_PP, check, record_all
+
+from mole_mega.adapters.methods import check_methods
+from mole_mega.config import validate
+from mole_mega.training.parity import Case, layout_name
+
+RIEMANNIAN = {"name": "riemannian"}
+# every kind of projection; pruned over the last two steps
+SCULPT = {
+    "name": "lorasculpt", "density": 0.3, "prune_step": 2, "ramp_steps": 1, "conflict_weight": 0.5,
+    "regularise": ("q", "v", "o", "gate", "down"),
+}  # fmt: skip
+BORA = {"name": "bora", "tau": 0.5}
+RELEASED = {"name": "bora", "tau": 0.05, "prior": "released"}
+ALL = (BORA, SCULPT, RIEMANNIAN)
+
+
+def case(layout, world, methods, adapter=None, train=None):
+    words = [layout_name(layout, world), "+".join(m["name"] for m in methods)]
+    words += [m["prior"] for m in methods if "prior" in m]
+    words += [f"{key}={value}" for key, value in ((adapter or {}) | (train or {})).items()]
+    run = replace(
+        RUN,
+        parallel=layout,
+        adapter=replace(RUN.adapter, methods=methods, **(adapter or {})),
+        train=replace(RUN.train, weight_decay=0.0, **(train or {})),
+    )
+    validate(run)
+    check_methods(run)
+    return Case(", ".join(words), run, world)
+
+
+LORA = {"method": "lora"}
+CASES = [
+    *(case(layout, world, ALL) for layout, world in [(TP, 2), (PP, 2), (EP, 2), (DP, 2)]),
+    *(case(layout, world, ALL) for layout, world in [(TP_EP, 4), (PP_EP, 4), (TP_PP, 4)]),
+    *(case(TP_EP, 4, (method,)) for method in ALL),
+    case(EP, 2, ALL, train={"distributed_optimizer": True}),
+    case(TP_EP, 4, ALL, train={"distributed_optimizer": True}),
+    case(TP, 2, (SCULPT, RIEMANNIAN), LORA),
+    case(TP_PP, 4, (SCULPT, RIEMANNIAN), LORA),
+    case(PP_EP, 4, (RELEASED,), train={"lora_plus_ratio": 4.0}),
+    case(PP_EP, 4, (RIEMANNIAN,), train={"optimizer": "sgd", "lr": 0.01, "clip_grad": 0.0}),
+    case(TP, 2, (), {"scaling": "rslora"}, {"lora_plus_ratio": 4.0}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return record_all(CASES)
+
+
+@pytest.mark.parametrize("name", [c.name for c in CASES])
+def test_methods_under_a_layout_equal_one_process(recorded, name):
+    check(recorded[0][name])
+
+
+def test_each_method_left_its_mark(recorded):
+    reference = recorded[1][CASES[0].name]
+    assert float(reference["loss/method/lorasculpt/density_0"]) == 1
+    assert float(reference["loss/method/lorasculpt/density_2"]) == pytest.approx(0.3, abs=2e-3)
+    assert float(reference["loss/method/lorasculpt/conflict_0"]) > 0 < float(reference["loss/method/bora/prior_0"])
+    weight = reference["weight/language_model.decoder.layers.1.mlp.experts.lora_gate_A"]
+    mask = reference["weight/methods.lorasculpt.mask.layers.1.mlp.gate.A"]
+    assert torch.equal(weight != 0, mask != 0)
+    assert (mask.sum((1, 2)) == int(0.3 * mask[0].numel())).all()
+    assert reference["weight/methods.bora.theta.layers.1.mlp.gate.A"].shape == weight.shape[1:]

@@ -1,0 +1,149 @@
+"""Riemannian preconditioning (METHODS section B): the worked numbers, and what must hold of any."""
+
+import pytest
+import torch
+from made_pairs import made_pair, made_run
+
+from mole_mega.adapters.methods import build_methods
+from mole_mega.adapters.methods.base import Step
+from mole_mega.adapters.methods.riemannian import precondition, released_sgd_step, rescale_gate, sgd_step
+from mole_mega.config import ConfigError
+
+
+def grads(A, B, G):
+    return B.mT @ G, G @ A.mT
+
+
+def preconditioned(A, B, G, delta=0.0):
+    return precondition(*grads(A, B, G), A @ A.mT, B.mT @ B, delta)
+
+
+def made(seed=0, r=2, m=7, n=6):
+    generator = torch.Generator().manual_seed(seed)
+    A, B, G = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((r, n), (m, r), (m, n)))
+    return A, B, G
+
+
+def projection(M):
+    """Onto the columns of M."""
+    return M @ torch.linalg.pinv(M)
+
+
+def apply(method, pair):
+    method.before_step([pair], Step(1, 0.1, lambda _: ()))
+    return pair.A.gradient, pair.B.gradient
+
+
+def build(parallel, pair, **options):
+    run = made_run({"name": "riemannian", **options})
+    return build_methods(run, [pair], parallel.groups, parallel.device)["riemannian"]
+
+
+def test_the_worked_example(alone):
+    A, B = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [0.0]])
+    grad_A, grad_B = grads(A, B, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert grad_A.tolist() == [[2, 4]] and grad_B.tolist() == [[3], [7]]
+    pair = made_pair(alone, A, B, grad_A=grad_A, grad_B=grad_B)
+    dA, dB = apply(build(alone, pair, delta=1e-12), pair)
+    assert dA.tolist() == [[0.5, 1]] and dB.tolist() == [[1.5], [3.5]]
+    assert (B @ dA + dB @ A).tolist() == [[2.5, 3.5], [3.5, 3.5]]
+
+
+def test_the_step_of_the_product_is_the_projected_gradient():
+    A, B, G = made()
+    dA, dB = preconditioned(A, B, G)
+    torch.testing.assert_close(B @ dA + dB @ A, projection(B) @ G + G @ projection(A.mT))
+
+
+def test_the_basis_of_the_factors_does_not_matter():
+    A, B, G = made()
+    S = torch.randn(2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 3 * torch.eye(2)
+    A2, B2 = S @ A, B @ S.inverse()
+    dA, dB = preconditioned(A, B, G)
+    dA2, dB2 = preconditioned(A2, B2, G)
+    torch.testing.assert_close(dA2, S @ dA)
+    torch.testing.assert_close(dB2, dB @ S.inverse())
+    torch.testing.assert_close(B2 @ dA2 + dB2 @ A2, B @ dA + dB @ A)
+    (gA, gB), (gA2, gB2) = grads(A, B, G), grads(A2, B2, G)
+    assert not torch.allclose(B2 @ gA2 + gB2 @ A2, B @ gA + gB @ A)
+
+
+def test_rescaling_leaves_value_and_gate_gradient_and_roots_the_experts():
+    generator = torch.Generator().manual_seed(0)
+    gate, expert, pull = (torch.rand(5, w, generator=generator, dtype=torch.float64) for w in (1, 4, 4))
+    gate.requires_grad_(), expert.requires_grad_()
+    out = rescale_gate(gate, expert)
+    torch.testing.assert_close(out, gate * expert)
+    d_gate, d_expert = torch.autograd.grad((out * pull).sum(), (gate, expert))
+    torch.testing.assert_close(d_gate, (pull * expert).sum(-1, keepdim=True))
+    torch.testing.assert_close(d_expert, gate.sqrt() * pull)
+
+
+def test_rescaling_a_gate_of_one_does_nothing():
+    expert = torch.randn(3, 2, requires_grad=True)
+    out = rescale_gate(torch.ones(3, 1), expert)
+    assert torch.equal(out, expert)
+    assert torch.equal(torch.autograd.grad(out.sum(), expert)[0], torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(("gate", "values"), [(0.04, (0.0016, 0.008, 0.04)), (0.25, (0.0625, 0.125, 0.25))])
+def test_how_a_gate_attenuates_the_step_of_the_product(gate, values):
+    """To the powers 2, 3/2 and 1 of the gate: without rescaling, with it, and with gradients over the gate."""
+    A, B, G = made()
+    whole = (projection(B) @ G + G @ projection(A.mT)).norm()
+    g = torch.tensor(gate, dtype=torch.float64)
+    factors = []
+    for weight in (lambda e: g * e, lambda e: rescale_gate(g, e)):
+        expert = torch.ones((), dtype=torch.float64, requires_grad=True)
+        factors.append(torch.autograd.grad(weight(expert), expert)[0])
+    for backward, expected in zip([*factors, 1.0], values, strict=True):
+        dA, dB = preconditioned(A, B, backward * G)
+        assert float(g * (B @ dA + dB @ A).norm() / whole) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_b_zero_the_first_step_of_a_is_zero_and_the_next_is_large_and_finite(alone, dtype):
+    A, _, G = (x.float() for x in made())
+    pair = made_pair(alone, A.to(dtype), torch.zeros(7, 2, dtype=dtype))
+    method = build(alone, pair)
+    lr = 3e-5
+    for number in (1, 2):
+        grad_A, grad_B = grads(pair.A.values, pair.B.values, G)
+        pair.A.gradient.copy_(grad_A), pair.B.gradient.copy_(grad_B)
+        dA, dB = apply(method, pair)
+        assert dA.isfinite().all() and dB.isfinite().all()
+        if number == 1:
+            assert not dA.any() and dB.any()
+        else:
+            assert float(dA.norm() / grad_A.norm()) == pytest.approx(1e6, rel=0.02)
+        with torch.no_grad():
+            pair.A.parameter.sub_(lr * dA)
+            pair.B.parameter.sub_(lr * dB)
+
+
+def test_each_expert_has_a_preconditioner_of_its_own(alone):
+    experts = [made(seed) for seed in range(3)]
+    A, B, G = (torch.stack(parts).float() for parts in zip(*experts, strict=True))
+    grad_A, grad_B = grads(A, B, G)
+    pair = made_pair(alone, A, B, grad_A=grad_A, grad_B=grad_B)
+    dA, dB = apply(build(alone, pair), pair)
+    for e, (A_e, B_e, G_e) in enumerate(experts):
+        expected = preconditioned(A_e, B_e, G_e, 1e-6)
+        torch.testing.assert_close(dA[e].double(), expected[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(dB[e].double(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_a_that_experts_share_is_refused(alone):
+    with pytest.raises(ConfigError, match=r"layers.0.mlp.gate has one A for all experts"):
+        build(alone, made_pair(alone, torch.ones(2, 6), torch.ones(3, 7, 2)))
+
+
+def test_the_released_order_lets_b_see_the_new_a():
+    A, B, G = made()
+    gradients = grads(A, B, G)
+    new_A, new_B = sgd_step(A, B, *gradients, 0.1, 1e-6)
+    released_A, released_B = released_sgd_step(A, B, *gradients, 0.1, 1e-6)
+    assert torch.equal(new_A, released_A)
+    assert not torch.allclose(new_B, released_B)
+    seen = precondition(*gradients, new_A @ new_A.mT, B.mT @ B, 1e-6)[1]
+    torch.testing.assert_close(released_B, B - 0.1 * seen)
