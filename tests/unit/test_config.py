@@ -502,6 +502,7 @@ def all_set() -> RunConfig:
         },
         validation={"every": 3, "samples": 2, "generate": True, "max_new_tokens": 7},
         checkpoint={"every": 4, "keep": 1, "init_from": "/other"},
+        fp8={"store_base": True, "scale": "block"},
         monitor={
             "every": 2, "experts_every": 5, "pictures_every": 6, "tensorboard": False,
             "alarms": {
