@@ -31,7 +31,7 @@ FP8 = torch.float8_e4m3fn
 BLOCK = 128
 _LARGEST = torch.finfo(FP8).max
 # Entries decoded at a time: what is in between takes no more memory than these.
-_PIECE = 2**20
+_PIECE = 2**17
 
 # a column or row linear; Megatron-Core tells mypy no types
 Fp8Linear = Any
@@ -49,7 +49,7 @@ def make_room(module: torch.nn.Module, scale_of: ScaleOf) -> None:
 
 def kept_in_fp8(module: torch.nn.Module) -> dict[str, Fp8Linear]:
     """The linears in `module` that hold their weight in FP8, by the weight's name."""
-    return {f"{name}.weight": linear for name, linear in _linears(module) if linear.weight.dtype == FP8}
+    return {f"{name}.weight": linear for name, linear in _linears(module) if _is_kept(linear)}
 
 
 def keep(linear: Fp8Linear, weight_OI: torch.Tensor) -> None:
@@ -64,9 +64,14 @@ def keep(linear: Fp8Linear, weight_OI: torch.Tensor) -> None:
 
 def frozen_weight(linear: Fp8Linear) -> torch.Tensor:
     """The frozen weight [O, I] that a linear multiplies by: fp32 where it is kept in FP8, else as it is."""
-    if linear.weight.dtype == FP8:
+    if _is_kept(linear):
         return dequantise(linear.weight, linear.weight_scale, torch.float32)
     return linear.weight
+
+
+def _is_kept(linear: Fp8Linear) -> bool:
+    # an output layer that shares the embedding's weight has none of its own
+    return linear.weight is not None and linear.weight.dtype == FP8
 
 
 def bytes_kept(module: torch.nn.Module) -> tuple[int, int]:
@@ -136,7 +141,7 @@ def dequantise(q_OI: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> t
     """The weight [O, I] that (q, scale) stand for, rounded once to `dtype`."""
     weight_OI = torch.empty(q_OI.shape, dtype=dtype, device=q_OI.device)
     for part, rows in _pieces(q_OI, scale):
-        torch.mul(_decode(q_OI[part]), rows, out=weight_OI[part])
+        weight_OI[part] = _decode(q_OI[part]).mul_(rows)
     return weight_OI
 
 

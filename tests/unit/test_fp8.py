@@ -1,6 +1,7 @@
 """The frozen base kept in FP8: what is rounded, what is computed with it, and that nothing wide stays behind."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from mole_mega.checkpoint import base
 from mole_mega.checkpoint.files import CheckpointError
 from mole_mega.config import AdapterConfig, ConfigError, Fp8Config, ParallelConfig
+from mole_mega.convert.hf_import import import_hf
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import fp8
@@ -41,7 +43,7 @@ def run(alone, tmp_path_factory):
 
 def build(run, alone, **fp8_config) -> LLaVA:
     model = LLaVA(replace(run, fp8=Fp8Config(**fp8_config)), SIZE, alone)
-    base.load_base(model, trained_llava.Path(run.model.base))
+    base.load_base(model, Path(run.model.base))
     return model.eval()
 
 
@@ -144,14 +146,31 @@ def test_a_base_of_another_model_is_refused(run, alone, store_base):
     more = replace(SIZE, language=replace(SIZE.language, num_layers=5))
     fewer = replace(SIZE, language=replace(SIZE.language, num_layers=3))
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*layers\.4\."):
-        base.load_base(LLaVA(config, more, alone), trained_llava.Path(run.model.base))
+        base.load_base(LLaVA(config, more, alone), Path(run.model.base))
     with pytest.raises(CheckpointError, match=r"does not fit the model.*layers\.3\."):
-        base.load_base(LLaVA(config, fewer, alone), trained_llava.Path(run.model.base))
+        base.load_base(LLaVA(config, fewer, alone), Path(run.model.base))
 
 
 class _Two:
     def size(self) -> int:
         return 2
+
+
+def test_logits_of_a_trained_base_move_by_less_than_5_percent(alone, tmp_path):
+    """The demo's base, which has learnt to read. (Random weights magnify rounding from layer to layer.)"""
+    folder = tmp_path / "base"
+    import_hf(Path(__file__).parents[2] / "examples" / "tiny_cpu" / "base_hf", folder)
+    run, size = trained_llava.run_of(folder, AdapterConfig(rank=4)), base.read_size(folder)
+    batch = batches(size, 0, 0, 1)[1]
+    arguments = (batch.tokens, batch.position_ids, batch.padding_mask, batch.image_mask, batch.pixels)
+    logits = []
+    for store_base in (False, True):
+        model = LLaVA(replace(run, fp8=Fp8Config(store_base=store_base)), size, alone).eval()
+        base.load_base(model, folder)
+        with torch.no_grad():
+            logits.append(model(*arguments)[batch.padding_mask][:, : size.language.vocab_size])
+    moved = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < moved < 0.05, moved
 
 
 def test_blocks_that_tensor_parallelism_would_cut_are_refused(run, alone):
