@@ -30,6 +30,9 @@ def join_world(backend: str, timeout: datetime.timedelta, patience_seconds: floa
     All processes have `patience_seconds` to come. Raises ConfigError with host and port when this one reaches nobody
     there, or with the numbers when others stay away.
     """
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ConfigError(f"{name} is not set, which torchrun and --nproc set for every process")
     rank, host, port = int(os.environ["RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     place = f"{host}:{port} (MASTER_ADDR:MASTER_PORT) within {patience_seconds:g} s"
     patience = datetime.timedelta(seconds=patience_seconds)
@@ -47,6 +50,7 @@ def join_world(backend: str, timeout: datetime.timedelta, patience_seconds: floa
         store.wait([complete], patience)
     except dist.DistError as error:
         raise ConfigError(f"{store.add(arrived, 0)} of {world} processes came to {place}") from error
+    store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import commands
 import pytest
+from torch.distributed import TCPStore
 
 INPUT_ERROR, STOPPED_ON_SIGNAL = 2, 75
 
@@ -82,6 +83,20 @@ def test_a_rendezvous_in_vain_ends_in_time_with_host_and_port(write_run, tmp_pat
     assert code == INPUT_ERROR, text
     assert f"{message} 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT) within 1 s" in text
     assert len(text.splitlines()) == 1, text
+
+
+def as_under_torchrun(port, _):
+    """For `prepare`: one rank of two, whose store torchrun's agent keeps."""
+    alone_as(0, port, _)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+
+
+def test_how_many_processes_came_is_said_where_the_agent_waits_for_none(write_run, tmp_path):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arguments = [write_run(), "--rendezvous-timeout", 1]
+    code, text = commands.run(arguments, tmp_path / "log", prepare=partial(as_under_torchrun, store.port))
+    assert code == INPUT_ERROR, text
+    assert f"error: 1 of 2 processes came to 127.0.0.1:{store.port} (MASTER_ADDR:MASTER_PORT) within 1 s" in text
 
 
 def test_sigusr1_saves_and_stops_as_sigterm_does(write_run, tmp_path):
