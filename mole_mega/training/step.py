@@ -16,7 +16,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from mole_mega.adapters.routers import plan_routers, router_loss_gradients, summarize
 from mole_mega.config import RunConfig
 from mole_mega.data.collate import Batch
-from mole_mega.models.llava import LLaVA
 from mole_mega.monitor.metrics import StepResult
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.loss import LOSS_ROWS, SCORE_ROWS, sum_loss, sum_scores
@@ -38,7 +37,7 @@ class Evaluator:
         self, forward_step: Any, micro_batches: Sequence[Batch], num_rows: int, **kwargs: Any
     ) -> torch.Tensor:
         """Run Megatron-Core's schedule; returns the micro-batches' table, summed over all ranks."""
-        llava: LLaVA = getattr(self.model, "module", self.model)  # type: ignore[assignment]
+        llava: Any = getattr(self.model, "module", self.model)
         llava.read_instructions([(batch.tokens, batch.instruction_mask) for batch in micro_batches])
         tables = get_forward_backward_func()(
             forward_step_func=forward_step,
