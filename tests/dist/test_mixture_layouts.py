@@ -17,7 +17,7 @@ DENSE = {"gate": "dense", "expert_parallel": "weights"}
 NORMED = {**TOP_2, "renormalize": True}
 SHARED = {**NORMED, "share_A": True}
 # so many experts that tokens are sorted into pairs
-MANY = {**TOP_2, "num_experts": 12}
+MANY = {**TOP_2, "num_experts": 14}
 
 # an expert for each of the two sources that the made samples come from; tokens or weights travel
 TASK = {
