@@ -21,19 +21,16 @@ _reduce_together = pairs.reduce_together
 
 
 def record(run, size, parallel):
-    forgets = run.run_dir not in WRONG
-    for module in _USERS:
-        if hasattr(module, "reduce_together"):
-            module.reduce_together = (lambda tensors, *_: list(tensors)) if forgets else _reduce_together
-    if forgets:
-        sharding.place = _place
-        return _record(run, size, parallel)
-
     def place(parameter, placement):
         _place(parameter, placement)
-        setattr(parameter, run.run_dir, WRONG[run.run_dir])
+        if run.run_dir in WRONG:
+            setattr(parameter, run.run_dir, WRONG[run.run_dir])
 
     sharding.place = place
+    for module in _USERS:
+        if hasattr(module, "reduce_together"):
+            forgets = run.run_dir == "forgets"
+            module.reduce_together = (lambda tensors, *_: list(tensors)) if forgets else _reduce_together
     return _record(run, size, parallel)
 
 
