@@ -423,6 +423,9 @@ class Trainer:
             f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
             f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
+        for name, method in self.stepper.methods.items():
+            options = ", ".join(f"{key} {value}" for key, value in vars(method.options).items())
+            self._say(f"method {name}: {options}")
         self._say(f"prompts: {self.loader.encoder.prompts}")
         if self._phases_before:
             self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")
