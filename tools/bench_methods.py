@@ -34,14 +34,15 @@ EXTRA = {"lorasculpt, regulariser": ("lorasculpt", {"prune_step": 1, "conflict_w
 TARGET = 1.1
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Run the bench; prints a line a case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1024)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parallel = platform.initialize(ParallelConfig(), seed=0)
     size = _size(args.layers, args.hidden, args.tokens)
     cases = {"plain": (None, {}, 1.0)} | {n: (n, OPTIONS.get(n, {}), TARGET) for n in METHODS} | EXTRA

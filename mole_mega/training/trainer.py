@@ -436,6 +436,9 @@ class Trainer:
         if self.run.adapter.method == "mole":
             chosen = expert_parallel(self.run, self.size)
             self._say(f"between expert-parallel ranks travel: {chosen.form} ({chosen.reason})")
+        for name, method in self.stepper.methods.items():
+            options = ", ".join(f"{key} {value}" for key, value in vars(method.options).items())
+            self._say(f"method {name}: {options}")
         self._say(f"prompts: {self.loader.encoder.prompts}")
         if self._phases_before:
             self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")
