@@ -177,9 +177,7 @@ def _unpack(peft_dirs: Sequence[Path]) -> tuple[AdapterConfig | None, dict[str, 
         adapter = AdapterConfig(**tree["adapter"])
         layers = adapter.layers if adapter.layers == "all" else tuple(int(layer) for layer in adapter.layers)
         folders = [path.parent / Path(name).name for name in tree["experts"]]
-        adapter = dataclasses.replace(
-            adapter, layers=layers, methods=tuple(adapter.methods), rank=int(adapter.rank), alpha=float(adapter.alpha)
-        )
+        adapter = dataclasses.replace(adapter, layers=layers, rank=int(adapter.rank), alpha=float(adapter.alpha))
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{path} does not say how the experts were trained: {error}") from error
     if adapter.method != "mole" or not folders:
