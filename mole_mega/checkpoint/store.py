@@ -265,6 +265,7 @@ def save_adapters(tensors: Mapping[str, torch.Tensor], adapter: AdapterConfig, f
     }
     write_tensors(folder, pending)
     tree = dataclasses.asdict(adapter)
+    del tree["methods"]  # what they were trained with, not what they compute
     tree["layers"] = adapter.layers if adapter.layers == "all" else list(adapter.layers)
     (folder / ADAPTER_FILE).write_text(yaml.safe_dump(tree, sort_keys=False))
 
@@ -275,7 +276,7 @@ def read_adapter(folder: Path) -> AdapterConfig:
     try:
         tree = yaml.safe_load(path.read_text())
         layers = tree["layers"] if tree["layers"] == "all" else tuple(tree["layers"])
-        return AdapterConfig(**{**tree, "layers": layers, "methods": tuple(tree.get("methods", ()))})
+        return AdapterConfig(**{**tree, "layers": layers})
     except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
         raise files.CheckpointError(f"{path} does not describe adapters: {files.reason(error)}") from error
 

@@ -132,7 +132,9 @@ def _write_experts(folder: Path, trained: Trained, adapter: AdapterConfig, step:
     if routers:
         write_tensors(folder, routers, dict.fromkeys(routers, ROUTER_WEIGHTS))
     shared = ["the attention's LoRA"] * adapter.attention + ["the trained projector"] * bool(trained_projector(step))
-    tree = {"experts": names, "adapter": dataclasses.asdict(adapter), "base": _origin(trained.base)}
+    # what the adapters compute, not the methods that they were trained with
+    computed = {key: value for key, value in dataclasses.asdict(adapter).items() if key != "methods"}
+    tree = {"experts": names, "adapter": computed, "base": _origin(trained.base)}
     (folder / MOLE_JSON).write_text(json.dumps(tree, indent=2) + "\n")
     if adapter.router_scope == "task":
         sources = trained.run.data.sources

@@ -177,15 +177,12 @@ def _unpack(peft_dirs: Sequence[Path]) -> tuple[AdapterConfig | None, dict[str, 
         adapter = AdapterConfig(**tree["adapter"])
         layers = adapter.layers if adapter.layers == "all" else tuple(int(layer) for layer in adapter.layers)
         folders = [path.parent / Path(name).name for name in tree["experts"]]
-        adapter = dataclasses.replace(
-            adapter, layers=layers, rank=int(adapter.rank), alpha=float(adapter.alpha), methods=tuple(adapter.methods)
-        )
+        adapter = dataclasses.replace(adapter, layers=layers, rank=int(adapter.rank), alpha=float(adapter.alpha))
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(f"{path} does not say how the experts were trained: {error}") from error
     if adapter.method != "mole" or not folders:
         raise ConfigError(f"{path} names no experts")
-    routers = {} if adapter.router_scope == "task" else dict(_read_tensors(path.with_name(ROUTER_WEIGHTS)))
-    return adapter, routers, folders
+    return adapter, dict(_read_tensors(path.with_name(ROUTER_WEIGHTS))), folders
 
 
 def _read_config(path: Path) -> tuple[int, float, float]:
