@@ -1,0 +1,47 @@
+"""The recipes for clusters, as far as they can be looked at without one: run files load, divide and fit, and launchers
+name what exists."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mole_mega import config
+from mole_mega.estimate.gpus import GPUS
+from mole_mega.estimate.plan import Sample, estimate
+from mole_mega.models.mcore_config import check_layout
+from mole_mega.models.sizes import SIZES
+from mole_mega.train import main as train
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
+def test_a_run_file_loads_divides_and_fits_its_gpus(name):
+    run, size = config.load(EXAMPLES / name / "run.yaml"), SIZES[name]
+    check_layout(run, size)
+    assert (run.adapter.num_experts, run.adapter.rank, run.adapter.alpha, run.adapter.dropout) == (3, 32, 64, 0.05)
+    for world_size in (8, 16, 64):
+        data = world_size // (run.parallel.tensor * run.parallel.pipeline)
+        assert run.train.global_batch_size % (run.train.micro_batch_size * data) == 0
+        assert estimate(run, size, world_size, GPUS["h100"], Sample()).fits
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
+def test_launchers_parse_and_name_what_exists(name):
+    folder = EXAMPLES / name
+    for script in ("torchrun.sh", "slurm.sbatch"):
+        subprocess.run(["bash", "-n", folder / script], check=True)
+    assert f"examples/{name}/torchrun.sh" in (folder / "slurm.sbatch").read_text()
+    assert '/run.yaml" "$@"' in (folder / "torchrun.sh").read_text()
+    job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
+    (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    assert container["command"][-1] == f"/work/examples/{name}/run.yaml"
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
+def test_a_layout_of_64_ranks_can_be_built(name, capsys):
+    arguments = [str(EXAMPLES / name / "run.yaml"), "--dry-run", "--world-size", "64", "--size", name]
+    assert train(arguments) == 0
+    assert "each held whole by the ranks together" in capsys.readouterr().out
