@@ -249,10 +249,16 @@ def test_a_run_that_says_other_adapters_is_refused(key, start, write_run, tmp_pa
 # ---- interrupted
 
 
+def heed_interrupts():
+    """As a command in the foreground does; a shell starts those in the background deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def signal_while_writing(number, which, rank):
     """For `prepare`: a signal to this process as the tensor of that number is read to be written."""
     from mole_mega.convert.hf_files import SafetensorsShard
 
+    heed_interrupts()
     read, count = SafetensorsShard.read, itertools.count(1)
 
     def read_or_signal(self, name):
@@ -268,6 +274,7 @@ def interrupt_the_proof(rank):
     """For `prepare`: Ctrl-C as the other model is asked."""
     from mole_mega.convert import probe
 
+    heed_interrupts()
     probe.ask_transformers = lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(10)
 
 

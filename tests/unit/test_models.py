@@ -194,7 +194,9 @@ def test_permuting_experts_with_their_router_rows_changes_nothing_but_their_name
     assert float(permuted_loss) == pytest.approx(float(loss), rel=1e-6)
     for name, gradient in gradients.items():
         if gradient is not None:
-            assert_close(permuted[name], gradient[order] if name in of_experts else gradient)
+            # a router bias sums terms that cancel: its norm is no measure of their rounding (training/parity.py)
+            tolerance = 1e-4 if name.endswith(".router.bias") else 1e-5
+            assert_close(permuted[name], gradient[order] if name in of_experts else gradient, tolerance)
     for router, load in zip(model.routers(), loads, strict=True):
         assert torch.equal(router.sums.counts_E, load[order]) and (load > 0).sum() > 1
 
