@@ -26,7 +26,7 @@ from mole_mega.adapters import bank
 
 # Up to so many experts for each one that a token uses, computing them all is the faster form, by the bytes of a number
 # (measured with tools/bench_mole.py on 2 cores that multiply bf16 matrices: there products cost little, and rows much).
-_MASKED_UP_TO = {4: 6, 2: 32}
+_MASKED_UP_TO = {4: 6, 2: 12}
 
 
 @dataclass(frozen=True)
