@@ -592,8 +592,9 @@ def test_the_section_names_every_field_that_the_layer_depends_on(exported):
     """A field that AdapterConfig gains must be exported, or be one that matters in training alone."""
     _, folder = exported("prob")
     tree = json.loads((folder / "config.json").read_text())
-    training = {"dropout", "balance_weight", "balance_scope", "z_loss_weight", "expert_parallel"}
-    assert {*tree["mole"], *training} == {field.name for field in dataclasses.fields(AdapterConfig)}
+    training = {"dropout", "balance_weight", "balance_scope", "z_loss_weight", "expert_parallel", "methods"}
+    in_alpha = {"scaling"}
+    assert {*tree["mole"], *training, *in_alpha} == {field.name for field in dataclasses.fields(AdapterConfig)}
     assert tree["model_type"] == "llava_mole" and tree["dtype"] == "float32"
 
 
