@@ -162,6 +162,9 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     # A step with a non-finite loss or gradient is skipped; so many in a row stop the run (exit code 4).
     max_bad_steps: PositiveInt = 5
+    # A process that stands in one place of a step for so long, waiting for others, stops the run, names whom it waits
+    # for and ends with exit code 4; 0: never.
+    hang_seconds: NonNegative = 480.0
 
 
 @dataclass(frozen=True, kw_only=True)

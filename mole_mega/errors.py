@@ -40,11 +40,23 @@ class CheckFailedError(RuntimeError):
     """A check that the project promises has failed."""
 
 
+class StoppedError(RuntimeError):
+    """The run has stopped itself, and says why."""
+
+
 @dataclass
 class Outcome:
     """The exit code of a command, as far as it got."""
 
     code: int = ExitCode.DONE
+
+
+_CODES = (
+    (CheckFailedError, ExitCode.CHECK_FAILED),
+    (StoppedError, ExitCode.STOPPED_ITSELF),
+    (ValueError, ExitCode.INPUT_ERROR),
+    (OSError, ExitCode.INPUT_ERROR),
+)
 
 
 @contextlib.contextmanager
@@ -67,13 +79,10 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
             traceback.print_exc()
         else:
             where = "" if rank == "0" else f" (rank {rank})"
-            known = isinstance(error, ValueError | OSError | CheckFailedError)
+            known = isinstance(error, ValueError | OSError | CheckFailedError | StoppedError)
             kind = "" if known else f"{type(error).__name__}: "
             print(f"error{where}: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        failed_check, input_error = isinstance(error, CheckFailedError), isinstance(error, ValueError | OSError)
-        outcome.code = (
-            ExitCode.CHECK_FAILED if failed_check else ExitCode.INPUT_ERROR if input_error else ExitCode.OUR_FAULT
-        )
+        outcome.code = next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.OUR_FAULT)
         if "RANK" in os.environ:
             # An ordinary exit takes down the process group's threads, which now and then aborts (SIGABRT, code 250).
             sys.stdout.flush()

@@ -46,6 +46,7 @@ from mole_mega.monitor.metrics import Row, StepResult, step_row
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
 from mole_mega.platform import fp8
 from mole_mega.platform.parallel import Parallel
+from mole_mega.platform.watchdog import Watchdog
 from mole_mega.training.evaluation import Answer, answer_questions, answer_row, evaluation_row, write_answers
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.reseed import Reseed, reseed_expert
@@ -189,6 +190,7 @@ class Trainer:
         # trainable tensors that no gradient was seen to reach yet; a resumed run saw them before
         self._unproved = set() if self.state.applied_steps else _names_to_prove(run, self.model)
         self._signal_received = False
+        self._watchdog = Watchdog(run.train.hang_seconds)
 
     def train(self) -> int:
         """Run to the last step; returns the exit code."""
@@ -199,6 +201,11 @@ class Trainer:
             return ExitCode.DONE
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        with self._watchdog:
+            return self._train()
+
+    def _train(self) -> int:
+        run = self.run
         self._announce()
         logs = self._open_logs()
         throughput = Throughput()
@@ -210,6 +217,7 @@ class Trainer:
             row |= throughput.step(result.places)
             self._log_step(row, result, self._watch_routing(step, result), logs)
             if self._due(run.validation.every, step):
+                self._watchdog.at(step, "validation")
                 self._log_validation(step, logs)
                 throughput.restart()
             if self.state.bad_steps_in_row >= run.train.max_bad_steps:
@@ -222,6 +230,7 @@ class Trainer:
             stop = self._stop_agreed()
             if stop or self._due(run.checkpoint.every, step) or step == run.train.steps:
                 if not self.state.bad_steps_in_row:
+                    self._watchdog.at(step, "saving")
                     saved = step
                     self._save()
                 throughput.restart()
@@ -265,10 +274,12 @@ class Trainer:
 
     def _step(self, step: int) -> tuple[Row, StepResult]:
         train = self.run.train
+        self._watchdog.at(step, "reading data")
         batches = self.loader.micro_batches(
             step - 1, train.global_batch_size, train.micro_batch_size, self.parallel.dp_rank, self.parallel.dp_size
         )
         lrs = set_lr(self.optimizer, step, train)
+        self._watchdog.at(step, "passes and update")
         if self._unproved:
             with _watch_gradients(self.model) as seen:
                 result = self.stepper.train_step(batches)

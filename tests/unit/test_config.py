@@ -489,7 +489,7 @@ def all_set() -> RunConfig:
             "projector_lr": 1e-5, "router_lr": 0, "projector": False, "schedule": "linear", "warmup_steps": 2,
             "min_lr_ratio": 0.1, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-9,
             "clip_grad": 0, "precision": "fp32", "distributed_optimizer": True, "recompute": "full",
-            "max_bad_steps": 1, "lora_plus_ratio": 16.0,
+            "max_bad_steps": 1, "hang_seconds": 60.0, "lora_plus_ratio": 16.0,
         },
         data={
             "sources": [

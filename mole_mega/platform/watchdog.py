@@ -1,0 +1,184 @@
+"""Who is late: says which rank on which host a run waits for, when it stands still or loses a process.
+
+A collective whose peer hangs waits for the backend's own timeout, and then names nobody; one whose peer is gone fails
+with the words of a socket. So each process tells the store at which all met, from a thread, what it does. A process
+that stands in one place for longer than it may looks up where the others are, says who is behind or gone, and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+import torch.distributed as dist
+
+from mole_mega.errors import ExitCode, StoppedError
+
+_KEY = "mole_mega/place"
+_MOST_BETWEEN_BEATS = 5.0  # seconds
+_NAMED = 4  # ranks, at most
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one process stands. `passed` counts the places before, the same on all ranks that are at one; `inside` is
+    the collective that it waits in, if any; `beat` counts its signs of life."""
+
+    rank: int
+    host: str
+    step: int = 0
+    doing: str = "starting"
+    passed: int = 0
+    inside: str = ""
+    beat: int = 0
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.doing}" + (f", in {self.inside}" if self.inside else "")
+
+
+class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
+    """Watches this process while it is entered; does nothing in a world of one, or with a patience of 0.
+
+    `patience_seconds`: how long a process may stand in one place. Ends the process with `ExitCode.STOPPED_ITSELF` then,
+    from its thread: nothing else can, while the main thread waits in a collective.
+    """
+
+    def __init__(self, patience_seconds: float) -> None:
+        self.patience_seconds = patience_seconds
+        self.interval = min(_MOST_BETWEEN_BEATS, patience_seconds / 5)
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = dist.get_world_size()
+        self._host = socket.gethostname()
+        # each written by one thread alone, and whole
+        self._standing = (0, "starting", 0)
+        self._beats = 0
+        self._since = time.monotonic()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        if self.world_size > 1 and self.patience_seconds > 0:
+            self._store = _join_store(timeout_seconds=max(4 * self.interval, 1.0))
+            self._beat()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        """A failure that comes of a process that is gone is told as that: raises StoppedError for it."""
+        self._over.set()
+        if self._thread is None:
+            return
+        self._thread.join(2 * self.interval)
+        if isinstance(error, RuntimeError) and not isinstance(error, StoppedError):
+            reason = self._find(only_gone=True)
+            if reason:
+                raise StoppedError(f"{reason}. Here: {self._mine}: {' '.join(str(error).split())[:200]}") from error
+
+    def at(self, step: int, doing: str) -> None:
+        """This process begins to do this."""
+        self._standing = (step, doing, self._standing[2] + 1)
+        self._since = time.monotonic()
+
+    @property
+    def _mine(self) -> Place:
+        step, doing, passed = self._standing
+        return Place(self.rank, self._host, step, doing, passed, _collective(), self._beats)
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.interval):
+            stands = time.monotonic() - self._since
+            with contextlib.suppress(RuntimeError):  # told below
+                self._beat()
+            if stands <= self.patience_seconds:
+                continue
+            reason = self._find() or "all ranks are at this place"
+            if self._over.is_set():  # it went on meanwhile, and is done
+                return
+            if self.rank:
+                time.sleep(self.interval)  # rank 0 speaks first
+            where = f"rank {self.rank} on {self._host}"
+            text = f"error ({where}): no progress for {stands:.0f} s at {self._mine}: {reason}"
+            print(text, file=sys.stderr, flush=True)
+            os._exit(ExitCode.STOPPED_ITSELF)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"{_KEY}/{self.rank}", json.dumps(asdict(self._mine)))
+
+    def _find(self, *, only_gone: bool = False) -> str:
+        """Whom this process waits for, in words; empty when nobody stands out."""
+        try:
+            before = self._places()
+            time.sleep(2.5 * self.interval)
+            with contextlib.suppress(RuntimeError):
+                self._beat()
+            after = self._places()
+        except RuntimeError:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            return f"{place}, where the processes met, does not answer: its host is gone or cut off"
+        gone = [new for old, new in zip(before, after, strict=True) if new.beat == old.beat and new.rank != self.rank]
+        if gone:
+            return f"no sign of life from {_names(gone)}, last seen at {gone[0]}"
+        behind = min(place.passed for place in after)
+        late = [place for place in after if place.passed == behind]
+        if only_gone or len(late) == len(after):
+            return ""
+        return f"{_names(late)} late: at {late[0]}"
+
+    def _places(self) -> list[Place]:
+        """Of all ranks; one that never came is at the start."""
+        places = []
+        for rank in range(self.world_size):
+            key = f"{_KEY}/{rank}"
+            found = self._store.get(key) if self._store.check([key]) else None
+            places.append(Place(**json.loads(found)) if found else Place(rank, "a host that did not begin"))
+        return places
+
+
+def _join_store(timeout_seconds: float) -> dist.Store:
+    """A connection of the watchdog's own: torch.distributed's may be waiting in the main thread."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    # an attempt that torchrun starts again has nothing to do with the places of the one before
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
+def _names(places: Sequence[Place]) -> str:
+    """rank 2 on node7, rank 3 on node7 and 6 more"""
+    named = ", ".join(f"rank {place.rank} on {place.host}" for place in places[:_NAMED])
+    return named + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
+
+
+def _collective() -> str:
+    """What a thread of this process waits for in torch.distributed: the collective, and who called it."""
+    for thread, frame in sys._current_frames().items():
+        if thread == threading.get_ident():
+            continue
+        found, inside = frame, ""
+        while found is not None and not inside:
+            inside = _called(found)
+            found = found.f_back  # type: ignore[assignment]
+        if inside:
+            return inside
+    return ""
+
+
+def _called(frame: FrameType) -> str:
+    """The public function of torch.distributed that this frame is, with its caller; empty when it is none."""
+    name, caller = frame.f_code.co_name, frame.f_back
+    if not frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py") or name.startswith("_"):
+        return ""
+    while caller is not None and "/torch/" in caller.f_code.co_filename:  # wrappers
+        caller = caller.f_back
+    return f"{name} of {caller.f_code.co_name}" if caller is not None else name
