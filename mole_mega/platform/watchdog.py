@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from mole_mega.errors import ExitCode, StoppedError
 
-_KEY = "mole_mega/place"
+_KEY, _REASON = "mole_mega/place", "mole_mega/reason"
 _MOST_BETWEEN_BEATS = 5.0  # seconds
 _NAMED = 4  # ranks, at most
 
@@ -68,6 +68,8 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     def __enter__(self) -> Watchdog:
         if self.world_size > 1 and self.patience_seconds > 0:
             self._store = _join_store(timeout_seconds=max(4 * self.interval, 1.0))
+            if self.rank == 0:
+                self._store.delete_key(_REASON)  # of an attempt before
             self._beat()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -116,16 +118,19 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._store.set(f"{_KEY}/{self.rank}", json.dumps(asdict(self._mine)))
 
     def _find(self, *, only_gone: bool = False) -> str:
-        """Whom this process waits for, in words; empty when nobody stands out."""
+        """Whom this process waits for, in words; empty when nobody stands out. The first that finds it says it for all:
+        those that end for it are soon gone themselves."""
         try:
             before = self._places()
             time.sleep(2.5 * self.interval)
-            with contextlib.suppress(RuntimeError):
-                self._beat()
-            after = self._places()
+            self._beat()
+            reason = self._compare(before, self._places(), only_gone)
+            return self._store.compare_set(_REASON, "", reason).decode() if reason else ""
         except RuntimeError:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             return f"{place}, where the processes met, does not answer: its host is gone or cut off"
+
+    def _compare(self, before: Sequence[Place], after: Sequence[Place], only_gone: bool) -> str:
         gone = [new for old, new in zip(before, after, strict=True) if new.beat == old.beat and new.rank != self.rank]
         if gone:
             return f"no sign of life from {_names(gone)}, last seen at {gone[0]}"
