@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank
 
-# Up to so many experts for each one that a token uses, computing them all is the faster form, by the bytes of a number
-# (measured with tools/bench_mole.py on 2 cores that multiply bf16 matrices: there products cost little, and rows much).
-_MASKED_UP_TO = {4: 6, 2: 12}
+# Up to so many experts for each one that a token uses, computing them all is the faster form, by the bytes of a number:
+# measured with tools/bench_mole.py's layer on 2 cores that multiply bf16 matrices, where products cost little.
+_MASKED_UP_TO = {4: 6, 2: 16}
 
 
 @dataclass(frozen=True)
