@@ -44,7 +44,7 @@ def case(*arguments):
 CASES = [
     case(TP, 2, NORMED),
     case(PP, 2, MANY),
-    case(EP, 2, {**MANY, "rescale_gate": True}),
+    case(EP, 2, {**MANY, "rescale_gate": True, "methods": ({"name": "riemannian"},)}),
     case(DP, 2, DENSE),
     case(EP, 2, {**NORMED, "gate": "straight_through"}, {"recompute": "full"}),
     case(TP_EP, 4, SHARED),
