@@ -25,8 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
     # data: an export says how pictures and prompts were prepared in training
     "convert": {"errors", "config", "platform", "adapters", "models", "data", "checkpoint"},
-    # arithmetic over the config and the sizes, after the checks of the rooms that build
-    "estimate": {"errors", "config", "platform", "models", "outputs", "wording"},
+    # arithmetic over the config and the sizes, after the checks of the rooms that build; adapters: the arithmetic by
+    # which training chooses what travels and in which form it computes
+    "estimate": {"errors", "config", "platform", "adapters", "models", "outputs", "wording"},
     # estimate: a dry run counts as the estimate counts, and training says when it will not fit
     "training": {
         "errors",
