@@ -236,12 +236,14 @@ def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """Of the routers of one block: their input, where the experts do not keep that very tensor, probabilities, weights
     and choices."""
     adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.precision]
-    own = shape.tokens // tensor
+    own, form = shape.tokens // tensor, mixture_form(run, size)
     # the router of a down projection has all tokens
     routed = 2 * own + shape.tokens if adapter.router_scope == "linear" else own
     saved = routed * (FP32 * adapter.num_experts * (1 if adapter.gate == "dense" else 3) + 8 * adapter.num_choices)
+    if form != "tokens":
+        saved += (shape.tokens - own) * FP32 * adapter.num_experts  # weights of all ranks' tokens
     reads = adapter.router_scope in ("block", "linear")
-    if reads and not (mixture_form(run, size) == "masked" and tensor == 1):
+    if reads and not (form == "masked" and tensor == 1):
         saved += own * size.language.hidden_size * width
     return saved
 
