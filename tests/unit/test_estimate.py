@@ -376,6 +376,15 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path, capsys, argu
     assert f"{first['seconds']['total']:.3g}" in text
 
 
+def test_the_command_says_what_travels(run_file, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    command = [str(run_file), "--gpus", "6", "--size", "llava15_7b", "--json", str(figures), "--debug"]
+    overrides = ["parallel.expert=3", "train.global_batch_size=6", "adapter.expert_parallel=auto"]
+    assert estimate_command(command + overrides) == 0
+    form = json.loads(figures.read_text())["expert_parallel"]
+    assert f"between expert-parallel ranks {form} travel: a rank sends" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
