@@ -23,10 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank
-
-# Up to so many experts for each one that a token uses, computing them all is the faster form, by the bytes of a number:
-# measured with tools/bench_mole.py's layer on 2 cores that multiply bf16 matrices, where products cost little.
-_MASKED_UP_TO = {4: 6, 2: 16}
+from mole_mega.adapters.forms import computes_all
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ preconditioning, arXiv 2502.15828): with e an expert's output and sg stopping gr
 def make_gate(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, dtype: torch.dtype, *, rescaled: bool = False) -> Gate:
     """The faster form, in this dtype, for tokens that use `top_k` of E experts each: those that `chosen` marks."""
     num_tokens, num_experts = weight_TE.shape
-    if num_experts <= _MASKED_UP_TO.get(dtype.itemsize, 6) * top_k or num_tokens == 0:
+    if computes_all(num_experts, top_k, dtype.itemsize) or num_tokens == 0:
         return MaskedGate(weight_TE, rescaled)
     return paired(weight_TE, chosen_TE, top_k, rescaled=rescaled)
 

@@ -74,10 +74,12 @@ def describe(one: Estimate) -> list[str]:
     run, shape, gpu, time = one.run, one.shape, one.gpu, one.time
     usable, fullest = usable_memory(gpu.memory), one.fullest
     parts = ", ".join(f"{field.name} {getattr(time, field.name):.3g}" for field in dataclasses.fields(time))
+    travels = [f"between expert-parallel ranks {one.expert_parallel.form} travel: {one.expert_parallel.reason}"]
     need = f"stage {fullest} needs {one.memory[fullest].total / _GB:.1f} GB a GPU"
     return [
         f"{one.world_size:,} x {gpu.name}: {layout_words(run, one.world_size)}; recompute "
         f"{run.train.recompute}; micro-batch of {shape.samples} x {shape.length:,} places with {shape.images} images",
+        *(travels if run.parallel.expert > 1 else []),
         "memory of one rank at its peak, MB:",
         *_table(_by_stage(one.memory)),
         f"{'fits' if one.fits else 'DOES NOT FIT'}: {need}, {usable / _GB:.1f} GB are usable of {gpu.memory / _GB:.1f}",
@@ -114,6 +116,7 @@ def as_tree(one: Estimate) -> dict[str, Any]:
         "gpus": one.world_size,
         "gpu": one.gpu.name,
         "parallel": dataclasses.asdict(run.parallel),
+        "expert_parallel": one.expert_parallel.form,
         "micro_batch_size": run.train.micro_batch_size,
         "recompute": run.train.recompute,
         "length": one.shape.length,

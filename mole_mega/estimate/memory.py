@@ -4,10 +4,12 @@ Static: weights, fp32 gradients, Adam. Moving: what autograd keeps of the micro-
 Megatron-Core's local attention, which keeps its score matrices), and the largest workspace beside it. Sequences are as
 long as `Shape.length`, so what is counted is the longest that the run may meet.
 
-Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, and
-NCCL's buffers.
+Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, NCCL's
+buffers, what dropout keeps, and what the methods remember (adapters/methods: LoRASculpt a byte a factor's number for
+its masks, BoRA a mean of each factor over experts).
 
-Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts.
+Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts, K experts
+that a token uses.
 """
 
 from __future__ import annotations
@@ -15,9 +17,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from mole_mega.adapters.forms import computes_all
 from mole_mega.config import RunConfig
-from mole_mega.estimate.parameters import adapted_layers, padded_vocabulary, stage_layers, stage_parameters
+from mole_mega.estimate.parameters import (
+    adapted_layers,
+    decoder_linears,
+    fp8_bytes,
+    mlp_lora,
+    padded_vocabulary,
+    router_widths,
+    stage_layers,
+    stage_parameters,
+    vision_linears,
+)
+from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.sizes import LlavaSize
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -109,14 +124,38 @@ def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tup
     dense = numbers.dense_adapters + (numbers.projector if train.projector else 0)
     trained = (dense + numbers.experts) * width + numbers.routers * FP32
     gradients = FP32 * (dense + numbers.experts + numbers.routers)
-    # two moments, and a master copy of what is not fp32 itself; the distributed optimizer cuts them over the ranks that
-    # hold the same part
+    # Adam's two moments, and a master copy of what is not fp32 itself; the distributed optimizer cuts them over the
+    # ranks that hold the same part
+    moments = 2 * FP32 if train.optimizer == "adam" else 0
     master = FP32 if train.precision == "bf16" else 0
     data = world_size // (run.parallel.tensor * run.parallel.pipeline)
     share, expert_share = (data, data // run.parallel.expert) if train.distributed_optimizer else (1, 1)
-    optimizer = ((2 * FP32 + master) * dense + 2 * FP32 * numbers.routers) // share
-    optimizer += (2 * FP32 + master) * numbers.experts // expert_share
-    return width * numbers.frozen(projector=train.projector), trained, gradients, optimizer
+    optimizer = ((moments + master) * dense + moments * numbers.routers) // share
+    optimizer += (moments + master) * numbers.experts // expert_share
+    frozen = width * numbers.frozen(projector=train.projector)
+    if run.fp8.store_base:
+        num_weights, scales = fp8_bytes(run, size, stage)
+        frozen += scales - (width - 1) * num_weights
+    return frozen, trained, gradients, optimizer
+
+
+def mixture_form(run: RunConfig, size: LlavaSize) -> Literal["tokens", "masked", "paired"]:
+    """How experts meet tokens: tokens travel to their one expert; or they stay, and all experts are computed for each
+    token, or a row for each pair of a token and an expert that it uses (adapters/mixing.py)."""
+    adapter = run.adapter
+    if expert_parallel(run, size).form == "tokens":
+        return "tokens"
+    if adapter.gate == "dense" or adapter.router_scope == "linear":
+        return "masked"
+    return "masked" if computes_all(adapter.num_experts, adapter.top_k, BYTES[run.train.precision]) else "paired"
+
+
+def gathered_bank(run: RunConfig, size: LlavaSize) -> int:
+    """Bytes of the experts of one layer as each rank gathers them, where weights travel (adapters/mixture.py)."""
+    if run.adapter.method != "mole" or run.parallel.expert == 1 or mixture_form(run, size) == "tokens":
+        return 0
+    one_expert, _ = mlp_lora(size.language, run.adapter, run.parallel.tensor)
+    return run.adapter.num_experts * one_expert * BYTES[run.train.precision]
 
 
 def saved_activations(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
@@ -182,19 +221,45 @@ def _attention(run: RunConfig, size: LlavaSize, shape: Shape, *, recomputed: boo
 
 
 def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int:
-    """The MLP of one layer, with its norm. Routing is taken for balanced: a rank's experts get as many tokens as it
-    has itself."""
+    """The MLP of one layer, with its norm."""
     language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.precision]
     tokens, hidden, ffn = shape.tokens, language.hidden_size, language.ffn_hidden_size // tensor
     saved = _norm(run, size, shape)
     if not adapted:
         return saved + width * tokens * 4 * ffn
-    ranks = 3 * adapter.rank  # A x of gate, up and down
     if adapter.method == "lora":
-        return saved + width * tokens * (hidden + ranks + 5 * ffn)
-    own = tokens // tensor
-    saved += own * (width * hidden + 3 * FP32 * adapter.num_experts + 24)  # the router's input, probabilities, places
-    return saved + tokens * (width * (hidden + ranks + 3 * ffn) + FP32)
+        return saved + width * tokens * (hidden + 3 * adapter.rank + 5 * ffn)
+    return saved + _routing(run, size, shape) + _experts(run, size, shape) + gathered_bank(run, size)
+
+
+def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
+    """Of the routers of one block: their input, where the experts do not keep that very tensor, probabilities, weights
+    and choices."""
+    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    own, form = shape.tokens // tensor, mixture_form(run, size)
+    # the router of a down projection has all tokens
+    routed = 2 * own + shape.tokens if adapter.router_scope == "linear" else own
+    saved = routed * (FP32 * adapter.num_experts * (1 if adapter.gate == "dense" else 3) + 8 * adapter.num_choices)
+    if form != "tokens":
+        saved += (shape.tokens - own) * FP32 * adapter.num_experts  # weights of all ranks' tokens
+    reads = adapter.router_scope in ("block", "linear")
+    if reads and not (form == "masked" and tensor == 1):
+        saved += own * size.language.hidden_size * width
+    return saved
+
+
+def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
+    """x, A x of gate, up and down, what enters SwiGLU and what leaves it. Routing is taken for balanced: where tokens
+    travel, a rank's experts get as many as it has itself."""
+    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    hidden, ffn, ranks = size.language.hidden_size, size.language.ffn_hidden_size // tensor, 3 * adapter.rank
+    form, used = mixture_form(run, size), adapter.top_k
+    if form == "masked":
+        ranks *= 1 if adapter.share_A else adapter.num_experts
+        return shape.tokens * width * (hidden + ranks + 3 * ffn)
+    # weights, and the order of the rows there and back; of pairs also their experts
+    numbering = used * (FP32 + 8 * (2 if form == "tokens" else 4))
+    return shape.tokens * (width * (used * (hidden + ranks + ffn) + 2 * ffn) + numbering)
 
 
 def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
@@ -203,7 +268,9 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
     tokens, hidden, ffn = shape.tokens, language.hidden_size, language.ffn_hidden_size // tensor
     scores = _scores(run, size, shape)
     attention = scores * (2 * FP32 if width == FP32 else 2 * FP32 + 2 * width)
-    mlp = width * tokens * (4 * ffn + 2 * hidden)
+    # the gradients of the gathered bank, and the same side by side on their way to the owners
+    mlp = width * tokens * (4 * ffn + 2 * hidden) + 2 * gathered_bank(run, size)
+    mlp += _decoded(run, decoder_linears(language, tensor))
     layer = max(attention, mlp)
     if run.train.recompute == "full":
         layer += max(
@@ -219,6 +286,12 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
     return max(layer, loss)
 
 
+def _decoded(run: RunConfig, linears: list[tuple[int, int]]) -> int:
+    """The weight of the largest of these linears, taken back from FP8 for a product."""
+    largest = max(rows * columns for rows, columns in linears)
+    return largest * BYTES[run.train.precision] if run.fp8.store_base else 0
+
+
 def _kept_for_good(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
     """What is made in the first step and stays: the buffer that scores are written to, and the routers' sums."""
     kept = _scores(run, size, shape) * BYTES[run.train.precision]
@@ -226,13 +299,14 @@ def _kept_for_good(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) ->
     if adapter.method == "mole":
         pairs = math.comb(adapter.num_experts, 2) if adapter.balance_weight else 0
         rows = pairs + (adapter.num_experts if adapter.z_loss_weight else 0)
-        kept += adapted_layers(run, size, stage) * rows * (size.language.hidden_size + 1) * FP32
+        columns = sum(width + 1 for width in router_widths(run, size.language))
+        kept += adapted_layers(run, size, stage) * rows * columns * FP32
     return kept
 
 
 def _dispatch(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
     """Tokens on their way: sorted for sending and as received, and sorted again by local expert."""
-    if run.adapter.method != "mole" or not adapted_layers(run, size, stage):
+    if run.adapter.method != "mole" or mixture_form(run, size) != "tokens" or not adapted_layers(run, size, stage):
         return 0
     travels = run.parallel.expert > 1 or run.parallel.tensor > 1
     copies = (2 + 1 / run.parallel.tensor) if travels else 1
@@ -245,5 +319,5 @@ def _vision_workspace(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     places = shape.images * (vision.num_places + 1)
     scores = places * (vision.num_places + 1) * vision.num_heads // tensor
     attention = scores * (width if width == FP32 else FP32 + width) + 4 * places * vision.hidden_size * width
-    mlp = 3 * places * vision.ffn_hidden_size // tensor * width
+    mlp = 3 * places * vision.ffn_hidden_size // tensor * width + _decoded(run, vision_linears(vision, tensor))
     return max(attention, mlp) + 2 * places * vision.hidden_size * width

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from mole_mega.config import AdapterConfig, RunConfig
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 
+# The sides of the blocks of platform/fp8.py, whose torch arithmetic needs not.
+FP8_BLOCK = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
     """Numbers of parameters, by part. `dense_adapters` are those that every expert-parallel rank holds alike (LoRA of
-    the attention, and of the MLP without experts), `experts` the banks, `routers` what is always fp32."""
+    the attention, and of the MLP without experts; an A that experts share), `experts` the banks, `routers` what is
+    always fp32."""
 
     vision: int = 0
     projector: int = 0
@@ -68,8 +72,9 @@ def stage_parameters(run: RunConfig, size: LlavaSize, stage: int) -> Parameters:
     num_layers, num_adapted = len(stage_layers(run, size, stage)), adapted_layers(run, size, stage)
     vocabulary = padded_vocabulary(language, tensor) // tensor * language.hidden_size
     has_output = is_last and not (is_first and language.tied_embeddings)  # a tied last stage has a copy of its own
-    is_mole = adapter.method == "mole"
-    mlp_adapters = num_adapted * _mlp_lora(language, adapter, tensor)
+    one_expert, shared = mlp_lora(language, adapter, tensor)
+    banks = adapter.num_experts // run.parallel.expert if adapter.method == "mole" else 0
+    mlp_dense = shared if banks else one_expert
     return Parameters(
         vision=_vision(size.vision, tensor) if is_first else 0,
         projector=_projector(size, tensor) if is_first else 0,
@@ -77,17 +82,50 @@ def stage_parameters(run: RunConfig, size: LlavaSize, stage: int) -> Parameters:
         decoder=num_layers * _decoder_layer(language, tensor) + (language.hidden_size if is_last else 0),
         output=vocabulary if has_output else 0,
         dense_adapters=(num_layers * _attention_lora(language, adapter, tensor) if adapter.attention else 0)
-        + (0 if is_mole else mlp_adapters),
-        experts=mlp_adapters * adapter.num_experts // run.parallel.expert if is_mole else 0,
-        routers=num_adapted * adapter.num_experts * (language.hidden_size + adapter.router_bias) if is_mole else 0,
+        + num_adapted * mlp_dense,
+        experts=num_adapted * banks * one_expert,
+        routers=_routers(run, language, num_adapted),
     )
+
+
+def router_widths(run: RunConfig, size: LanguageSize) -> tuple[int, ...]:
+    """What the routers of one block read, as wide as one rank holds it."""
+    hidden, ffn = size.hidden_size, size.ffn_hidden_size // run.parallel.tensor
+    by_scope = {"block": (hidden,), "linear": (hidden, hidden, ffn)}
+    return by_scope.get(run.adapter.router_scope, ()) if run.adapter.method == "mole" else ()
+
+
+def fp8_bytes(run: RunConfig, size: LlavaSize, stage: int) -> tuple[int, int]:
+    """(weights, bytes of their scales) of one rank's linears of tower and decoder, which `fp8.store_base` keeps at one
+    byte a weight."""
+    num_layers, first = len(stage_layers(run, size, stage)), stage == 0
+    linears = num_layers * decoder_linears(size.language, run.parallel.tensor)
+    linears += first * size.vision.num_built_layers * vision_linears(size.vision, run.parallel.tensor)
+    if run.fp8.scale == "channel":
+        num_scales = sum(rows for rows, _ in linears)
+    else:
+        num_scales = sum(-(-rows // FP8_BLOCK) * -(-columns // FP8_BLOCK) for rows, columns in linears)
+    return sum(rows * columns for rows, columns in linears), 4 * num_scales
+
+
+def decoder_linears(size: LanguageSize, tensor: int) -> list[tuple[int, int]]:
+    """[out, in] of one rank's part of a layer's linears: q, k, v; o; gate, up; down."""
+    hidden, ffn = size.hidden_size, size.ffn_hidden_size // tensor
+    heads, groups = size.num_heads * size.kv_channels // tensor, size.num_kv_heads * size.kv_channels // tensor
+    return [(heads + 2 * groups, hidden), (hidden, heads), (2 * ffn, hidden), (hidden, ffn)]
+
+
+def vision_linears(size: VisionSize, tensor: int) -> list[tuple[int, int]]:
+    """The same of a layer of the tower, whose MLP has no gate."""
+    hidden, ffn = size.hidden_size, size.ffn_hidden_size // tensor
+    return [(3 * hidden // tensor, hidden), (hidden, hidden // tensor), (ffn, hidden), (hidden, ffn)]
 
 
 def _vision(size: VisionSize, tensor: int) -> int:
     hidden, ffn = size.hidden_size, size.ffn_hidden_size
     patches = hidden * 3 * size.patch_size**2
     positions = (size.num_places + 1) * hidden  # the class token stands at the first
-    weights = (4 * hidden * hidden + 2 * hidden * ffn) // tensor
+    weights = sum(rows * columns for rows, columns in vision_linears(size, tensor))
     biases = (3 * hidden + ffn) // tensor + 2 * hidden  # row-parallel linears hold theirs whole
     norms = 4 * hidden
     return patches + hidden + positions + 2 * hidden + size.num_built_layers * (weights + biases + norms)
@@ -99,9 +137,7 @@ def _projector(size: LlavaSize, tensor: int) -> int:
 
 
 def _decoder_layer(size: LanguageSize, tensor: int) -> int:
-    hidden, heads = size.hidden_size, size.num_heads * size.kv_channels
-    attention = hidden * (2 * heads + 2 * size.num_kv_heads * size.kv_channels)
-    return (attention + 3 * hidden * size.ffn_hidden_size) // tensor + 2 * hidden
+    return sum(rows * columns for rows, columns in decoder_linears(size, tensor)) + 2 * size.hidden_size
 
 
 def _attention_lora(size: LanguageSize, adapter: AdapterConfig, tensor: int) -> int:
@@ -111,6 +147,16 @@ def _attention_lora(size: LanguageSize, adapter: AdapterConfig, tensor: int) -> 
     return adapter.rank * (whole + cut // tensor)
 
 
-def _mlp_lora(size: LanguageSize, adapter: AdapterConfig, tensor: int) -> int:
-    """One expert's factors: A of gate and up and B of down whole, the others cut."""
-    return adapter.rank * 3 * (size.hidden_size + size.ffn_hidden_size // tensor)
+def mlp_lora(size: LanguageSize, adapter: AdapterConfig, tensor: int) -> tuple[int, int]:
+    """(one expert's own factors, those that experts share): A of gate and up and B of down whole, the others cut."""
+    hidden, ffn = size.hidden_size, size.ffn_hidden_size // tensor
+    A, B = adapter.rank * (2 * hidden + ffn), adapter.rank * (2 * ffn + hidden)
+    return (B, A) if adapter.share_A and adapter.method == "mole" else (A + B, 0)
+
+
+def _routers(run: RunConfig, size: LanguageSize, num_adapted: int) -> int:
+    adapter = run.adapter
+    if adapter.method == "mole" and adapter.router_scope == "sample":
+        return adapter.num_experts * (size.hidden_size + adapter.router_bias)  # one, of which each stage has a copy
+    widths = router_widths(run, size)
+    return num_adapted * adapter.num_experts * (sum(widths) + len(widths) * adapter.router_bias)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mole_mega.adapters.traffic import ExpertParallel
 from mole_mega.config import RunConfig
 from mole_mega.estimate.gpus import Gpu, usable_memory
 from mole_mega.estimate.memory import Memory, Shape, micro_batch, stage_memory
 from mole_mega.estimate.roofline import StepTime, step_time
 from mole_mega.estimate.traffic import Traffic, stage_traffic
+from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.sizes import LlavaSize
 
 
@@ -31,6 +33,7 @@ class Estimate:
     memory: tuple[Memory, ...]
     traffic: tuple[Traffic, ...]
     time: StepTime
+    expert_parallel: ExpertParallel
 
     @property
     def fullest(self) -> int:
@@ -58,6 +61,7 @@ def estimate(run: RunConfig, size: LlavaSize, world_size: int, gpu: Gpu, sample:
         memory=tuple(stage_memory(run, size, world_size, stage, shape) for stage in stages),
         traffic=tuple(stage_traffic(run, size, world_size, stage, shape) for stage in stages),
         time=step_time(run, size, world_size, shape, gpu),
+        expert_parallel=expert_parallel(run, size),
     )
 
 

@@ -12,8 +12,15 @@ from dataclasses import dataclass
 
 from mole_mega.config import RunConfig
 from mole_mega.estimate.gpus import Gpu
-from mole_mega.estimate.memory import Shape, num_micro_batches, saved_activations, stage_memory
-from mole_mega.estimate.parameters import padded_vocabulary, stage_layers, stage_parameters
+from mole_mega.estimate.memory import (
+    BYTES,
+    Shape,
+    mixture_form,
+    num_micro_batches,
+    saved_activations,
+    stage_memory,
+)
+from mole_mega.estimate.parameters import fp8_bytes, padded_vocabulary, stage_layers, stage_parameters
 from mole_mega.estimate.traffic import stage_traffic
 from mole_mega.models.sizes import LlavaSize
 
@@ -56,7 +63,8 @@ def micro_batch_flops(run: RunConfig, size: LlavaSize, stage: int, shape: Shape)
     """Floating-point operations of one rank for one micro-batch, forward and backward.
 
     A frozen GEMM costs 2 a weight and token forward and 2 backward (no gradient of the weight), a trained one 2 and 4;
-    an expert's factors meet the tokens of that expert alone. The tower runs forward only.
+    an expert's factors meet the tokens of that expert alone, or all where all are computed. The tower runs forward
+    only.
     """
     numbers, language, vision, tensor = (
         stage_parameters(run, size, stage),
@@ -65,9 +73,9 @@ def micro_batch_flops(run: RunConfig, size: LlavaSize, stage: int, shape: Shape)
         run.parallel.tensor,
     )
     tokens, adapter = shape.tokens, run.adapter
-    # each token meets one expert of all
     one_expert = numbers.experts * run.parallel.expert // adapter.num_experts
-    trained = numbers.dense_adapters + one_expert + numbers.routers // tensor
+    met = adapter.num_experts if mixture_form(run, size) == "masked" else adapter.top_k  # experts, by each token
+    trained = numbers.dense_adapters + met * one_expert + numbers.routers // tensor
     heads = language.num_heads * language.kv_channels // tensor
     attention = 4 * shape.length * heads * tokens * len(stage_layers(run, size, stage))
     forward = 2 * tokens * (numbers.decoder + trained) + attention
@@ -90,6 +98,8 @@ def _stage_time(run: RunConfig, size: LlavaSize, world_size: int, stage: int, sh
     traffic = stage_traffic(run, size, world_size, stage, shape)
     compute = micro_batch_flops(run, size, stage, shape) / (EFFICIENCY * gpu.peak(run.train.precision))
     moved = 3 * saved_activations(run, size, stage, shape) + 2 * memory.frozen
+    if run.fp8.store_base:  # what is decoded is written and read, forward and backward
+        moved += 2 * 2 * BYTES[run.train.precision] * fp8_bytes(run, size, stage)[0]
     passing = moved / gpu.bandwidth
     ranks_a_stage = world_size // parallel.pipeline
     seconds = {

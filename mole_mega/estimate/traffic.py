@@ -2,7 +2,7 @@
 
 A ring over n ranks: all-gather and reduce-scatter of a tensor of b bytes send (n - 1) / n b from each rank, an
 all-reduce twice as much (Patarasuk and Yuan, 2009). An all-to-all sends (n - 1) / n of what a rank holds. Routing is
-taken for balanced.
+taken for balanced. Not counted: what routers say, where ranks tell it one another (a few numbers a token).
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from mole_mega.adapters.traffic import Traffic as ExpertTraffic
 from mole_mega.config import RunConfig
 from mole_mega.estimate.memory import BYTES, FP32, Shape, num_micro_batches
 from mole_mega.estimate.parameters import Parameters, adapted_layers, stage_layers, stage_parameters
+from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.sizes import LanguageSize, LlavaSize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes by kind: `tensor` (with sequence parallelism), `pipeline`, `expert` (tokens to their experts and back) and
-    `data` (gradients, and weights under the distributed optimizer)."""
+    """Bytes by kind: `tensor` (with sequence parallelism), `pipeline`, `expert` (tokens to their experts and back,
+    or the experts' weights and their gradients) and `data` (gradients, and weights under the distributed optimizer)."""
 
     tensor: int = 0
     pipeline: int = 0
@@ -40,7 +42,6 @@ def stage_traffic(run: RunConfig, size: LlavaSize, world_size: int, stage: int, 
     part = hidden // parallel.tensor
     numbers = stage_parameters(run, size, stage)
     num_layers, num_adapted = len(stage_layers(run, size, stage)), adapted_layers(run, size, stage)
-    is_mole = run.adapter.method == "mole"
     passes = 3 if run.train.recompute == "full" else 2  # forward, backward, and forward again
 
     # attention and MLP each gather the sequence and scatter sums back
@@ -54,14 +55,24 @@ def stage_traffic(run: RunConfig, size: LlavaSize, world_size: int, stage: int, 
     tensor += 2 * _ring(FP32 * partial_gradients(run, language, numbers, num_layers, num_adapted), parallel.tensor)
 
     neighbours = (stage > 0) + (stage < parallel.pipeline - 1)  # activations go one way, gradients the other
-    expert = passes * num_adapted * 2 * _ring(part, parallel.expert) * num_batches if is_mole else 0
+    # the one router of all samples has a copy on each stage
+    copies = 2 * _ring(FP32 * numbers.routers, parallel.pipeline) if run.adapter.router_scope == "sample" else 0
     dense = numbers.dense_adapters + numbers.routers + (numbers.projector if run.train.projector else 0)
     return Traffic(
         tensor=tensor,
-        pipeline=neighbours * part * num_batches,
-        expert=expert,
+        pipeline=neighbours * part * num_batches + copies,
+        expert=passes * num_adapted * num_batches * width * expert_numbers(run, size, shape),
         data=_sync(dense, data, run) + _sync(numbers.experts, data // parallel.expert, run),
     )
+
+
+def expert_numbers(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
+    """Numbers that a rank sends for one layer in one pass, of what travels in this run: `auto` chose by the same."""
+    language = size.language
+    if run.adapter.method != "mole":
+        return 0
+    sent = ExpertTraffic.of(run.adapter, run.parallel, language.hidden_size, language.ffn_hidden_size, shape.tokens)
+    return sent.tokens if expert_parallel(run, size).form == "tokens" else sent.weights
 
 
 def partial_gradients(
@@ -70,8 +81,14 @@ def partial_gradients(
     """Trained numbers that tensor-parallel ranks hold whole, and whose gradients they sum (adapters/sharding.py)."""
     adapter = run.adapter
     attention = num_layers * 4 * adapter.rank * size.hidden_size if adapter.attention else 0
-    banks = adapter.num_experts // run.parallel.expert if adapter.method == "mole" else 1
-    return attention + numbers.routers + num_adapted * banks * 3 * adapter.rank * size.hidden_size
+    is_mole = adapter.method == "mole"
+    banks = adapter.num_experts // run.parallel.expert if is_mole else 1
+    # A of gate and up, B of down
+    factors = (2 if is_mole and adapter.share_A else 2 * banks) + banks
+    routers = numbers.routers
+    if is_mole and adapter.router_scope == "linear":
+        routers -= num_adapted * adapter.num_experts * size.ffn_hidden_size // run.parallel.tensor  # those of down
+    return attention + routers + num_adapted * factors * adapter.rank * size.hidden_size
 
 
 def _ring(num_bytes: int, ranks: int) -> int:

@@ -28,7 +28,8 @@ from mole_mega.adapters.routing import place_groups
 from mole_mega.config import RunConfig
 from mole_mega.models import specs
 from mole_mega.models.cache import KeyValueCache
-from mole_mega.models.mcore_config import McoreConfigs, build_configs, expert_parallel
+from mole_mega.models.expert_parallel import expert_parallel
+from mole_mega.models.mcore_config import McoreConfigs, build_configs
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.models.splice import splice
 from mole_mega.platform import fp8

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mole_mega.adapters.traffic import ExpertParallel, choose_expert_parallel
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.models.sizes import LlavaSize
 
@@ -125,17 +124,6 @@ def check_layout(run: RunConfig, size: LlavaSize) -> None:
                 )
         if len(set(layers)) < len(layers):
             raise ConfigError(f"adapter.layers names a layer twice: {list(layers)}")
-
-
-def expert_parallel(run: RunConfig, size: LlavaSize) -> ExpertParallel:
-    """What travels between expert-parallel ranks in this run, decided for full micro-batches."""
-    return choose_expert_parallel(
-        run.adapter,
-        run.parallel,
-        size.language.hidden_size,
-        size.language.ffn_hidden_size,
-        run.train.micro_batch_size * run.data.max_length,
-    )
 
 
 def _moe(run: RunConfig, size: LlavaSize) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             return self._store.compare_set(_REASON, "", reason).decode() if reason else ""
         except RuntimeError:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            return f"{place}, where the processes met, does not answer: its host is gone or cut off"
+            return f"{place}, where the processes met, does not answer: rank 0 has ended, or its host is cut off"
 
     def _compare(self, before: Sequence[Place], after: Sequence[Place], only_gone: bool) -> str:
         gone = [new for old, new in zip(before, after, strict=True) if new.beat == old.beat and new.rank != self.rank]

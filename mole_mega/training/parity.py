@@ -31,8 +31,8 @@ from mole_mega.checkpoint.store import trainable_entries
 from mole_mega.config import AdapterConfig, Fp8Config, ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
+from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.llava import LLaVA
-from mole_mega.models.mcore_config import expert_parallel
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.monitor.experts import measure_experts
 from mole_mega.platform import parallel as platform

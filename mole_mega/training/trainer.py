@@ -36,8 +36,8 @@ from mole_mega.data import tally
 from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import STOP_SIGNALS, CheckFailedError, ExitCode
 from mole_mega.estimate.plan import misfit
+from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.llava import LLaVA
-from mole_mega.models.mcore_config import expert_parallel
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.alarms import Alarm, observe, progress_note
 from mole_mega.monitor.experts import expert_row, measure_experts

@@ -53,7 +53,9 @@ class Agent:
         # both hosts have this machine's name, by which torchrun would know them
         launch += ["--rdzv-conf", f"is_host={int(address == ADDRESSES[0])}", "--local-addr", address]
         launch += ["-m", "mole_mega.train", str(run)]
+        # torchrun 2.13 tells the meeting point of the first round only: a host that comes back would wait for it
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "veth0"}
+        environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(self.log, "ab") as out:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", host, sys.executable, *launch],

@@ -14,15 +14,18 @@ from mole_mega.config import (
     AdapterConfig,
     ConfigError,
     DataConfig,
+    Fp8Config,
     ModelConfig,
     ParallelConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
 )
+from mole_mega.estimate.memory import micro_batch, stage_memory
 from mole_mega.estimate.parameters import stage_parameters
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import SIZES
+from mole_mega.platform import fp8
 from mole_mega.platform import parallel as platform
 from mole_mega.platform.pretend import rank_of
 from mole_mega.training.dry_run import dry_run
@@ -61,6 +64,17 @@ OTHERS = {
     "no router bias": {"adapter": {"router_bias": False}},
     "frozen projector": {"train": {"projector": False}},
     "bf16, distributed optimizer": {"train": {"distributed_optimizer": True}},
+    "weights travel": {"adapter": {"expert_parallel": "weights"}},
+    "top-2": {"adapter": {"top_k": 2, "expert_parallel": "auto"}},
+    "dense": {"adapter": {"gate": "dense", "expert_parallel": "weights"}},
+    "shared A": {"adapter": {"share_A": True, "expert_parallel": "weights"}},
+    "a router a linear": {"adapter": {"router_scope": "linear", "expert_parallel": "weights", "layers": (0, 3)}},
+    "routers a linear, without bias": {
+        "adapter": {"router_scope": "linear", "expert_parallel": "weights", "router_bias": False}
+    },
+    "a router a sample": {"adapter": {"router_scope": "sample", "balance_weight": 0.0}},
+    "an expert a task": {"adapter": {"router_scope": "task", "gate": "none", "balance_weight": 0.0}},
+    "lora, what belongs to mixtures set": {"adapter": {"method": "lora", "share_A": True, "router_scope": "sample"}},
 }
 
 
@@ -75,9 +89,24 @@ def test_the_estimate_counts_what_is_built(layout, size):
 
 @pytest.mark.parametrize("sections", OTHERS.values(), ids=OTHERS.keys())
 def test_the_estimate_counts_every_kind_of_adapter(sections):
-    run = run_of(ParallelConfig(tensor=2, pipeline=2), **sections)
-    built = dry_run(run, TINY, 4, base=None)
+    expert = 1 if sections.get("adapter", {}).get("method") == "lora" else 2
+    run = run_of(ParallelConfig(tensor=2, pipeline=2, expert=expert), **sections)
+    built = dry_run(run, TINY, 8, base=None)
     assert built.stages == tuple(stage_parameters(run, TINY, stage) for stage in range(2))
+
+
+@pytest.mark.parametrize(
+    ("layout", "scale"),
+    [(ParallelConfig(tensor=2, pipeline=2), "channel"), (ParallelConfig(pipeline=2, expert=2), "block")],
+)
+def test_the_estimate_counts_the_bytes_of_an_fp8_base(layout, scale):
+    run = replace(run_of(layout, train={"projector": False}), fp8=Fp8Config(store_base=True, scale=scale))
+    for stage in range(2):
+        with rank_of(layout, 2 * stage, 4) as pretended:
+            model = LLaVA(run, ODD, pretended)
+            kept, _ = fp8.bytes_kept(model)
+            others = sum(p.nbytes for p in model.parameters() if not p.requires_grad and p.dtype != fp8.FP8)
+        assert kept + others == stage_memory(run, ODD, 4, stage, micro_batch(run)).frozen
 
 
 def test_the_estimate_counts_a_7b_model_on_64_ranks():

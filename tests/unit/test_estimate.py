@@ -8,10 +8,13 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mole_mega.adapters import mixing
+from mole_mega.adapters.traffic import Traffic as ExpertTraffic
 from mole_mega.config import (
     AdapterConfig,
     ConfigError,
     DataConfig,
+    Fp8Config,
     ModelConfig,
     ParallelConfig,
     RunConfig,
@@ -21,14 +24,16 @@ from mole_mega.config import (
 from mole_mega.data.collate import Batch
 from mole_mega.estimate.command import main as estimate_command
 from mole_mega.estimate.gpus import GPUS
-from mole_mega.estimate.memory import in_flight, micro_batch, saved_activations, stage_memory
+from mole_mega.estimate.memory import gathered_bank, in_flight, micro_batch, saved_activations, stage_memory
 from mole_mega.estimate.parameters import stage_parameters
 from mole_mega.estimate.plan import Sample, estimate, misfit
 from mole_mega.estimate.roofline import micro_batch_flops
 from mole_mega.estimate.search import check, search
 from mole_mega.estimate.traffic import stage_traffic
+from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import SIZES, LanguageSize, LlavaSize, VisionSize
+from mole_mega.platform import fp8
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
 from mole_mega.training.trainer import wrap
@@ -53,6 +58,7 @@ def run_of(layout=None, **sections):
         parallel=layout or ParallelConfig(),
         adapter=AdapterConfig(**adapter),
         train=TrainConfig(**training),
+        fp8=Fp8Config(**sections.pop("fp8", {})),
     )
 
 
@@ -78,8 +84,13 @@ def build(run, size, parallel) -> tuple[DistributedDataParallel, Stepper]:
     model = LLaVA(run, size, parallel)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
+        kept = {id(linear.weight): linear for linear in fp8.kept_in_fp8(model).values()}
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter.shape[-1], 1) ** 0.5)
+            drawn = torch.randn(parameter.shape, generator=generator) / max(parameter.shape[-1], 1) ** 0.5
+            if id(parameter) in kept:
+                fp8.keep(kept[id(parameter)], drawn)
+            else:
+                parameter.copy_(drawn)
     ddp = wrap(model, run)
     return ddp, Stepper(run, ddp, build_optimizer(ddp, run.train), parallel, num_domains=1)
 
@@ -89,11 +100,13 @@ def storage_bytes(tensors):
 
 
 def kept_by_autograd(run, size, parallel):
-    """Bytes of what one forward pass keeps for the backward pass, parameters left out."""
+    """Bytes of what one forward pass keeps for the backward pass, weights left out."""
     model, stepper = build(run, size, parallel)
     model.train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = []
+    held = [*model.parameters(), *(linear.weight_scale for linear in fp8.kept_in_fp8(model).values())]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in held}
+    batch, kept = batch_of(size, micro_batch(run)), []
+    model.module.read_instructions([(batch.tokens, batch.instruction_mask)])
 
     def keep(tensor):
         if tensor.untyped_storage().data_ptr() not in weights:
@@ -101,7 +114,7 @@ def kept_by_autograd(run, size, parallel):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stepper._forward(iter([batch_of(size, micro_batch(run))]), model)
+        stepper._forward(iter([batch]), model)
     return storage_bytes(kept)
 
 
@@ -119,6 +132,36 @@ KINDS = {
 }
 
 
+STAY = {"expert_parallel": "weights"}
+MIXTURES = {
+    "weights travel": {"adapter": STAY},
+    "top-2": {"adapter": STAY | {"top_k": 2}},
+    "top-2, fp32": {"adapter": STAY | {"top_k": 2, "gate": "straight_through"}, "train": {"precision": "fp32"}},
+    "top-2 of 66": {"adapter": STAY | {"top_k": 2, "num_experts": 66, "rank": 4}},
+    "top-2 of 14, fp32": {"adapter": STAY | {"top_k": 2, "num_experts": 14}, "train": {"precision": "fp32"}},
+    "top-2 of 66, rescaled": {"adapter": STAY | {"top_k": 2, "num_experts": 66, "rank": 4, "rescale_gate": True}},
+    "dense": {"adapter": STAY | {"gate": "dense"}},
+    "dense, full": {"adapter": STAY | {"gate": "dense"}, "train": {"recompute": "full"}},
+    "dense, one layer of two": {"adapter": STAY | {"gate": "dense", "num_experts": 16, "layers": (1,)}},
+    "shared A": {"adapter": STAY | {"share_A": True, "num_experts": 16}},
+    "a router a linear": {"adapter": STAY | {"router_scope": "linear"}},
+    "a router a linear, dense": {"adapter": STAY | {"router_scope": "linear", "gate": "dense"}},
+    "a router a sample": {"adapter": {"router_scope": "sample", "balance_weight": 0.0}},
+    "an expert a task": {"adapter": {"router_scope": "task", "gate": "none", "balance_weight": 0.0}},
+    "fp8": {"fp8": {"store_base": True}},
+    "fp8 by block, fp32": {"fp8": {"store_base": True, "scale": "block"}, "train": {"precision": "fp32"}},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_activations_of_mixtures_are_what_autograd_keeps(alone, monkeypatch, kind):
+    # as on a GPU
+    monkeypatch.setattr(mixing, "_goes_expert_by_expert", lambda _: False)
+    run = run_of(**MIXTURES[kind])
+    expected = saved_activations(run, SIZE, 0, micro_batch(run))
+    assert kept_by_autograd(run, SIZE, alone) == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize("size", [SIZE, UNGROUPED], ids=["grouped", "ungrouped"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_what_autograd_keeps(alone, kind, size):
@@ -127,17 +170,27 @@ def test_activations_are_what_autograd_keeps(alone, kind, size):
     assert kept_by_autograd(run, size, alone) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "lora", "one layer of two"])
-@pytest.mark.parametrize("projector", [True, False])
+BUILT = KINDS | MIXTURES | {"sgd": {"train": {"optimizer": "sgd"}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "projector"),
+    [
+        *((kind, projector) for kind in ("fp32", "bf16", "lora", "one layer of two") for projector in (True, False)),
+        *((kind, True) for kind in ("shared A", "a router a linear", "a router a sample", "an expert a task", "sgd")),
+        *((kind, False) for kind in ("fp8", "fp8 by block, fp32")),
+    ],
+)
 def test_weights_gradients_and_optimizer_are_what_is_built(alone, kind, projector):
-    sections = KINDS[kind] | {"train": KINDS[kind].get("train", {}) | {"projector": projector}}
+    sections = BUILT[kind] | {"train": BUILT[kind].get("train", {}) | {"projector": projector}}
     run = run_of(**sections)
     model, stepper = build(run, SIZE, alone)
     set_lr(stepper.optimizer, 1, run.train)
     stepper.train_step([batch_of(SIZE, micro_batch(run))])
     expected = stage_memory(run, SIZE, 1, 0, micro_batch(run))
     parameters = list(model.parameters())
-    assert storage_bytes(p for p in parameters if not p.requires_grad) == expected.frozen
+    scales = [linear.weight_scale for linear in fp8.kept_in_fp8(model).values()]
+    assert storage_bytes([*(p for p in parameters if not p.requires_grad), *scales]) == expected.frozen
     assert storage_bytes(p for p in parameters if p.requires_grad) == expected.trained
     buffers = [buffer.grad_data for buffer in (*model.buffers, *model.expert_parallel_buffers)]
     assert storage_bytes(buffers) == pytest.approx(expected.gradients, rel=0.01)  # padded
@@ -146,8 +199,9 @@ def test_weights_gradients_and_optimizer_are_what_is_built(alone, kind, projecto
         tensor
         for part in stepper.optimizer.chained_optimizers
         if part.optimizer is not None
-        for parameter, state in part.optimizer.state.items()
-        for tensor in (parameter, *state.values())
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+        for tensor in (parameter, *part.optimizer.state.get(parameter, {}).values())  # SGD has no state
         if isinstance(tensor, torch.Tensor) and tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in own
     ]
     assert storage_bytes(states) == expected.optimizer
@@ -208,6 +262,49 @@ def test_traffic_of_experts_and_data():
     assert traffic.data == 2 * (4 * dense // 2)  # each rank's experts are its own
 
 
+@pytest.mark.parametrize("length", [8, 112])
+@pytest.mark.parametrize("num_experts", [2, 16])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_auto_and_the_estimate_count_the_same(length, num_experts, tensor):
+    layout = ParallelConfig(tensor=tensor, expert=2)
+    adapter = {"num_experts": num_experts, "expert_parallel": "auto"}
+    run = run_of(layout, adapter=adapter, train={"global_batch_size": 8, "recompute": "full"})
+    run = replace(run, data=replace(run.data, max_length=length))
+    found = {}
+    for form in ("tokens", "weights", "auto"):
+        one = replace(run, adapter=replace(run.adapter, expert_parallel=form))
+        found[form] = stage_traffic(one, SIZE, 2 * tensor, 0, micro_batch(one)).expert
+    # three passes of two layers and two micro-batches, in bf16
+    counted = ExpertTraffic.of(run.adapter, layout, 128, 352, 2 * length)
+    assert found["tokens"] == 3 * 2 * 2 * 2 * counted.tokens
+    assert found["weights"] == 3 * 2 * 2 * 2 * counted.weights
+    assert found["auto"] == min(found.values()) == found[expert_parallel(run, SIZE).form]
+
+
+def test_the_gathered_bank_is_kept_and_nothing_is_dispatched():
+    alone, spread = (
+        run_of(ParallelConfig(expert=expert), adapter=STAY | {"top_k": 2}, train={"global_batch_size": 8})
+        for expert in (1, 2)
+    )
+    shape, bank = micro_batch(alone), gathered_bank(spread, SIZE)
+    assert gathered_bank(alone, SIZE) == 0
+    assert 2 * bank == 2 * 2 * stage_parameters(spread, SIZE, 0).experts  # of both ranks, in bf16
+    more = saved_activations(spread, SIZE, 0, shape) - saved_activations(alone, SIZE, 0, shape)
+    assert more == 2 * bank
+    assert stage_memory(spread, SIZE, 2, 0, shape).dispatch == 0
+    tokens = replace(spread, adapter=replace(spread.adapter, top_k=1, expert_parallel="tokens"))
+    assert gathered_bank(tokens, SIZE) == 0
+    assert stage_memory(tokens, SIZE, 2, 0, shape).dispatch > 0
+
+
+def test_a_shared_A_is_summed_over_tensor_parallel_ranks_once():  # noqa: N802
+    layout = ParallelConfig(tensor=2)
+    whole, shared = (run_of(layout, adapter=STAY | {"share_A": is_shared}) for is_shared in (False, True))
+    before, after = (stage_traffic(run, SIZE, 2, 0, micro_batch(run)).tensor for run in (whole, shared))
+    # of two layers, A of gate and up of three experts less, as an all-reduce in fp32
+    assert before - after == 2 * 2 * 3 * 8 * 128 * 4
+
+
 def test_traffic_of_a_pipeline():
     run = run_of(ParallelConfig(pipeline=2), train={"global_batch_size": 8, "precision": "fp32"})
     shape = micro_batch(run)
@@ -215,15 +312,22 @@ def test_traffic_of_a_pipeline():
     assert [stage_traffic(run, SIZE, 2, stage, shape).pipeline for stage in range(2)] == [4 * hidden, 4 * hidden]
 
 
-@pytest.mark.parametrize("kind", ["lora", "one expert", "full", "selective"])
+def flops_of_addmm(_, left, right, **__):
+    """torch counts it, but not where it is in place."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "one expert", "full", "selective", "top-2", "dense", "shared A"])
 def test_flops_are_what_torch_counts(alone, kind):
-    sections = KINDS.get(kind, {"adapter": {"num_experts": 1}})
+    sections = BUILT.get(kind, {"adapter": {"num_experts": 1}})
     if kind in ("full", "selective"):
         sections = sections | {"adapter": {"method": "lora"}}
+    if kind in MIXTURES:  # the balance loss has products of its own
+        sections = {"adapter": sections["adapter"] | {"balance_weight": 0.0}}
     run = run_of(**sections)
     _, stepper = build(run, UNGROUPED, alone)
     batch = batch_of(UNGROUPED, micro_batch(run))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: flops_of_addmm}) as counter:
         stepper.backward([batch])
     assert counter.get_total_flops() == pytest.approx(micro_batch_flops(run, UNGROUPED, 0, micro_batch(run)), rel=0.02)
 
@@ -270,6 +374,15 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path, capsys, argu
     first = tree[0] if arguments else tree
     assert first["gpus"] == 8
     assert f"{first['seconds']['total']:.3g}" in text
+
+
+def test_the_command_says_what_travels(run_file, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    command = [str(run_file), "--gpus", "6", "--size", "llava15_7b", "--json", str(figures), "--debug"]
+    overrides = ["parallel.expert=3", "train.global_batch_size=6", "adapter.expert_parallel=auto"]
+    assert estimate_command(command + overrides) == 0
+    form = json.loads(figures.read_text())["expert_parallel"]
+    assert f"between expert-parallel ranks {form} travel: a rank sends" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

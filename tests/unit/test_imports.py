@@ -25,8 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "config", "platform", "adapters", "models"},
     # data: an export says how pictures and prompts were prepared in training
     "convert": {"errors", "config", "platform", "adapters", "models", "data", "checkpoint"},
-    # arithmetic over the config and the sizes, after the checks of the rooms that build
-    "estimate": {"errors", "config", "platform", "models", "outputs", "wording"},
+    # arithmetic over the config and the sizes, after the checks of the rooms that build; adapters: the arithmetic by
+    # which training chooses what travels and in which form it computes
+    "estimate": {"errors", "config", "platform", "adapters", "models", "outputs", "wording"},
     # estimate: a dry run counts as the estimate counts, and training says when it will not fit
     "training": {
         "errors",
@@ -176,10 +177,10 @@ def test_data_is_looked_at_without_megatron():
 
 
 def test_the_maths_knows_neither_ranks_nor_megatron():
-    # the bank asks one module of ours, and mixtures ask the bank
-    for module in ("adapters.bank", "adapters.mixing", "platform.processor"):
+    # the bank asks one module of ours, and mixtures ask the bank, and which form is the faster
+    for module in ("adapters.bank", "adapters.forms", "adapters.mixing", "platform.processor"):
         names = imported(TREES[module])
-        known = ("mole_mega.platform.processor", "mole_mega.adapters.bank")
+        known = ("mole_mega.platform.processor", "mole_mega.adapters.bank", "mole_mega.adapters.forms")
         ours = {n for n in names if n.startswith("mole_mega") and not n.startswith(known)}
         assert not ours | {n for n in names if n.startswith(("megatron", "torch.distributed"))}
         used = {ast.unparse(n) for n in ast.walk(TREES[module]) if isinstance(n, ast.Attribute)}

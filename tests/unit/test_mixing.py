@@ -6,7 +6,7 @@ Shape suffixes: T tokens, I in, O out, E experts, R rank, P projections.
 import pytest
 import torch
 
-from mole_mega.adapters import bank, mixing
+from mole_mega.adapters import bank, forms, mixing
 from mole_mega.adapters.mixing import MaskedGate, make_gate, paired
 
 SCALE = 1.7
@@ -179,7 +179,7 @@ def test_the_form_follows_the_number_of_experts_for_each_that_is_used():
     for num_experts, top_k, dtype, expected in cases:
         _, _, weight_TE, chosen_TE, *_ = make_tensors(num_experts, top_k)
         assert type(make_gate(weight_TE, chosen_TE, top_k, dtype)).__name__ == f"{expected}Gate"
-    assert mixing._MASKED_UP_TO == {4: 6, 2: 16}
+    assert forms._MASKED_UP_TO == {4: 6, 2: 16}
 
 
 @pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])

@@ -12,7 +12,7 @@ from test_models import SIZE, SMALL, assert_close, build, gradients_of, logits_o
 from test_routers import HIDDEN, make_router, randomise, run_routers
 from trained_llava import save_step
 
-from mole_mega.adapters import mixing
+from mole_mega.adapters import forms
 from mole_mega.adapters.mixture import MixtureExperts, MixtureLayer
 from mole_mega.adapters.routers import gate_weights, plan_routers, router_loss_gradients, summarize
 from mole_mega.adapters.traffic import Traffic, choose_expert_parallel
@@ -107,7 +107,7 @@ def test_b_zero_is_the_frozen_model_bit_for_bit(alone, name):
 def test_both_forms_of_the_maths_give_one_model(alone, monkeypatch):
     inputs, adapter, found = make_inputs(), MIXTURES["top 2 of 13"], []
     for up_to in (0, 100):
-        monkeypatch.setattr(mixing, "_MASKED_UP_TO", {4: up_to})
+        monkeypatch.setattr(forms, "_MASKED_UP_TO", {4: up_to})
         model = build(alone, adapter)
         found.append((logits_of(model, inputs), gradients_of(model, inputs)))
     assert_close(found[0][0], found[1][0])
