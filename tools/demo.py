@@ -46,10 +46,9 @@ def main() -> int:
         overrides = [f"run_dir={OUT / method}", *layout, *args.overrides]
         command("train", EXAMPLE / "run.yaml", "--nproc", 2, *overrides)
         scores[method] = evaluate(method, "--nproc", 2, *overrides)
-    say(f"{4 + len(METHODS)}. export the mixture, prove it equal, and ask it about held-out pictures")
+    say(f"{4 + len(METHODS)}. export the mixture, prove it equal, and ask it about a held-out picture")
     command("convert", "megatron-to-hf", "--checkpoint", OUT / "mole", "--format", "mole", "--out", OUT / "mole_hf")
-    for domain in DOMAINS:
-        ask(domain)
+    ask(DOMAINS[0])
 
     print("\nAnswers that are right word for word, on held-out pictures, measured in this run:\n")
     print(table(scores))

@@ -28,16 +28,14 @@ def test_a_run_file_loads_divides_and_fits_its_gpus(name):
         assert estimate(run, size, world_size, GPUS["h100"], Sample()).fits
 
 
-@pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
-def test_launchers_parse_and_name_what_exists(name):
-    folder = EXAMPLES / name
+def test_launchers_parse_and_name_what_exists():
+    folder = EXAMPLES / "cluster"
     for script in ("torchrun.sh", "slurm.sbatch"):
         subprocess.run(["bash", "-n", folder / script], check=True)
-    assert f"examples/{name}/torchrun.sh" in (folder / "slurm.sbatch").read_text()
-    assert '/run.yaml" "$@"' in (folder / "torchrun.sh").read_text()
+    assert 'examples/cluster/torchrun.sh "$@"' in (folder / "slurm.sbatch").read_text()
     job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
     (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
-    assert container["command"][-1] == f"/work/examples/{name}/run.yaml"
+    assert (EXAMPLES.parent / Path(container["command"][-1]).relative_to("/work")).is_file()
 
 
 @pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
