@@ -112,12 +112,13 @@ def table(figures: Figures, titles: Mapping[str, str], domains: Sequence[str]) -
         "|" + "---|" * (1 + len(columns)),
     ]
     for row, title in titles.items():
-        cells = [_cell(figures[row], metric, name, domains) for metric, name in columns]
+        cells = [cell(figures[row], metric, name, domains) for metric, name in columns]
         lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: Mapping[str, Mapping[int, float]], metric: str, name: str, domains: Sequence[str]) -> str:
+def cell(row: Mapping[str, Mapping[int, float]], metric: str, name: str, domains: Sequence[str]) -> str:
+    """Mean and standard deviation over seeds of a row's metric on a domain, or on their mean; empty if it has none."""
     wanted = domains if name == "mean" else (name,)
     if any(f"{metric}/{domain}" not in row for domain in wanted):
         return ""

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,16 +149,16 @@ def experiment(args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
     say(f"{len(jobs)} runs: {len(rows)} rows, {args.seeds} seeds")
     results = runs.run_all(runs.by_need(jobs), args.processes)
     say("what a training step costs")
-    seconds = measure_cost(args, jobs)
+    seconds = measure_cost(args, jobs, {"mix", *(row.key for row in rows if row.key.startswith("mole-prob"))})
     text = report(runs.read_figures(results), seconds, {row.key: row.title for row in rows}, args, settings)
     (args.out / "results.json").write_text(json.dumps({"runs": results, "step_seconds": seconds}, indent=1) + "\n")
     (args.out / "results.md").write_text(text)
     print(text)
 
 
-def measure_cost(args: argparse.Namespace, jobs: list[runs.Job]) -> dict[str, list[float]]:
-    """{row: seconds of a step, by block} of plain LoRA on the mix and of MoLE, in a process of its own."""
-    wanted = [job for job in jobs if job.seed == 0 and (job.row == "mix" or job.row.startswith("mole-prob"))]
+def measure_cost(args: argparse.Namespace, jobs: list[runs.Job], rows: Collection[str]) -> dict[str, list[float]]:
+    """{row: seconds of a step, by block} of these rows, in a process of its own."""
+    wanted = [job for job in jobs if job.seed == 0 and job.row in rows]
     request = args.out / "cost_request.json"
     request.write_text(
         json.dumps(
