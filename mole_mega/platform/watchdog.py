@@ -122,8 +122,9 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         those that end for it are soon gone themselves."""
         try:
             before = self._places()
-            time.sleep(2.5 * self.interval)
-            self._beat()
+            for _ in range(3):  # others look for whom they wait too, and go on beating
+                time.sleep(self.interval)
+                self._beat()
             reason = self._compare(before, self._places(), only_gone)
             return self._store.compare_set(_REASON, "", reason).decode() if reason else ""
         except RuntimeError:

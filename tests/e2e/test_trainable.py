@@ -125,7 +125,7 @@ def detach(what, rank):
         bank.add_expert_lora = lambda base, x, A, *rest: add(base, x, A.detach(), *rest)
     elif what == "router":
         weigh = routers.gate_weights
-        routers.gate_weights = lambda probs, chosen, gate: weigh(probs.detach(), chosen, gate)
+        routers.gate_weights = lambda probs, *rest, **options: weigh(probs.detach(), *rest, **options)
     elif what == "projector":
         LLaVA.encode_images = torch.no_grad()(LLaVA.encode_images)
 

@@ -43,7 +43,7 @@ def test_a_rank_that_is_gone_is_named(write_run, tmp_path):
     survivor.join(45)
     assert survivor.exitcode == STOPPED_ITSELF, command.text
     command.kill()
-    assert re.search(r"no sign of life from rank 1 on \S+, last seen at step [123], ", command.text), command.text
+    assert re.search(r"no sign of life from rank 1 on \S+, last seen at step [0-3], ", command.text), command.text
     assert "Traceback" not in command.text
 
 
