@@ -159,7 +159,7 @@ def _cuda() -> Finding:
     off = "GPUs: runs go over the CPU and gloo"
     built_for = torch.version.cuda
     if built_for is None:
-        fix = "pip install torch --index-url https://download.pytorch.org/whl/cu130, where there is a GPU"
+        fix = "where there is a GPU: install a CUDA build of this torch, as pytorch.org says for its driver"
         return Finding("CUDA", "absent", f"torch {torch.__version__} is a CPU build", off, fix)
     if not torch.cuda.is_available():
         has_driver = shutil.which("nvidia-smi") is not None

@@ -35,7 +35,7 @@ def test_launchers_parse_and_name_what_exists():
     assert 'examples/cluster/torchrun.sh "$@"' in (folder / "slurm.sbatch").read_text()
     job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
     (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
-    assert (EXAMPLES.parent / Path(container["command"][-1]).relative_to("/work")).is_file()
+    assert (EXAMPLES.parent / Path(container["command"][-1]).relative_to("/mole_mega")).is_file()
 
 
 @pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])

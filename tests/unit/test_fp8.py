@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from mole_mega.checkpoint import base
 from mole_mega.checkpoint.files import CheckpointError
 from mole_mega.config import AdapterConfig, ConfigError, Fp8Config, ParallelConfig
+from mole_mega.convert.hf_export import MergeReport
 from mole_mega.convert.hf_import import import_hf
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
@@ -171,6 +172,21 @@ def test_logits_of_a_trained_base_move_by_less_than_5_percent(alone, tmp_path):
             logits.append(model(*arguments)[batch.padding_mask][:, : size.language.vocab_size])
     moved = (logits[1] - logits[0]).norm() / logits[0].norm()
     assert 0 < moved < 0.05, moved
+
+
+def test_a_merge_says_what_fp8_would_have_kept():
+    weight_OI = torch.randn(64, 256, generator=torch.Generator().manual_seed(5))
+    found = {}
+    for size in (1.0, 1e-4):
+        report = MergeReport(in_fp8="channel")
+        delta_OI = size * torch.randn(64, 256, generator=torch.Generator().manual_seed(6))
+        report.add("w", delta_OI, delta_OI)
+        report.add_in_fp8("w", weight_OI, delta_OI)
+        found[size] = report.to_dict()["overall"]
+    # as large as the weights: rounded as they are; below a step of the weights: nearly all of it is lost in rounding
+    assert found[1.0]["survived_in_fp8"] == pytest.approx(1, abs=0.01) and found[1.0]["error_in_fp8"] < 0.06
+    assert found[1e-4]["error_in_fp8"] > 1
+    assert "survived_in_fp8" not in MergeReport().to_dict()["overall"]
 
 
 def test_blocks_that_tensor_parallelism_would_cut_are_refused(run, alone):
