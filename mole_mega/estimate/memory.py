@@ -147,7 +147,10 @@ def mixture_form(run: RunConfig, size: LlavaSize) -> Literal["tokens", "masked",
         return "tokens"
     if adapter.gate == "dense" or adapter.router_scope == "linear":
         return "masked"
-    return "masked" if computes_all(adapter.num_experts, adapter.top_k, BYTES[run.train.precision]) else "paired"
+    if adapter.expert_form == "mlp":
+        return "paired"
+    width = BYTES[run.train.precision]
+    return "masked" if computes_all(adapter.num_experts, adapter.top_k, adapter.rank, width) else "paired"
 
 
 def gathered_bank(run: RunConfig, size: LlavaSize) -> int:
