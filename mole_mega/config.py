@@ -489,9 +489,10 @@ def _validate_forms(adapter: AdapterConfig) -> None:
 def _want(adapter: AdapterConfig, asked: bool, why: str, wanted: dict[str, tuple[Any, ...]]) -> None:
     """Raise ConfigError where something is `asked` for that goes with these values alone."""
     for key, values in wanted.items() if asked else ():
-        if getattr(adapter, key) not in values:
-            choices = " or ".join(str(_plain(value)).lower() for value in values)
-            raise ConfigError(f"{why}: adapter.{key} must be {choices}, got {_plain(getattr(adapter, key))}")
+        value = getattr(adapter, key)
+        if value not in values:
+            *choices, got = (str(_plain(v)).lower() for v in (*values, value))
+            raise ConfigError(f"{why}: adapter.{key} must be {' or '.join(choices)}, got {got}")
 
 
 def _validate_samples(adapter: AdapterConfig) -> None:
@@ -582,6 +583,11 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
         raise ConfigError(
             "monitor.alarms.reaction reseed copies an expert with its row of the block's router; adapter.router_scope "
             f"is {adapter.router_scope}"
+        )
+    if alarms.reaction == "reseed" and adapter.router_score != "softmax":
+        raise ConfigError(
+            "monitor.alarms.reaction reseed makes an expert the equal of another to a router; adapter.router_score is "
+            f"{adapter.router_score}, whose bias knows the dead one's load"
         )
     if alarms.reaction == "raise_balance" and adapter.balance_weight == 0:
         raise ConfigError("monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0")

@@ -2,7 +2,7 @@
 
     h = W x + s (sum_n softmax(w_e / T)_n B_n) Lambda_e A x
 
-e the task of the sample, A one for all, B_n a few for all, Lambda_e an r x r transform that begins as the identity. What
+e the sample's task, A one for all, B_n a few for all, Lambda_e an r x r transform that begins as the identity. What
 stands before A depends on the task alone, so it is put together once a pass, and the mixture then has experts like any
 other: one A, and a B each.
 

@@ -143,7 +143,6 @@ class MixtureExperts(MoLEExperts):
             output_TH, self._dropout_split(h_TF), [whole["lora_down_A"]], [whole["lora_down_B"]], scale
         )
 
-
     def _whole_factors(self) -> dict[str, torch.Tensor]:
         """The factors of all experts, by the parameters' names."""
         whole: dict[str, torch.Tensor] = dict(self.named_parameters(recurse=False))

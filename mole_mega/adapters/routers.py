@@ -493,9 +493,11 @@ def router_loss_gradients(
 
 
 @torch.no_grad()
-def move_score_biases(routers: Sequence[MoLERouter], plan: RouterPlan, adapter: AdapterConfig, table: torch.Tensor) -> None:
-    """Each router's score bias += `adapter.score_bias_rate` * sign(mean load - load), with the loads of one global batch
-    that `router_loss_gradients` returned: once for a step that was applied, on every rank alike."""
+def move_score_biases(
+    routers: Sequence[MoLERouter], plan: RouterPlan, adapter: AdapterConfig, table: torch.Tensor
+) -> None:
+    """Each router's score bias += `adapter.score_bias_rate` * sign(mean load - load), loads those of one global batch
+    that `router_loss_gradients` returned: once a step that was applied, on every rank alike."""
     if adapter.router_score != "sigmoid":
         return
     counts_LE = _split_rows(table, adapter.num_experts)[2].sum(1)
