@@ -58,13 +58,12 @@ def gate_weights(
 
 
 def sigmoid_scores(logits_TE: torch.Tensor, bias_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scores, what statistics take for logits) of experts that are scored each for itself (SMoRA, arXiv 2501.15103):
-    sigmoid(R x) + bias, which is both who is chosen and, divided by the chosen ones' sum, the weight. Statistics take
-    the scores as shares of their sum over all experts, so that the shares' logarithms are logits whose logsumexp is 0.
+    """(scores, their logarithms) of experts that are scored each for itself (SMoRA, arXiv 2501.15103): sigmoid(R x) +
+    bias, which says who is chosen and, divided by the chosen ones' sum, the weight. The logarithms, without gradient,
+    are what statistics take for logits: their softmax is each score's share of the sum over all experts.
     """
     scores_TE = torch.sigmoid(logits_TE) + bias_E
-    shares_TE = scores_TE.detach().clamp(min=_LEAST_SCORE)
-    return scores_TE, (shares_TE / shares_TE.sum(-1, keepdim=True)).log()
+    return scores_TE, scores_TE.detach().clamp(min=_LEAST_SCORE).log()
 
 
 class RouterSums:
@@ -317,7 +316,7 @@ class MoLERouter(MegatronModule):
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.
         if self.training and torch.is_grad_enabled():
             valid_T = x_TH.new_ones(len(x_TH), dtype=torch.bool) if valid_T is None else valid_T
-            shares_TE = probs_TE if self.score_bias is None else logits_TE.exp()
+            shares_TE = probs_TE if self.score_bias is None else torch.softmax(logits_TE, dim=-1)
             self.sums.add(x_TH.detach(), logits_TE.detach(), shares_TE.detach(), choice_TK, valid_T, group_T)
         return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=adapter.renormalize), chosen_TE
 

@@ -121,7 +121,7 @@ def test_a_step_moves_each_bias_towards_the_mean_load(alone, adapter):
         assert torch.equal(router.score_bias, bias_E + 0.01 * (count_E.mean() - count_E).sign())
     summary = summarize(table, plan, adapter)
     assert (summary.entropy_L > 0).all() and (summary.entropy_L <= torch.log(torch.tensor(16.0)) + 1e-6).all()
-    assert summary.z_loss == pytest.approx(0, abs=1e-10) and (summary.margin_L >= 0).all()
+    assert summary.z_loss > 0 and (summary.margin_L >= 0).all()
 
 
 def test_many_thin_experts_are_all_computed():
