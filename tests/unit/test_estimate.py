@@ -320,6 +320,16 @@ def test_a_shared_A_is_summed_over_tensor_parallel_ranks_once():  # noqa: N802
     assert before - after == 2 * 2 * 3 * 8 * 128 * 4
 
 
+def test_traffic_of_mixed_factors():
+    run = run_of(ParallelConfig(tensor=2), adapter=MIXED_B, train={"precision": "fp32"})
+    plain = run_of(ParallelConfig(tensor=2), adapter=MIXED_B | {"shared_B": 0}, train={"precision": "fp32"})
+    before, after = (stage_traffic(one, SIZE, 2, 0, micro_batch(one)).tensor for one in (plain, run))
+    # of two layers, one B of down more, and each expert's weights and transform for three linears
+    assert after - before == 2 * (8 * SIZE.language.hidden_size + 3 * 2 * (3 + 8 * 8)) * 4
+    moved = stage_traffic(replace(run, parallel=ParallelConfig(expert=2)), SIZE, 2, 0, micro_batch(run))
+    assert moved.expert == 0
+
+
 def test_traffic_of_a_pipeline():
     run = run_of(ParallelConfig(pipeline=2), train={"global_batch_size": 8, "precision": "fp32"})
     shape = micro_batch(run)
