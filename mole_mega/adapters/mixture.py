@@ -12,7 +12,7 @@ gradients of all go back to the experts' owners, summed. The gathered bank is ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters.mixing import Gate, MaskedGate, make_gate
+from mole_mega.adapters import bank
+from mole_mega.adapters.mixing import Gate, MaskedGate, PairedGate, make_gate, paired
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer, SwiGLU
 from mole_mega.adapters.routers import LinearRouters, MoLERouter
 
@@ -50,12 +51,15 @@ class MixtureLayer(MoLELayer):
             hidden_states, weight_TE = self._gather(hidden_states), self._gather_tokens(weight_TE, shape)
             with torch.no_grad():
                 chosen_TE = self._gather_tokens(chosen_TE.to(weight_TE.dtype), shape).bool()
-        adapter = self.experts.adapter
+        adapter, rescaled = self.experts.adapter, self.experts.adapter.rescale_gate
+        gate: Gate
         if adapter.gate == "dense":
-            gate: Gate = MaskedGate(weight_TE, adapter.rescale_gate)
+            gate = MaskedGate(weight_TE, rescaled)
+        elif adapter.expert_form == "mlp":
+            gate = paired(weight_TE, chosen_TE, adapter.top_k)
         else:
-            rescaled = adapter.rescale_gate
-            gate = make_gate(weight_TE, chosen_TE, adapter.top_k, hidden_states.dtype, rescaled=rescaled)
+            dtype = hidden_states.dtype
+            gate = make_gate(weight_TE, chosen_TE, adapter.top_k, adapter.rank, dtype, rescaled=rescaled)
         return self._scatter(self.experts(hidden_states.flatten(0, 1), gate), shape), None
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -119,10 +123,10 @@ class MixtureExperts(MoLEExperts):
         `gate_of_down`, of its input h, where it is given. Under tensor parallelism x is whole, and the outputs of the
         ranks are still to be summed."""
         adapter = self.adapter
-        scale = adapter.scale
-        whole = dict(self.named_parameters(recurse=False))
-        cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
-        whole |= zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True)
+        scale, whole = adapter.scale, self._whole_factors()
+        if adapter.expert_form == "mlp":
+            assert isinstance(gate, PairedGate) and gate_of_down is None
+            return self._whole_mlps(x_TH, gate, whole)
         fc1_T2F, _ = self.linear_fc1(x_TH)
         fc1_T2F = gate.add_lora(
             fc1_T2F,
@@ -138,6 +142,45 @@ class MixtureExperts(MoLEExperts):
         return gate.add_lora(
             output_TH, self._dropout_split(h_TF), [whole["lora_down_A"]], [whole["lora_down_B"]], scale
         )
+
+    def _whole_factors(self) -> dict[str, torch.Tensor]:
+        """The factors of all experts, by the parameters' names."""
+        whole: dict[str, torch.Tensor] = dict(self.named_parameters(recurse=False))
+        if self.adapter.shared_B:
+            return whole | {f"lora_{name}_B": self.mixed_B(name) for name in ("gate", "up", "down")}
+        cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
+        return whole | dict(zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True))
+
+    def _whole_mlps(self, x_TH: torch.Tensor, gate: PairedGate, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """sum_e w_e MLP_e(x), each expert an MLP with an activation of its own (MixLoRA, arXiv 2404.15159):
+
+            h_e = silu(Wg x + Dg_e(x)) * (Wu x + Du_e(x));  out = Wd sum_e w_e h_e + sum_e w_e Dd_e(h_e)
+
+        The base's gate and up run once a token, and as down is linear, its base does too. The weights of a token sum
+        to 1, so that sum_e w_e h_e = h + sum_e w_e (h_e - h) with the frozen h, which is exactly h where B is 0. For
+        the same reason h gets no gradient here, and what it adds to the weights' is one number for all of them, which
+        dividing by their sum takes out again.
+        """
+        adapter, (weight_N, counts_E) = self.adapter, (gate.weight_N, gate.tokens_per_expert_E)
+        fc1_T2F, _ = self.linear_fc1(x_TH)
+        with torch.no_grad():
+            frozen_TF = SwiGLU.apply(fc1_T2F)
+        fc1_N2F = bank.add_projections(
+            gate.to_pairs(fc1_T2F),
+            gate.to_pairs(F.dropout(x_TH, adapter.dropout, self.training)),
+            [whole["lora_gate_A"], whole["lora_up_A"]],
+            [whole["lora_gate_B"], whole["lora_up_B"]],
+            counts_E,
+            adapter.scale,
+            None,
+        )
+        h_NF = SwiGLU.apply(fc1_N2F)
+        added_NF = (h_NF - gate.to_pairs(frozen_TF)) * weight_N[:, None].to(h_NF.dtype)
+        output_TH, _ = self.linear_fc2(frozen_TF + gate.from_pairs(added_NF, len(x_TH)))
+        A, B = [whole["lora_down_A"]], [whole["lora_down_B"]]
+        delta_NH = output_TH.new_zeros(len(h_NF), output_TH.shape[1])
+        delta_NH = bank.add_projections(delta_NH, self._dropout_split(h_NF), A, B, counts_E, adapter.scale, weight_N)
+        return output_TH + gate.from_pairs(delta_NH, len(x_TH))
 
 
 def gather_bank(factors: list[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:

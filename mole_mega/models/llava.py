@@ -112,7 +112,7 @@ class LLaVA(MegatronModule):
 
     def _freeze(self, *, train_projector: bool) -> None:
         for parameter in self.parameters():
-            parameter.requires_grad = hasattr(parameter, "placement")
+            parameter.requires_grad = hasattr(parameter, "placement") and not hasattr(parameter, "moved_by_load")
         if train_projector and self.pre_process:
             self.vision_projection.requires_grad_(True)
 
