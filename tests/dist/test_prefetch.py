@@ -37,7 +37,7 @@ def worker(rank, folder):
     os.environ["WORLD_SIZE"] = str(WORLD)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     parallel = platform.initialize(PP_EP, seed=0)
-    make_base(RUN, SIZE, parallel, folder / "base")
+    make_base(TOP_2, SIZE, parallel, folder / "base")
     mixture.BankOnItsWay = Watched
     for name, run in RUNS.items():
         run = replace(run, model=replace(run.model, base=str(folder / "base")))
