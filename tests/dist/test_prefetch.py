@@ -1,8 +1,9 @@
-"""A block's bank that is gathered while the block before it computes is the bank that it would have gathered itself: the
-same losses, gradients and weights, bit for bit, also where layers are recomputed and over the stages of a pipeline."""
+"""A bank that is gathered while the block before computes is the bank that its block would have gathered itself: the same
+losses, gradients and weights, bit for bit, also where layers are recomputed and over the stages of a pipeline."""
 
 import os
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ RUNS = {recompute: replace(TOP_2, train=replace(RUN.train, recompute=recompute))
 class Watched(mixture.BankOnItsWay):
     """Notes which bank is sent for and which arrives."""
 
-    seen: list[tuple[str, int]] = []
+    seen: ClassVar[list[tuple[str, int]]] = []
 
     def __init__(self, factors, group):
         super().__init__(factors, group)
