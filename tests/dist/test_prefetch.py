@@ -1,4 +1,4 @@
-"""A bank that is gathered while the block before computes is the bank that its block would have gathered itself: the same
+"""A bank gathered while the block before it computes is the bank that its own block would have gathered: the same
 losses, gradients and weights, bit for bit, also where layers are recomputed and over the stages of a pipeline."""
 
 import os
