@@ -120,14 +120,14 @@ def num_micro_batches(run: RunConfig, world_size: int) -> int:
 def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tuple[int, int, int, int]:
     """(frozen weights, trained weights, gradients, optimizer state)."""
     numbers, train = stage_parameters(run, size, stage), run.train
-    width = BYTES[train.precision]
+    width = BYTES[train.dtype]
     dense = numbers.dense_adapters + (numbers.projector if train.projector else 0)
     trained = (dense + numbers.experts) * width + numbers.routers * FP32
     gradients = FP32 * (dense + numbers.experts + numbers.routers)
     # Adam's two moments, and a master copy of what is not fp32 itself; the distributed optimizer cuts them over the
     # ranks that hold the same part
     moments = 2 * FP32 if train.optimizer == "adam" else 0
-    master = FP32 if train.precision == "bf16" else 0
+    master = FP32 if train.dtype == "bf16" else 0
     data = world_size // (run.parallel.tensor * run.parallel.pipeline)
     share, expert_share = (data, data // run.parallel.expert) if train.distributed_optimizer else (1, 1)
     optimizer = ((moments + master) * dense + moments * numbers.routers) // share
@@ -147,7 +147,7 @@ def mixture_form(run: RunConfig, size: LlavaSize) -> Literal["tokens", "masked",
         return "tokens"
     if adapter.gate == "dense" or adapter.router_scope == "linear":
         return "masked"
-    return "masked" if computes_all(adapter.num_experts, adapter.top_k, BYTES[run.train.precision]) else "paired"
+    return "masked" if computes_all(adapter.num_experts, adapter.top_k, BYTES[run.train.dtype]) else "paired"
 
 
 def gathered_bank(run: RunConfig, size: LlavaSize) -> int:
@@ -155,12 +155,12 @@ def gathered_bank(run: RunConfig, size: LlavaSize) -> int:
     if run.adapter.method != "mole" or run.parallel.expert == 1 or mixture_form(run, size) == "tokens":
         return 0
     one_expert, _ = mlp_lora(size.language, run.adapter, run.parallel.tensor)
-    return run.adapter.num_experts * one_expert * BYTES[run.train.precision]
+    return run.adapter.num_experts * one_expert * BYTES[run.train.dtype]
 
 
 def saved_activations(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
     """What autograd keeps of one micro-batch between its forward and its backward pass."""
-    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.precision]
+    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.dtype]
     tokens = shape.tokens
     num_layers, num_adapted = len(stage_layers(run, size, stage)), adapted_layers(run, size, stage)
     if run.train.recompute == "full":
@@ -193,7 +193,7 @@ def _scores(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 def _core_attention(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """What one layer's attention itself keeps beside q, k and v: keys and values repeated for their queries, the mask,
     and probabilities; in bf16 the softmax's own fp32 ones too."""
-    language, width = size.language, BYTES[run.train.precision]
+    language, width = size.language, BYTES[run.train.dtype]
     repeated = 0
     if language.num_kv_heads < language.num_heads:
         repeated = 2 * shape.tokens * language.num_heads * language.kv_channels // run.parallel.tensor * width
@@ -202,7 +202,7 @@ def _core_attention(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 
 
 def _attention(run: RunConfig, size: LlavaSize, shape: Shape, *, recomputed: bool) -> int:
-    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     tokens, hidden = shape.tokens, language.hidden_size
     heads, groups = language.num_heads * language.kv_channels, language.num_kv_heads * language.kv_channels
     saved = _norm(run, size, shape)
@@ -222,7 +222,7 @@ def _attention(run: RunConfig, size: LlavaSize, shape: Shape, *, recomputed: boo
 
 def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int:
     """The MLP of one layer, with its norm."""
-    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     tokens, hidden, ffn = shape.tokens, language.hidden_size, language.ffn_hidden_size // tensor
     saved = _norm(run, size, shape)
     if not adapted:
@@ -235,7 +235,7 @@ def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int
 def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """Of the routers of one block: their input, where the experts do not keep that very tensor, probabilities, weights
     and choices."""
-    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     own, form = shape.tokens // tensor, mixture_form(run, size)
     # the router of a down projection has all tokens
     routed = 2 * own + shape.tokens if adapter.router_scope == "linear" else own
@@ -251,7 +251,7 @@ def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """x, A x of gate, up and down, what enters SwiGLU and what leaves it. Routing is taken for balanced: where tokens
     travel, a rank's experts get as many as it has itself."""
-    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     hidden, ffn, ranks = size.language.hidden_size, size.language.ffn_hidden_size // tensor, 3 * adapter.rank
     form, used = mixture_form(run, size), adapter.top_k
     if form == "masked":
@@ -264,7 +264,7 @@ def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 
 def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
     """The most that lies beside saved activations for a moment: at the loss, or in the backward pass of one layer."""
-    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.precision]
+    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.dtype]
     tokens, hidden, ffn = shape.tokens, language.hidden_size, language.ffn_hidden_size // tensor
     scores = _scores(run, size, shape)
     attention = scores * (2 * FP32 if width == FP32 else 2 * FP32 + 2 * width)
@@ -289,12 +289,12 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
 def _decoded(run: RunConfig, linears: list[tuple[int, int]]) -> int:
     """The weight of the largest of these linears, taken back from FP8 for a product."""
     largest = max(rows * columns for rows, columns in linears)
-    return largest * BYTES[run.train.precision] if run.fp8.store_base else 0
+    return largest * BYTES[run.train.dtype] if run.fp8.store_base else 0
 
 
 def _kept_for_good(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
     """What is made in the first step and stays: the buffer that scores are written to, and the routers' sums."""
-    kept = _scores(run, size, shape) * BYTES[run.train.precision]
+    kept = _scores(run, size, shape) * BYTES[run.train.dtype]
     adapter = run.adapter
     if adapter.method == "mole":
         pairs = math.comb(adapter.num_experts, 2) if adapter.balance_weight else 0
@@ -310,12 +310,12 @@ def _dispatch(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
         return 0
     travels = run.parallel.expert > 1 or run.parallel.tensor > 1
     copies = (2 + 1 / run.parallel.tensor) if travels else 1
-    return int(copies * shape.tokens * size.language.hidden_size * BYTES[run.train.precision])
+    return int(copies * shape.tokens * size.language.hidden_size * BYTES[run.train.dtype])
 
 
 def _vision_workspace(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """One layer of the tower, forward alone: scores and their softmax, or the MLP's middle; and its input."""
-    vision, tensor, width = size.vision, run.parallel.tensor, BYTES[run.train.precision]
+    vision, tensor, width = size.vision, run.parallel.tensor, BYTES[run.train.dtype]
     places = shape.images * (vision.num_places + 1)
     scores = places * (vision.num_places + 1) * vision.num_heads // tensor
     attention = scores * (width if width == FP32 else FP32 + width) + 4 * places * vision.hidden_size * width

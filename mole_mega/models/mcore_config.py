@@ -35,8 +35,8 @@ def build_configs(run: RunConfig, size: LlavaSize) -> McoreConfigs:
     check_layout(run, size)
     parallel, train, language, vision = run.parallel, run.train, size.language, size.vision
     common: dict[str, Any] = {
-        "params_dtype": DTYPES[train.precision],
-        "bf16": train.precision == "bf16",
+        "params_dtype": DTYPES[train.dtype],
+        "bf16": train.dtype == "bf16",
         "tensor_model_parallel_size": parallel.tensor,
         # weights come from the base checkpoint; adapters are initialised by adapters/sharding.py
         "perform_initialization": False,
@@ -82,7 +82,7 @@ def build_configs(run: RunConfig, size: LlavaSize) -> McoreConfigs:
             gated_linear_unit=True,
             add_bias_linear=False,
             pipeline_model_parallel_size=parallel.pipeline,
-            pipeline_dtype=DTYPES[train.precision],
+            pipeline_dtype=DTYPES[train.dtype],
             sequence_parallel=parallel.tensor > 1,
             # micro-batches are padded to their own longest sample
             variable_seq_lengths=True,
