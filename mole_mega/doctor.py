@@ -150,10 +150,11 @@ def _accelerator() -> list[Finding]:
         nccl = Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         nccl = Finding("NCCL", "absent", "not in this torch", "runs on several GPUs", "a CUDA build of torch")
-    return [nccl, _cuda()]
+    return [nccl, cuda()]
 
 
-def _cuda() -> Finding:
+def cuda() -> Finding:
+    """The CUDA devices, as torch sees them."""
     import torch
 
     off = "GPUs: runs go over the CPU and gloo"
@@ -172,6 +173,11 @@ def _cuda() -> Finding:
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = ", ".join(f"{device.name} {device.total_memory / GIB:.0f} GiB" for device in devices)
     return Finding("CUDA", "ok", f"{built_for}: {names}")
+
+
+def transformer_engine() -> Finding:
+    """Whether Transformer Engine can be used."""
+    return _optional(*OPTIONAL[0])
 
 
 def _optional(name: str, module: str, package: str, off: str, fix: str) -> Finding:

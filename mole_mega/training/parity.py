@@ -255,7 +255,7 @@ def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, 
     worst = {"loss": (0.0, ""), "gradient": (0.0, ""), "weight": (0.0, "")}
     for key, expected in reference.items():
         kind, _, name = key.partition("/")
-        scale = _norm_to_measure_by(key, reference)
+        scale = norm_to_measure_by(key, reference)
         difference = float((measured[key].double() - expected.double()).norm())
         ratio = difference / scale if scale else (math.inf if difference else 0.0)
         ratio = math.inf if math.isnan(ratio) else ratio
@@ -267,7 +267,7 @@ def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, 
     )  # fmt: skip
 
 
-def _norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
+def norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
     """A tensor's own norm; of a router's bias gradient, what its terms would add up to if they did not cancel.
 
     Rounding errors are as large as the terms g_t of a sum over tokens. In a router's bias these cancel: a softmax sends
