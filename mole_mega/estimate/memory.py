@@ -5,8 +5,7 @@ Megatron-Core's local attention, which keeps its score matrices), and the larges
 long as `Shape.length`, so what is counted is the longest that the run may meet.
 
 Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, NCCL's
-buffers, what dropout keeps, and what the methods remember (adapters/methods: LoRASculpt a byte a factor's number for
-its masks, BoRA a mean of each factor over experts).
+buffers, and what dropout keeps.
 
 Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts, K experts
 that a token uses.
@@ -64,12 +63,14 @@ def micro_batch(run: RunConfig, length: int | None = None, images_per_sample: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes by part. `vision` is the tower's workspace where that, and not the decoder's, is at the peak."""
+    """Bytes by part. `methods`: what those around the optimizer step remember. `vision` is the tower's workspace where
+    that, and not the decoder's, is at the peak."""
 
     frozen: int
     trained: int
     gradients: int
     optimizer: int
+    methods: int
     activations: int
     workspace: int
     dispatch: int
@@ -77,7 +78,7 @@ class Memory:
 
     @property
     def static(self) -> int:
-        return self.frozen + self.trained + self.gradients + self.optimizer
+        return self.frozen + self.trained + self.gradients + self.optimizer + self.methods
 
     @property
     def total(self) -> int:
@@ -94,16 +95,33 @@ def stage_memory(run: RunConfig, size: LlavaSize, world_size: int, stage: int, s
     vision = _vision_workspace(run, size, shape) if stage == 0 else 0
     # the tower runs before its micro-batch has kept anything
     vision_is_peak = vision > saved + workspace + dispatch
+    if vision_is_peak:
+        num_flying, workspace, dispatch = num_flying - 1, 0, 0
+    else:
+        vision = 0
+    methods, of_their_step = _methods(run, size, stage)
+    # methods work when the passes are over
+    more = max(0, of_their_step - (num_flying * saved + workspace + dispatch + vision))
     return Memory(
         frozen=frozen,
         trained=trained,
         gradients=gradients,
         optimizer=optimizer,
-        activations=(num_flying - vision_is_peak) * saved,
-        workspace=kept + (0 if vision_is_peak else workspace),
-        dispatch=0 if vision_is_peak else dispatch,
-        vision=vision if vision_is_peak else 0,
+        methods=methods,
+        activations=num_flying * saved,
+        workspace=kept + workspace + more,
+        dispatch=dispatch,
+        vision=vision,
     )
+
+
+def _methods(run: RunConfig, size: LlavaSize, stage: int) -> tuple[int, int]:
+    """(what methods remember, what their step takes beside it)."""
+    if not run.adapter.methods:
+        return 0, 0
+    from mole_mega.estimate.methods import method_bytes  # with the methods come torch and Megatron-Core
+
+    return method_bytes(run, size, stage)
 
 
 def in_flight(run: RunConfig, world_size: int, stage: int) -> int:
