@@ -69,6 +69,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch("dist_checkpointing.strategies.async_utils", (_DEVICE,), "flags agreed between ranks on save"),
     Patch("dist_checkpointing.strategies.filesystem_async", ("def get_write_results_queue", "torch.cuda.synchronize()"),
           "a synchronous save waits for a device, and starts a second process for its result queue"),
+    Patch("extensions.transformer_engine", (_DEVICE,), "the device that Transformer Engine's modules are built on"),
     Patch("parallel_state", (_DEVICE,), "device ids of barriers"),
     Patch("utils", ("torch.cuda",), "stream and synchronize helpers"),
 )  # fmt: skip
