@@ -92,9 +92,7 @@ class LoRAColumn(torch.nn.Module):
     part and leaves communication alone: the gather's backward sums the input's gradient over ranks.
     """
 
-    def __init__(
-        self, input_size: int, *args: Any, config: TransformerConfig, lora: LoRASpec, **kwargs: Any
-    ) -> None:
+    def __init__(self, input_size: int, *args: Any, config: TransformerConfig, lora: LoRASpec, **kwargs: Any) -> None:
         super().__init__(input_size, *args, config=config, **kwargs)
         self.lora = lora
         _add_factors(self, lora, "column", input_size, config.params_dtype)
@@ -150,9 +148,7 @@ class LoRARow(torch.nn.Module):
     computes its part and leaves communication alone.
     """
 
-    def __init__(
-        self, input_size: int, *args: Any, config: TransformerConfig, lora: LoRASpec, **kwargs: Any
-    ) -> None:
+    def __init__(self, input_size: int, *args: Any, config: TransformerConfig, lora: LoRASpec, **kwargs: Any) -> None:
         super().__init__(input_size, *args, config=config, **kwargs)
         (self._projection,) = lora.projections
         self.lora = lora

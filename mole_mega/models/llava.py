@@ -104,7 +104,9 @@ class LLaVA(MegatronModule):
         self._num_real_logits = min(part, vocab_size - parallel.tp_rank * part)
         self.to(parallel.device)
         self._freeze(train_projector=adapters and run.train.projector)
-        if run.fp8.store_base:
+        if run.fp8.store_base and run.model.backend == "transformer_engine":
+            fp8.forget_initial_weights(self.language_model.decoder)
+        elif run.fp8.store_base:
             # all that is wide; embeddings, output layer and projector stay in the model's dtype
             fp8.make_room(self.language_model.decoder, run.fp8.scale)
             if self.pre_process:

@@ -1,8 +1,6 @@
 """The model built of Transformer Engine's modules: its tensors are those of the local backend, by name in a checkpoint,
 shape, placement and whether they are trained."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -13,7 +11,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from mole_mega.adapters.mole import MoLELayer
 from mole_mega.adapters.transformer_engine import TELoRAColumnParallelLinear, TELoRARowParallelLinear
 from mole_mega.checkpoint.base import load_base, model_entries, save_base
-from mole_mega.checkpoint.store import load_weights, trainable_entries
 from mole_mega.config import (
     AdapterConfig,
     DataConfig,

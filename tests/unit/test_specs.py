@@ -22,7 +22,6 @@ from mole_mega.config import (
     SourceConfig,
     TrainConfig,
 )
-from mole_mega.models import specs
 from mole_mega.models.backend import TorchNorm
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.mcore_config import build_configs
