@@ -247,7 +247,8 @@ class Fp8Config:
     output channel or a 128 x 128 block, products in the training precision, on any hardware. With train.precision fp8
     it is Transformer Engine's primary FP8 weights, scaled as the recipe says.
 
-    The rest is heard with train.precision fp8 alone. `recipe` is how tensors are scaled (Transformer Engine's
+    The rest is heard with train.precision fp8 alone, and is about the decoder: the tower, whose products are few, and
+    the projector, which is trained, stay in bf16. `recipe` is how tensors are scaled (Transformer Engine's
     DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling). `first_last_layers_bf16` leaves the
     decoder's first and last layer in bf16.
     """
@@ -447,6 +448,11 @@ def _validate_backend(config: RunConfig) -> None:
         raise ConfigError(
             f"fp8.store_base with train.precision {config.train.precision} is storage alone, which model.backend local "
             "has; with transformer_engine set train.precision to fp8"
+        )
+    if in_fp8 and config.fp8.first_last_layers_bf16 and config.fp8.recipe == "delayed":
+        raise ConfigError(
+            "fp8.first_last_layers_bf16 does not go with fp8.recipe delayed, whose largest values are gathered over "
+            "all layers together; use tensorwise"
         )
     if has_te and config.validation.generate:
         raise ConfigError(

@@ -123,7 +123,7 @@ class MixtureExperts(MoLEExperts):
         whole = dict(self.named_parameters(recurse=False))
         cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
         whole |= zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True)
-        fc1_T2F, _ = self.linear_fc1(x_TH)
+        fc1_T2F = self._base(self.linear_fc1, x_TH)
         fc1_T2F = gate.add_lora(
             fc1_T2F,
             F.dropout(x_TH, adapter.dropout, self.training),
@@ -132,7 +132,7 @@ class MixtureExperts(MoLEExperts):
             scale,
         )
         h_TF = SwiGLU.apply(fc1_T2F)
-        output_TH, _ = self.linear_fc2(h_TF)
+        output_TH = self._base(self.linear_fc2, h_TF)
         if gate_of_down is not None:
             gate = gate_of_down(h_TF)
         return gate.add_lora(

@@ -33,11 +33,10 @@ from mole_mega.estimate.parameters import (
 )
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.sizes import LlavaSize
+from mole_mega.platform.recipes import sequence_multiple
 
 BYTES = {"fp32": 4, "bf16": 2}
 FP32 = 4
-# sequences are padded to a multiple of it (and of the tensor-parallel size), as training does
-PAD_TO = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Shape:
 
 def micro_batch(run: RunConfig, length: int | None = None, images_per_sample: float = 1.0) -> Shape:
     """The micro-batch of a run whose samples are `length` places long (None: `data.max_length`)."""
-    multiple = math.lcm(PAD_TO, run.parallel.tensor)
+    multiple = sequence_multiple(run)
     length = -(-(length or run.data.max_length) // multiple) * multiple
     samples = run.train.micro_batch_size
     return Shape(samples=samples, length=length, images=math.ceil(samples * images_per_sample))

@@ -126,6 +126,9 @@ def scaled_down(run: RunConfig, base_size: LlavaSize | None) -> tuple[RunConfig,
     return (
         replace(
             run,
+            # a laptop has no other
+            model=replace(run.model, backend="local"),
+            fp8=replace(run.fp8, store_base=run.fp8.store_base and run.train.precision != "fp8"),
             # alpha follows the rank, so that the scale stays the user's
             adapter=replace(adapter, rank=rank, alpha=_scaled_alpha(adapter, rank), dropout=0.0, layers=layers),
             train=replace(
@@ -345,6 +348,7 @@ def main(argv: list[str] | None = None) -> int:
 def _reference(case: Case) -> Case:
     run = replace(
         case.run,
+        model=replace(case.run.model, backend="local"),
         parallel=ParallelConfig(),
         train=replace(case.run.train, distributed_optimizer=False, recompute="none"),
     )

@@ -216,6 +216,14 @@ TASK = {"router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_expe
             ["fp8.store_base", "train.precision bf16", "model.backend local"],
         ),
         (
+            {
+                "model": {"backend": "transformer_engine"},
+                "train": {"precision": "fp8"},
+                "fp8": {"recipe": "delayed", "first_last_layers_bf16": True},
+            },
+            ["fp8.first_last_layers_bf16", "fp8.recipe delayed", "tensorwise"],
+        ),
+        (
             {"model": {"backend": "transformer_engine"}, "validation": {"generate": True}},
             ["validation.generate", "model.backend local"],
         ),
@@ -511,7 +519,7 @@ def all_set() -> RunConfig:
         },
         validation={"every": 3, "samples": 2, "max_new_tokens": 7},
         checkpoint={"every": 4, "keep": 1, "init_from": "/other"},
-        fp8={"store_base": True, "scale": "block", "recipe": "delayed", "first_last_layers_bf16": True},
+        fp8={"store_base": True, "scale": "block", "recipe": "mxfp8", "first_last_layers_bf16": True},
         monitor={
             "every": 2, "experts_every": 5, "pictures_every": 6, "tensorboard": False,
             "alarms": {
