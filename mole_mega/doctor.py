@@ -175,11 +175,6 @@ def cuda() -> Finding:
     return Finding("CUDA", "ok", f"{built_for}: {names}")
 
 
-def transformer_engine() -> Finding:
-    """Whether Transformer Engine can be used."""
-    return _optional(*OPTIONAL[0])
-
-
 def _optional(name: str, module: str, package: str, off: str, fix: str) -> Finding:
     """Something that only GPU runs use: imported, since being installed is not enough."""
     try:

@@ -79,10 +79,11 @@ def examine(run: config.RunConfig, args: argparse.Namespace, *, from_file: bool)
     from mole_mega.models.sizes import MODEL_JSON, LlavaSize, find_size
     from mole_mega.platform.meeting import versions
     from mole_mega.platform.processor import cuda_devices
+    from mole_mega.platform.te import why_unusable
     from mole_mega.training.device_parity import TOLERANCES
 
     devices = [] if args.rehearse else cuda_devices()[: args.gpus]
-    te_error = _why_no_transformer_engine()
+    te_error = why_unusable()
     base = Path(run.model.base)
     base_size = LlavaSize.from_json(base / MODEL_JSON) if from_file and (base / MODEL_JSON).is_file() else None
     timed = base_size if base_size and not args.size else find_size(base, args.size or SPEED_SIZE)
@@ -92,7 +93,7 @@ def examine(run: config.RunConfig, args: argparse.Namespace, *, from_file: bool)
         "rehearsal": args.rehearse,
         "gpus": [dataclasses.asdict(device) for device in devices],
         "versions": versions(),
-        "transformer_engine": te_error or "importable",
+        "transformer_engine": te_error or "usable",
         "run": config.flat(run) if from_file else None,
         "tolerances": {
             f"{precision}{', experts chosen' if chosen else ''}": dataclasses.asdict(tolerance)
@@ -229,14 +230,6 @@ def _why_no_gpu() -> str:
 
     finding = cuda()
     return f"no GPU: {finding.found}; {finding.fix}"
-
-
-def _why_no_transformer_engine() -> str:
-    """Why it cannot be imported; empty if it can."""
-    from mole_mega.doctor import transformer_engine
-
-    finding = transformer_engine()
-    return "" if finding.status == "ok" else finding.found
 
 
 def _plain(value: Any) -> Any:

@@ -34,6 +34,7 @@ from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
 from mole_mega.platform.launch import WITHOUT_GPUS, launch
 from mole_mega.platform.processor import Device
+from mole_mega.platform.recipes import RECIPES, dotted
 from mole_mega.training import parity
 
 _WORKER = "mole_mega.training.device_parity"
@@ -76,20 +77,21 @@ class Setting:
     changes: Mapping[str, Any]
     capability: tuple[int, int] = (0, 0)
 
-    @property
-    def needs_te(self) -> bool:
-        return self.changes.get("model.backend") == "transformer_engine"
-
     def why_not(self, devices: Sequence[Device], te_error: str) -> str:
         """Why these devices cannot compute so, in words; empty if they can. `te_error`: why Transformer Engine cannot
-        be imported. No devices: the CPU stands in for one."""
-        if self.needs_te and not devices:
-            return "Transformer Engine computes on CUDA alone"
-        if self.needs_te and te_error:
-            return f"Transformer Engine cannot be imported: {te_error}"
-        if devices and devices[0].capability < self.capability:
-            needed, found = (".".join(map(str, c)) for c in (self.capability, devices[0].capability))
-            return f"needs compute capability {needed}; {devices[0].name} has {found}"
+        be used. No devices: the CPU stands in for one."""
+        if self.changes.get("model.backend") == "transformer_engine":
+            if not devices:
+                return "Transformer Engine computes on CUDA alone"
+            if te_error:
+                return f"needs Transformer Engine, which {te_error}"
+        for device in devices[:1]:
+            recipe = RECIPES.get(self.changes.get("fp8.recipe", ""))
+            why = recipe.why_not(device.capability, device.cuda) if recipe else ""
+            if device.capability < self.capability:
+                why = f"needs compute capability {dotted(self.capability)}"
+            if why:
+                return f"{why}; this is {device.name} of {dotted(device.capability)}"
         return ""
 
     def of(self, run: RunConfig) -> RunConfig:
@@ -111,11 +113,11 @@ SETTINGS = (
     Setting("bf16", "bf16", {"train.precision": "bf16"}, (8, 0)),
     Setting("bf16, base kept in FP8", "fp8", {"train.precision": "bf16", "fp8.store_base": True}, (8, 0)),
     Setting("bf16, Transformer Engine", "bf16", _te("bf16"), (8, 0)),
-    Setting("fp8 delayed", "fp8", _te("fp8", recipe="delayed"), (8, 9)),
-    Setting("fp8 tensorwise", "fp8", _te("fp8", recipe="tensorwise"), (8, 9)),
-    Setting("fp8 blockwise", "fp8", _te("fp8", recipe="blockwise"), (9, 0)),
-    Setting("fp8 mxfp8", "fp8", _te("fp8", recipe="mxfp8"), (10, 0)),
-    Setting("fp8 tensorwise, base stored in FP8", "fp8", _te("fp8", recipe="tensorwise", store_base=True), (8, 9)),
+    Setting("fp8 delayed", "fp8", _te("fp8", recipe="delayed")),
+    Setting("fp8 tensorwise", "fp8", _te("fp8", recipe="tensorwise")),
+    Setting("fp8 blockwise", "fp8", _te("fp8", recipe="blockwise")),
+    Setting("fp8 mxfp8", "fp8", _te("fp8", recipe="mxfp8")),
+    Setting("fp8 tensorwise, base stored in FP8", "fp8", _te("fp8", recipe="tensorwise", store_base=True)),
 )
 
 

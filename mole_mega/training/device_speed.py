@@ -34,6 +34,7 @@ from mole_mega.platform import parallel as platform
 from mole_mega.platform.launch import WITHOUT_GPUS, launch
 from mole_mega.platform.parallel import Parallel
 from mole_mega.platform.processor import Device
+from mole_mega.platform.te import check_machine
 from mole_mega.training.device_parity import SETTINGS, Setting
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
@@ -166,7 +167,8 @@ def figures(case: SpeedCase, speed: Speed, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def measure(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Speed:
-    """Build, warm up, and time steps."""
+    """Build, warm up, and time steps. Raises ConfigError where this machine cannot compute as the run asks."""
+    check_machine(run)
     model = LLaVA(run, size, parallel)
     _fill(model, parallel.device)
     ddp = wrap(model, run)

@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from mole_mega import verify_gpu
+from mole_mega.data.conversation import IGNORE_INDEX
 from mole_mega.estimate.gpus import GPUS, find_gpu
 from mole_mega.models.sizes import SIZES
 from mole_mega.platform.processor import Device
 from mole_mega.training import device_parity, device_speed
 from mole_mega.training.device_parity import SETTINGS, Setting, device_cases, device_sizes
 from mole_mega.training.device_speed import Speed, figures, fitting, speed_cases
-from mole_mega.training.parity import scaled_down
+from mole_mega.training.parity import batches, scaled_down
 from mole_mega.training.step import Stepper
 
 A100, H100, B200 = (
-    Device("NVIDIA A100-SXM4-80GB", 80 * 2**30, (8, 0)),
-    Device("NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0)),
-    Device("NVIDIA B200", 180 * 10**9, (10, 0)),
+    Device("NVIDIA A100-SXM4-80GB", 80 * 2**30, (8, 0), (13, 0)),
+    Device("NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0), (13, 0)),
+    Device("NVIDIA B200", 180 * 10**9, (10, 0), (13, 0)),
 )
 ROUTER = "language_model.decoder.layers.1.mlp.router.weight"
 # bf16 products are slow where the processor has none
@@ -171,6 +172,16 @@ def test_every_setting_is_a_run_of_its_own_on_sizes_that_fp8_divides():
             widths = size.language.hidden_size, size.language.ffn_hidden_size, size.vision.hidden_size
             assert all(width % 128 == 0 for width in widths)
             assert size.language.num_heads // size.language.num_kv_heads == heads_per_group
+
+
+def test_batches_padded_for_a_recipe_hold_the_same():
+    _, size = scaled_down(verify_gpu.made_up_run(), None)
+    for plain, padded in zip(batches(size, 1, 0, 1), batches(size, 1, 0, 1, 96), strict=True):
+        length = plain.tokens.shape[1]
+        assert padded.tokens.shape[1] % 96 == 0 and not padded.padding_mask[:, length:].any()
+        assert (padded.labels[:, length:] == IGNORE_INDEX).all() and not padded.image_mask[:, length:].any()
+        for name in ("tokens", "labels", "padding_mask", "position_ids", "image_mask"):
+            assert torch.equal(getattr(plain, name), getattr(padded, name)[:, :length])
 
 
 @pytest.mark.parametrize(
