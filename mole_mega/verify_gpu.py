@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imported where needed: it starts Megatron-Core
 PARTS = ("precision", "layouts", "speed")
 FORMAT = 1  # of the file
 SPEED_SIZE = "llava15_7b"  # without a run file
+_SENT = ("adapter.", "train.", "parallel.", "fp8.", "model.backend")  # of a run's keys
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +38,9 @@ def main(argv: list[str]) -> int:
         "run", nargs="?", help="a run's YAML file, whose adapters and widths are taken; else made-up ones"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help=f"which, with commas between (default {','.join(PARTS)})"
+    )
     parser.add_argument("--gpus", type=int, help="GPUs to use (default: all of this host)")
     parser.add_argument(
         "--size", metavar="NAME", help=f"whose layers are timed, by name (default: the base's, or {SPEED_SIZE})"
@@ -55,6 +58,9 @@ def main(argv: list[str]) -> int:
         check_file(args.json, "--json")
         if args.gpus is not None and args.gpus < 1:
             raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")
+        parts = args.parts.split(",")
+        if unknown := [part for part in parts if part not in PARTS]:
+            raise ConfigError(f"--parts has {unknown[0]!r}; there are {', '.join(PARTS)}")
         run = config.load(args.run, args.overrides) if args.run else made_up_run()
         report = examine(run, args, from_file=bool(args.run))
         args.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -94,14 +100,15 @@ def examine(run: config.RunConfig, args: argparse.Namespace, *, from_file: bool)
         "gpus": [dataclasses.asdict(device) for device in devices],
         "versions": versions(),
         "transformer_engine": te_error or "usable",
-        "run": config.flat(run) if from_file else None,
+        # what was computed, and nothing of whose data it was meant for
+        "run": {key: value for key, value in config.flat(run).items() if key.startswith(_SENT)} if from_file else None,
         "tolerances": {
             f"{precision}{', experts chosen' if chosen else ''}": dataclasses.asdict(tolerance)
             for (precision, chosen), tolerance in TOLERANCES.items()
         },
     }
     for part in PARTS:
-        if part not in args.parts:
+        if part not in args.parts.split(","):
             report[part] = [_skipped("left out by --parts")]
         elif not devices and not args.rehearse:
             report[part] = [_skipped(_why_no_gpu())]

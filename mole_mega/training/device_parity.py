@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mole_mega import config as run_config
-from mole_mega.config import ConfigError, Fp8Config, ParallelConfig, RunConfig
+from mole_mega.config import ConfigError, Fp8Config, ParallelConfig, RunConfig, ValidationConfig
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
 from mole_mega.platform.launch import WITHOUT_GPUS, launch
@@ -215,6 +215,7 @@ def _plain(run: RunConfig) -> RunConfig:
         model=replace(run.model, backend="local", base_hash=""),
         train=replace(run.train, precision="fp32", distributed_optimizer=False, recompute="none"),
         parallel=ParallelConfig(),
+        validation=ValidationConfig(),  # Transformer Engine's attention writes no answers
         fp8=Fp8Config(),
     )
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from mole_mega import config as run_config
-from mole_mega.config import ConfigError, ParallelConfig, RunConfig
+from mole_mega.adapters.methods import shorten_methods
+from mole_mega.config import ConfigError, ParallelConfig, RunConfig, ValidationConfig
 from mole_mega.data.collate import Batch
 from mole_mega.estimate.gpus import Gpu, find_gpu, usable_memory
 from mole_mega.estimate.memory import Shape, micro_batch, num_micro_batches, stage_memory
@@ -93,8 +94,10 @@ def speed_cases(run: RunConfig, size: LlavaSize, devices: Sequence[Device], te_e
             precision="bf16",
         ),
         adapter=replace(run.adapter, layers="all"),
+        validation=ValidationConfig(),
         fp8=replace(run.fp8, store_base=False),
     )
+    run = shorten_methods(run, run.train.steps)
     if devices:
         size = fitting(run, size, devices[0].memory)
     cases = []

@@ -128,7 +128,7 @@ def test_a_case_that_fails_says_how_and_leaves_the_others(rehearse, monkeypatch)
 def test_without_a_gpu_everything_is_skipped_with_the_reason_and_nothing_is_called_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mole_mega.platform.processor.cuda_devices", list)
     out = tmp_path / "found.json"
-    assert verify_gpu.main(["--json", str(out), "--parts", "precision", "layouts", "--debug"]) == 77
+    assert verify_gpu.main(["--json", str(out), "--parts", "precision,layouts", "--debug"]) == 77
     report = json.loads(out.read_text())
     assert report["device"] is None and not report["rehearsal"]
     for part in ("precision", "layouts"):
@@ -136,6 +136,33 @@ def test_without_a_gpu_everything_is_skipped_with_the_reason_and_nothing_is_call
         assert row["status"] == "skipped" and row["reason"].startswith("no GPU: ")
     assert report["speed"] == [{"case": "all", "status": "skipped", "reason": "left out by --parts"}]
     assert "no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--parts", "precision,sped"], "--parts has 'sped'; there are precision, layouts, speed"),
+        (["--json", "."], "--json: . is a folder"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert verify_gpu.main([*arguments, "--debug"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_file_says_what_was_computed_and_nothing_of_the_data(tmp_path, monkeypatch):
+    run = tmp_path / "run.yaml"
+    run.write_text(json.dumps({
+        "run_dir": "secret_out", "model": {"base": "secret_base"}, "train": {"steps": 1}, "adapter": {"rank": 7},
+        "data": {"sources": [{"name": "secret", "path": "secret.json"}]},
+    }))  # fmt: skip
+    monkeypatch.setattr("mole_mega.platform.processor.cuda_devices", list)
+    out = tmp_path / "found.json"
+    assert verify_gpu.main([str(run), "--json", str(out), "--debug"]) == 77
+    assert json.loads(out.read_text())["run"]["adapter.rank"] == "7"
+    assert "secret" not in out.read_text()
 
 
 @pytest.mark.parametrize(
