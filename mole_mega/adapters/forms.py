@@ -6,7 +6,8 @@ from __future__ import annotations
 # (measured with tools/bench_mole.py on 2 cores that multiply bf16 matrices: there products cost little, and rows much).
 _MASKED_UP_TO = {4: 6, 2: 16}
 # Experts of a rank or a few cost little even all of them, while a row is as wide as ever: up to so many ranks for each
-# expert that a token uses.
+# expert that a token uses. (Of 64 experts of rank 1, 8 used: computing all took a twelfth of the rows' time in fp32 and
+# a sixth in bf16.)
 _THIN = 8
 
 

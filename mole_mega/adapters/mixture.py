@@ -7,12 +7,14 @@ case of one):
 
 Tokens stay where they are, and the frozen base runs once for each, as in a dense MLP. Expert-parallel ranks hold a part
 of the experts each, with its gradient and optimizer state; for a layer's pass each gathers the whole bank, and the
-gradients of all go back to the experts' owners, summed. The gathered bank is kept from forward to backward.
+gradients of all go back to the experts' owners, summed. The gathered bank is kept from forward to backward. While a
+block computes, the next one's bank is on its way (`prefetch_along`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -116,6 +118,11 @@ def _route(
 class MixtureExperts(MoLEExperts):
     """The frozen MLP of a block with this rank's part of the expert bank; parameters as in `MoLEExperts`."""
 
+    # in tuples: a module that is an attribute would be a part of this one
+    _before: tuple[MixtureExperts, ...] = ()
+    _after: tuple[MixtureExperts, ...] = ()
+    _on_its_way: BankOnItsWay | None = None
+
     def forward(  # type: ignore[override]
         self, x_TH: torch.Tensor, gate: Gate, gate_of_down: Callable[[torch.Tensor], Gate] | None = None
     ) -> torch.Tensor:
@@ -148,8 +155,21 @@ class MixtureExperts(MoLEExperts):
         whole: dict[str, torch.Tensor] = dict(self.named_parameters(recurse=False))
         if self.adapter.shared_B:
             return whole | {f"lora_{name}_B": self.mixed_B(name) for name in ("gate", "up", "down")}
+        if self._groups.ep.size() == 1:
+            return whole
         cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
-        return whole | dict(zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True))
+        bank, self._on_its_way = self._on_its_way or BankOnItsWay(list(cut.values()), self._groups.ep), None
+        factors = bank.arrive()
+        # recomputed layers run from the last to the first
+        recomputed = self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled()
+        for neighbour in self._before if recomputed else self._after:
+            neighbour.send_for_bank()
+        return whole | dict(zip(cut, factors, strict=True))
+
+    def send_for_bank(self) -> None:
+        """Begin to gather the bank that this block's next pass needs, while another block computes."""
+        factors = [f for f in self.parameters(recurse=False) if f.placement.expert_axis is not None]
+        self._on_its_way = BankOnItsWay(factors, self._groups.ep)
 
     def _whole_mlps(self, x_TH: torch.Tensor, gate: PairedGate, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """sum_e w_e MLP_e(x), each expert an MLP with an activation of its own (MixLoRA, arXiv 2404.15159):
@@ -183,21 +203,40 @@ class MixtureExperts(MoLEExperts):
         return output_TH + gate.from_pairs(delta_NH, len(x_TH))
 
 
-def gather_bank(factors: list[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Of factors [E / EP, ...] of one dtype, those of all experts, [E, ...], in one collective; its backward sums the
-    ranks' gradients and leaves each its own part."""
-    if group.size() == 1:
-        return factors
-    return list(_GatherBank.apply(group, *factors))
+def prefetch_along(blocks: Sequence[MixtureExperts]) -> None:
+    """Let each of these blocks, in the order of their layers, send for its neighbour's bank once it has its own, so
+    that it comes while the block computes. What is computed stays the same."""
+    for block, following in pairwise(blocks):
+        if not block.adapter.shared_B:  # which lie on every rank
+            block._after, following._before = (following,), (block,)
 
 
-class _GatherBank(torch.autograd.Function):
+class BankOnItsWay:
+    """Factors [E / EP, ...] of one dtype, of whose banks [E, ...] an all-gather is under way."""
+
+    def __init__(self, factors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+        self._factors, self._group = list(factors), group
+        self._versions = [factor._version for factor in factors]
+        with torch.no_grad():
+            mine = torch.cat([factor.reshape(-1) for factor in factors])
+            self._everyone = mine.new_empty(group.size(), len(mine))
+            self._work = dist.all_gather_single(self._everyone.view(-1), mine, group=group, async_op=True)
+
+    def arrive(self) -> list[torch.Tensor]:
+        """The banks; their backward sums the ranks' gradients and leaves each its own part. Waits for the gather."""
+        self._work.wait()
+        assert self._versions == [factor._version for factor in self._factors], "factors moved while they were gathered"
+        return list(_Banks.apply(self._group, self._everyone, *self._factors))
+
+
+class _Banks(torch.autograd.Function):
+    """The gathered `everyone` as banks of the factors that it came from."""
+
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, everyone: torch.Tensor, *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.group, ctx.shapes = group, [factor.shape for factor in factors]
-        mine = torch.cat([factor.reshape(-1) for factor in factors])
-        everyone = mine.new_empty(group.size(), len(mine))
-        dist.all_gather_single(everyone.view(-1), mine, group=group)
         parts = everyone.split([factor.numel() for factor in factors], dim=1)
         return tuple(part.reshape(-1, *factor.shape[1:]) for part, factor in zip(parts, factors, strict=True))
 
@@ -208,4 +247,4 @@ class _GatherBank(torch.autograd.Function):
         mine = everyone.new_empty(everyone.shape[1])
         dist.reduce_scatter_single(mine, everyone.view(-1), group=ctx.group)
         parts = mine.split([shape.numel() for shape in ctx.shapes])
-        return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

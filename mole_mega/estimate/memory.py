@@ -317,6 +317,8 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
             _attention(run, size, shape, recomputed=False) + _mlp(run, size, shape, adapted=adapted)
             for adapted in {True} | ({False} if run.adapter.layers != "all" else set())
         )
+        if adapted_layers(run, size, stage) > 1:  # the next one's, on its way
+            layer += gathered_bank(run, size)
     elif run.train.recompute == "selective":
         layer = max(attention + _core_attention(run, size, shape), mlp)
     if stage < run.parallel.pipeline - 1:

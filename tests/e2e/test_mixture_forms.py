@@ -1,5 +1,6 @@
-"""Mixtures by mixed B, by sigmoid scores and of whole MLPs: a run that was split ends bit for bit as one that was
-not, and what cannot express it refuses it with the reason. In this process: test_mixtures shows that a kill splits alike."""
+"""Mixtures by mixed B, by sigmoid scores and of whole MLPs: a run that was split ends bit for bit as one that was not,
+and what cannot express it refuses it with the reason. In this process; that a kill splits alike, test_mixtures shows.
+"""
 
 import io
 
