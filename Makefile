@@ -6,9 +6,14 @@ PYTHON ?= $(firstword $(foreach p,python3.12 python3 python,$(shell $(p) -c 'imp
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# a second environment, which sees the first one's packages and adds Transformer Engine: Megatron-Core behaves otherwise
+# where that can be imported, and the other tests prove the path without it
+VENV_TE := .venv-te
+READY_TE := $(VENV_TE)/.ready
+SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-te test-slow lint clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -16,6 +21,10 @@ demo: $(READY)
 # two files at a time: most tests wait on one core, and those of layouts start processes of their own
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# PIP_FIND_LINKS names a folder with a wheel of transformer_engine_torch; without one it is built, with a CUDA toolkit
+test-te: $(READY_TE)
+	$(VENV_TE)/bin/python -m pytest tests/te
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -34,5 +43,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
+# Transformer Engine looks for CUDA's libraries (folder nvidia) in its own environment alone
+$(READY_TE): $(READY) constraints-te.txt
+	test -x $(VENV_TE)/bin/python || $(BIN)/python -m venv $(VENV_TE)
+	$(VENV_TE)/bin/python -m pip install -q --disable-pip-version-check -c constraints-te.txt setuptools wheel pybind11 ninja
+	first=$$($(BIN)/python -c $(SITE)); own=$$($(VENV_TE)/bin/python -c $(SITE)); \
+	  echo "import site; site.addsitedir('$$first')" >$$own/first_environment.pth; ln -sfn $$first/nvidia $$own/nvidia
+	$(VENV_TE)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -r constraints-te.txt
+	@touch $(READY_TE)
+
 clean:
-	rm -rf $(VENV) demo_out
+	rm -rf $(VENV) $(VENV_TE) demo_out

@@ -53,11 +53,14 @@ ProperShare = Annotated[float, Range(0, 1, high_open=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which frozen LLaVA the adapters sit on. `base` is a folder written by `mole-mega convert hf-to-megatron`."""
+    """Which frozen LLaVA the adapters sit on. `base` is a folder written by `mole-mega convert hf-to-megatron`.
+    `backend` is whose attention, norms and linears compute it: torch's through Megatron-Core, on any hardware, or
+    Transformer Engine's, on CUDA."""
 
     base: str
     # Fails the run when the base is not the one the user meant; empty accepts any and records what was found.
     base_hash: str = ""
+    backend: Literal["local", "transformer_engine"] = "local"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,8 @@ class TrainConfig:
     adam_beta2: ProperShare = 0.999
     adam_eps: Positive = 1e-8
     clip_grad: NonNegative = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    # fp8: bf16, but for the products with the frozen base, which are Transformer Engine's in FP8 (section fp8)
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     distributed_optimizer: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
     # A step with a non-finite loss or gradient is skipped; so many in a row stop the run (exit code 4).
@@ -177,6 +181,11 @@ class TrainConfig:
     # A process that stands in one place of a step for so long, waiting for others, stops the run, names whom it waits
     # for and ends with exit code 4; 0: never.
     hang_seconds: NonNegative = 480.0
+
+    @property
+    def dtype(self) -> Literal["fp32", "bf16"]:
+        """That of parameters and activations."""
+        return "fp32" if self.precision == "fp32" else "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,11 +253,22 @@ ScaleOf = Literal["channel", "block"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-    """`store_base` keeps the frozen linears of tower and decoder as float8 e4m3, with a `scale` an output channel or a
-    128 x 128 block; products run in the training precision."""
+    """FP8 in storage and in products.
+
+    `store_base` keeps the frozen linears of tower and decoder as float8. Alone it is storage: e4m3 with a `scale` an
+    output channel or a 128 x 128 block, products in the training precision, on any hardware. With train.precision fp8
+    it is Transformer Engine's primary FP8 weights, scaled as the recipe says.
+
+    The rest is heard with train.precision fp8 alone, and is about the decoder: the tower, whose products are few, and
+    the projector, which is trained, stay in bf16. `recipe` is how tensors are scaled (Transformer Engine's
+    DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling). `first_last_layers_bf16` leaves the
+    decoder's first and last layer in bf16.
+    """
 
     store_base: bool = False
     scale: ScaleOf = "channel"
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    first_last_layers_bf16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,6 +393,7 @@ def validate(config: RunConfig) -> None:
         raise ConfigError("run_dir is empty: name the folder that the run writes to")
     _validate_ranges(config, "")
     _validate_parallel(config.parallel, config.adapter)
+    _validate_backend(config)
     _validate_adapter(config.adapter, config.train)
     _validate_forms(config.adapter)
     _validate_samples(config.adapter)
@@ -414,16 +435,42 @@ def _range_of(hint: Any) -> Range | None:
 
 
 def _validate_parallel(parallel: ParallelConfig, adapter: AdapterConfig) -> None:
-    if parallel.context != 1:
-        raise ConfigError(
-            f"parallel.context is {parallel.context}: context parallelism needs Transformer Engine attention, "
-            "which this version does not have; set it to 1"
-        )
     if adapter.method == "lora" and parallel.expert != 1:
         raise ConfigError(f"parallel.expert is {parallel.expert}, but adapter.method lora has no experts to spread")
     if adapter.method == "mole" and adapter.num_experts % parallel.expert:
         raise ConfigError(
             f"adapter.num_experts {adapter.num_experts} does not divide over parallel.expert {parallel.expert} ranks"
+        )
+
+
+def _validate_backend(config: RunConfig) -> None:
+    """What only Transformer Engine does, and what it does not do."""
+    has_te, in_fp8 = config.model.backend == "transformer_engine", config.train.precision == "fp8"
+    if config.parallel.context != 1:
+        raise ConfigError(
+            f"parallel.context is {config.parallel.context}: context parallelism needs Transformer Engine attention, "
+            "which this version does not have; set it to 1"
+        )
+    if in_fp8 and not has_te:
+        raise ConfigError(
+            "train.precision fp8 computes with Transformer Engine: set model.backend to transformer_engine. Where it "
+            "or a GPU for it is missing, train.precision bf16 with fp8.store_base true keeps the base in FP8 and "
+            "computes in bf16, on any hardware"
+        )
+    if has_te and config.fp8.store_base and not in_fp8:
+        raise ConfigError(
+            f"fp8.store_base with train.precision {config.train.precision} is storage alone, which model.backend local "
+            "has; with transformer_engine set train.precision to fp8"
+        )
+    if in_fp8 and config.fp8.first_last_layers_bf16 and config.fp8.recipe == "delayed":
+        raise ConfigError(
+            "fp8.first_last_layers_bf16 does not go with fp8.recipe delayed, whose largest values are gathered over "
+            "all layers together; use tensorwise"
+        )
+    if has_te and config.validation.generate:
+        raise ConfigError(
+            "validation.generate writes answers with a cache of keys that only model.backend local has; set it to "
+            "false, and ask the trained model with mole-mega generate"
         )
 
 

@@ -59,10 +59,12 @@ def main(argv: list[str] | None = None) -> int:
             if answers.parent.is_dir():
                 check_file(answers, "--answers")
         from mole_mega.platform import parallel as platform
+        from mole_mega.platform.meeting import versions
         from mole_mega.training.evaluation import write_answers
         from mole_mega.training.trainer import evaluate_checkpoint
 
-        parallel = platform.initialize(run.parallel, run.train.seed)
+        asked = {"--no-generate": str(args.no_generate), "what is evaluated": str(checkpoint or "the base")}
+        parallel = platform.initialize(run.parallel, run.train.seed, facts=versions() | config.flat(run) | asked)
         found = evaluate_checkpoint(run, parallel, checkpoint, generate=not args.no_generate)
         if parallel.is_main:
             print(_table(found.scores))

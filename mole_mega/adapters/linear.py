@@ -5,6 +5,9 @@ y = W x + s B A dropout(x), s = `adapter.scale` (LoRA, arXiv 2106.09685).
 
 The communication around the base is done here once for base and LoRA together: a column linear gathers the sequence
 before both, a row linear sums both over the ranks after.
+
+`LoRAColumn` and `LoRARow` stand before the class of the base: Megatron-Core's own here, Transformer Engine's in
+transformer_engine.py.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.adapters import bank, sharding
 from mole_mega.adapters.pairs import Pair, make_pair
@@ -54,6 +58,11 @@ class LoRASpec:
     projections: tuple[Projection, ...]
     num_blocks: int = 1
 
+    @property
+    def gathers_sequence(self) -> bool:
+        """Tensor-parallel ranks hold a part of the sequence each where they do not work on it together."""
+        return self.groups.tp.size() > 1
+
 
 def _add_factors(module: torch.nn.Module, spec: LoRASpec, kind: str, in_features: int, dtype: torch.dtype) -> None:
     for projection in spec.projections:
@@ -76,24 +85,22 @@ def _add_factors(module: torch.nn.Module, spec: LoRASpec, kind: str, in_features
             module.register_parameter(f"lora_{projection.name}_{factor}", parameter)
 
 
-class LoRAColumnParallelLinear(ColumnParallelLinear):
+class LoRAColumn(torch.nn.Module):
     """A frozen column-parallel linear (outputs cut over TP) with one LoRA pair a projection.
 
-    forward: [S / TP, B, in] -> ([S, B, out / TP], None).
+    forward: [S / TP, B, in] -> ([S, B, out / TP], None). The class that comes after it is a linear that computes its
+    part and leaves communication alone: the gather's backward sums the input's gradient over ranks.
     """
 
-    def __init__(self, *args: Any, lora: LoRASpec, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, input_size: int, *args: Any, config: TransformerConfig, lora: LoRASpec, **kwargs: Any) -> None:
+        super().__init__(input_size, *args, config=config, **kwargs)
         self.lora = lora
-        _add_factors(self, lora, "column", self.input_size, self.weight.dtype)
-        self._gather_input = self.sequence_parallel
-        # the base leaves communication alone: the gather's backward sums the input's gradient over ranks
-        self.explicit_expert_comm = True
+        _add_factors(self, lora, "column", input_size, config.params_dtype)
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        lora = self.lora
-        if self._gather_input:
-            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
+        lora, tp = self.lora, self.lora.groups.tp
+        if lora.gathers_sequence:
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=tp)
         tokens = input_.flatten(0, -2)
         output, bias = super().forward(tokens, *args, **kwargs)
         # identical on every rank: the whole input is, and so must its dropout be
@@ -101,7 +108,7 @@ class LoRAColumnParallelLinear(ColumnParallelLinear):
         factors_A = [getattr(self, f"lora_{p.name}_A") for p in lora.projections]
         factors_B = [getattr(self, f"lora_{p.name}_B") for p in lora.projections]
         scale = lora.adapter.scale
-        num_blocks = lora.num_blocks // self.tp_group.size()
+        num_blocks = lora.num_blocks // tp.size()
         if num_blocks == 1:  # each projection's outputs lie side by side
             output = bank.add_lora(output, x, factors_A, factors_B, scale)
         else:
@@ -133,21 +140,19 @@ class LoRAColumnParallelLinear(ColumnParallelLinear):
         return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)
 
 
-class LoRARowParallelLinear(RowParallelLinear):
+class LoRARow(torch.nn.Module):
     """A frozen row-parallel linear (inputs cut over TP) with a LoRA pair.
 
     forward: [S, B, in / TP] -> ([S / TP, B, out], None). B is applied to each rank's part of A x, and the one
-    reduce-scatter that the base needs anyway sums the LoRA outputs too.
+    reduce-scatter that the base needs anyway sums the LoRA outputs too. The class that comes after it is a linear that
+    computes its part and leaves communication alone.
     """
 
-    def __init__(self, *args: Any, lora: LoRASpec, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, input_size: int, *args: Any, config: TransformerConfig, lora: LoRASpec, **kwargs: Any) -> None:
+        super().__init__(input_size, *args, config=config, **kwargs)
         (self._projection,) = lora.projections
         self.lora = lora
-        _add_factors(self, lora, "row", self.input_size, self.weight.dtype)
-        self._scatter_output = self.sequence_parallel
-        # the base leaves communication alone
-        self.explicit_expert_comm = True
+        _add_factors(self, lora, "row", input_size, config.params_dtype)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         lora = self.lora
@@ -162,8 +167,8 @@ class LoRARowParallelLinear(RowParallelLinear):
         factor_B = getattr(self, f"lora_{self._projection.name}_B")
         output = bank.add_lora(output, x, [factor_A], [factor_B], lora.adapter.scale)
         output = output.unflatten(0, input_.shape[:-1])
-        if self._scatter_output:
-            output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        if lora.gathers_sequence:
+            output = reduce_scatter_to_sequence_parallel_region(output, group=lora.groups.tp)
         return output, bias
 
     def pairs(self) -> list[Pair]:
@@ -184,6 +189,22 @@ class LoRARowParallelLinear(RowParallelLinear):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)
+
+
+class LoRAColumnParallelLinear(LoRAColumn, ColumnParallelLinear):
+    """`LoRAColumn` over Megatron-Core's linear."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True  # no communication in here
+
+
+class LoRARowParallelLinear(LoRARow, RowParallelLinear):
+    """`LoRARow` over Megatron-Core's linear."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True  # no communication in here
 
 
 def _with_adapters(module: Any, entries: dict, prefix: str) -> dict:

@@ -134,7 +134,7 @@ class MixtureExperts(MoLEExperts):
         if adapter.expert_form == "mlp":
             assert isinstance(gate, PairedGate) and gate_of_down is None
             return self._whole_mlps(x_TH, gate, whole)
-        fc1_T2F, _ = self.linear_fc1(x_TH)
+        fc1_T2F = self._base(self.linear_fc1, x_TH)
         fc1_T2F = gate.add_lora(
             fc1_T2F,
             F.dropout(x_TH, adapter.dropout, self.training),
@@ -143,7 +143,7 @@ class MixtureExperts(MoLEExperts):
             scale,
         )
         h_TF = SwiGLU.apply(fc1_T2F)
-        output_TH, _ = self.linear_fc2(h_TF)
+        output_TH = self._base(self.linear_fc2, h_TF)
         if gate_of_down is not None:
             gate = gate_of_down(h_TF)
         return gate.add_lora(
@@ -182,7 +182,7 @@ class MixtureExperts(MoLEExperts):
         dividing by their sum takes out again.
         """
         adapter, (weight_N, counts_E) = self.adapter, (gate.weight_N, gate.tokens_per_expert_E)
-        fc1_T2F, _ = self.linear_fc1(x_TH)
+        fc1_T2F = self._base(self.linear_fc1, x_TH)
         with torch.no_grad():
             frozen_TF = SwiGLU.apply(fc1_T2F)
         fc1_N2F = bank.add_projections(
@@ -196,7 +196,7 @@ class MixtureExperts(MoLEExperts):
         )
         h_NF = SwiGLU.apply(fc1_N2F)
         added_NF = (h_NF - gate.to_pairs(frozen_TF)) * weight_N[:, None].to(h_NF.dtype)
-        output_TH, _ = self.linear_fc2(frozen_TF + gate.from_pairs(added_NF, len(x_TH)))
+        output_TH = self._base(self.linear_fc2, frozen_TF + gate.from_pairs(added_NF, len(x_TH)))
         A, B = [whole["lora_down_A"]], [whole["lora_down_B"]]
         delta_NH = output_TH.new_zeros(len(h_NF), output_TH.shape[1])
         delta_NH = bank.add_projections(delta_NH, self._dropout_split(h_NF), A, B, counts_E, adapter.scale, weight_N)

@@ -28,6 +28,7 @@ from mole_mega.adapters.mixed_factors import mix_factors
 from mole_mega.adapters.pairs import Pair, make_pair
 from mole_mega.config import AdapterConfig
 from mole_mega.platform.fp8 import frozen_weight
+from mole_mega.platform.recipes import RECIPES
 
 
 class MoLELayer(MoELayer):
@@ -168,6 +169,7 @@ class MoLEExperts(MLP):
             name=name,
         )
         self.adapter = adapter
+        self._row_multiple = RECIPES[config.fp8_recipe].multiple if config.fp8 else 1
         self._groups, self._prefix, self._layer = pg_collection, prefix, layer
         experts, rank, hidden, ffn = adapter.num_experts, adapter.rank, config.hidden_size, config.ffn_hidden_size
         assert num_local_experts * pg_collection.ep.size() == experts, (num_local_experts, experts)
@@ -214,7 +216,7 @@ class MoLEExperts(MLP):
         scale = adapter.scale
         # w = 1 throughout: leave the multiplication out, so that it stays bit for bit plain LoRA
         weight = None if adapter.gate == "none" else weight_T
-        fc1_T2F, _ = self.linear_fc1(dispatched_TH)
+        fc1_T2F = self._base(self.linear_fc1, dispatched_TH)
         fc1_T2F = bank.add_gated_expert_lora(
             fc1_T2F,
             F.dropout(dispatched_TH, adapter.dropout, self.training),
@@ -227,11 +229,22 @@ class MoLEExperts(MLP):
             weight,
         )
         h_TF = SwiGLU.apply(fc1_T2F)
-        output_TH, _ = self.linear_fc2(h_TF)
+        output_TH = self._base(self.linear_fc2, h_TF)
         output_TH = bank.add_expert_lora(
             output_TH, self._dropout_split(h_TF), self.lora_down_A, self.lora_down_B, tokens_per_expert_E, scale, weight
         )
         return output_TH, None
+
+    def _base(self, linear: torch.nn.Module, x_TI: torch.Tensor) -> torch.Tensor:
+        """The frozen product. FP8 takes rows in multiples, and tokens that were sent to experts come in any number: the
+        rest is zeros, which change no scale, and is cut off."""
+        rows = self._row_multiple
+        missing = -len(x_TI) % rows
+        if rows > 1 and len(x_TI) == 0:
+            missing = rows  # no kernel is asked for a product without rows
+        if not missing:
+            return linear(x_TI)[0]
+        return linear(F.pad(x_TI, (0, 0, 0, missing)))[0][: len(x_TI)]
 
     def _dropout_split(self, h_TF: torch.Tensor) -> torch.Tensor:
         """Dropout of features that expert-tensor ranks hold apart: each by a state of its own."""

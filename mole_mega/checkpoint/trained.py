@@ -93,9 +93,10 @@ def build_trained(
 
     `precision` (None: the run's) is that of the whole model. "stored" is for proofs: the model computes in fp32, and
     the base's weights keep the dtypes that they are stored in, for the caller to widen as they are used; also a base
-    that training kept in FP8.
+    that training kept in FP8. A run that trained with Transformer Engine needs none here: its weights are the local
+    backend's, whose attention knows a cache.
     """
-    run = replace(trained.run, parallel=layout)
+    run = replace(_on_any_hardware(trained.run), parallel=layout)
     if precision is not None:
         run = replace(run, train=replace(run.train, precision="fp32" if precision == "stored" else precision))
     if precision == "stored":
@@ -109,6 +110,17 @@ def build_trained(
     elif trained.step is not None:
         load_weights(model, trained.step)
     return model.eval()
+
+
+def _on_any_hardware(run: RunConfig) -> RunConfig:
+    if run.model.backend == "local":
+        return run
+    return replace(
+        run,
+        model=replace(run.model, backend="local"),
+        train=replace(run.train, precision=run.train.dtype),
+        fp8=Fp8Config(),
+    )
 
 
 def _converted(path: Path, base: Path | None) -> Trained:

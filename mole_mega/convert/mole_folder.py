@@ -93,7 +93,7 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
         },
         # for the files of a processor that do not say whose they are
         "processor_class": "LlavaProcessor",
-        "dtype": _DTYPES[trained.run.train.precision],
+        "dtype": _DTYPES[trained.run.train.dtype],
         # of the checkpoint that the run was trained on
         "base_hash": files.folder_hash(trained.base),
         "mole": {

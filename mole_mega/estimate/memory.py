@@ -5,8 +5,7 @@ Megatron-Core's local attention, which keeps its score matrices), and the larges
 long as `Shape.length`, so what is counted is the longest that the run may meet.
 
 Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, NCCL's
-buffers, what dropout keeps, and what the methods remember (adapters/methods: LoRASculpt a byte a factor's number for
-its masks, BoRA a mean of each factor over experts).
+buffers, and what dropout keeps.
 
 Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts, K experts
 that a token uses.
@@ -34,11 +33,10 @@ from mole_mega.estimate.parameters import (
 )
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.sizes import LlavaSize
+from mole_mega.platform.recipes import sequence_multiple
 
 BYTES = {"fp32": 4, "bf16": 2}
 FP32 = 4
-# sequences are padded to a multiple of it (and of the tensor-parallel size), as training does
-PAD_TO = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,7 @@ class Shape:
 
 def micro_batch(run: RunConfig, length: int | None = None, images_per_sample: float = 1.0) -> Shape:
     """The micro-batch of a run whose samples are `length` places long (None: `data.max_length`)."""
-    multiple = math.lcm(PAD_TO, run.parallel.tensor)
+    multiple = sequence_multiple(run)
     length = -(-(length or run.data.max_length) // multiple) * multiple
     samples = run.train.micro_batch_size
     return Shape(samples=samples, length=length, images=math.ceil(samples * images_per_sample))
@@ -64,12 +62,14 @@ def micro_batch(run: RunConfig, length: int | None = None, images_per_sample: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes by part. `vision` is the tower's workspace where that, and not the decoder's, is at the peak."""
+    """Bytes by part. `methods`: what those around the optimizer step remember. `vision` is the tower's workspace where
+    that, and not the decoder's, is at the peak."""
 
     frozen: int
     trained: int
     gradients: int
     optimizer: int
+    methods: int
     activations: int
     workspace: int
     dispatch: int
@@ -77,7 +77,7 @@ class Memory:
 
     @property
     def static(self) -> int:
-        return self.frozen + self.trained + self.gradients + self.optimizer
+        return self.frozen + self.trained + self.gradients + self.optimizer + self.methods
 
     @property
     def total(self) -> int:
@@ -94,16 +94,33 @@ def stage_memory(run: RunConfig, size: LlavaSize, world_size: int, stage: int, s
     vision = _vision_workspace(run, size, shape) if stage == 0 else 0
     # the tower runs before its micro-batch has kept anything
     vision_is_peak = vision > saved + workspace + dispatch
+    if vision_is_peak:
+        num_flying, workspace, dispatch = num_flying - 1, 0, 0
+    else:
+        vision = 0
+    methods, of_their_step = _methods(run, size, stage)
+    # methods work when the passes are over
+    more = max(0, of_their_step - (num_flying * saved + workspace + dispatch + vision))
     return Memory(
         frozen=frozen,
         trained=trained,
         gradients=gradients,
         optimizer=optimizer,
-        activations=(num_flying - vision_is_peak) * saved,
-        workspace=kept + (0 if vision_is_peak else workspace),
-        dispatch=0 if vision_is_peak else dispatch,
-        vision=vision if vision_is_peak else 0,
+        methods=methods,
+        activations=num_flying * saved,
+        workspace=kept + workspace + more,
+        dispatch=dispatch,
+        vision=vision,
     )
+
+
+def _methods(run: RunConfig, size: LlavaSize, stage: int) -> tuple[int, int]:
+    """(what methods remember, what their step takes beside it)."""
+    if not run.adapter.methods:
+        return 0, 0
+    from mole_mega.estimate.methods import method_bytes  # with the methods come torch and Megatron-Core
+
+    return method_bytes(run, size, stage)
 
 
 def in_flight(run: RunConfig, world_size: int, stage: int) -> int:
@@ -120,14 +137,14 @@ def num_micro_batches(run: RunConfig, world_size: int) -> int:
 def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tuple[int, int, int, int]:
     """(frozen weights, trained weights, gradients, optimizer state)."""
     numbers, train = stage_parameters(run, size, stage), run.train
-    width = BYTES[train.precision]
+    width = BYTES[train.dtype]
     dense = numbers.dense_adapters + (numbers.projector if train.projector else 0)
     trained = (dense + numbers.experts) * width + numbers.routers * FP32
     gradients = FP32 * (dense + numbers.experts + numbers.routers)
     # Adam's two moments, and a master copy of what is not fp32 itself; the distributed optimizer cuts them over the
     # ranks that hold the same part
     moments = 2 * FP32 if train.optimizer == "adam" else 0
-    master = FP32 if train.precision == "bf16" else 0
+    master = FP32 if train.dtype == "bf16" else 0
     data = world_size // (run.parallel.tensor * run.parallel.pipeline)
     share, expert_share = (data, data // run.parallel.expert) if train.distributed_optimizer else (1, 1)
     optimizer = ((moments + master) * dense + moments * numbers.routers) // share
@@ -149,7 +166,7 @@ def mixture_form(run: RunConfig, size: LlavaSize) -> Literal["tokens", "masked",
         return "masked"
     if adapter.expert_form == "mlp":
         return "paired"
-    width = BYTES[run.train.precision]
+    width = BYTES[run.train.dtype]
     return "masked" if computes_all(adapter.num_experts, adapter.top_k, adapter.rank, width) else "paired"
 
 
@@ -158,12 +175,12 @@ def gathered_bank(run: RunConfig, size: LlavaSize) -> int:
     if run.adapter.method != "mole" or run.parallel.expert == 1 or mixture_form(run, size) == "tokens":
         return 0
     one_expert, _ = mlp_lora(size.language, run.adapter, run.parallel.tensor)
-    return run.adapter.num_experts * one_expert * BYTES[run.train.precision]
+    return run.adapter.num_experts * one_expert * BYTES[run.train.dtype]
 
 
 def saved_activations(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
     """What autograd keeps of one micro-batch between its forward and its backward pass."""
-    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.precision]
+    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.dtype]
     tokens = shape.tokens
     num_layers, num_adapted = len(stage_layers(run, size, stage)), adapted_layers(run, size, stage)
     if run.train.recompute == "full":
@@ -196,7 +213,7 @@ def _scores(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 def _core_attention(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """What one layer's attention itself keeps beside q, k and v: keys and values repeated for their queries, the mask,
     and probabilities; in bf16 the softmax's own fp32 ones too."""
-    language, width = size.language, BYTES[run.train.precision]
+    language, width = size.language, BYTES[run.train.dtype]
     repeated = 0
     if language.num_kv_heads < language.num_heads:
         repeated = 2 * shape.tokens * language.num_heads * language.kv_channels // run.parallel.tensor * width
@@ -205,7 +222,7 @@ def _core_attention(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 
 
 def _attention(run: RunConfig, size: LlavaSize, shape: Shape, *, recomputed: bool) -> int:
-    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     tokens, hidden = shape.tokens, language.hidden_size
     heads, groups = language.num_heads * language.kv_channels, language.num_kv_heads * language.kv_channels
     saved = _norm(run, size, shape)
@@ -225,7 +242,7 @@ def _attention(run: RunConfig, size: LlavaSize, shape: Shape, *, recomputed: boo
 
 def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int:
     """The MLP of one layer, with its norm."""
-    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    language, adapter, tensor, width = size.language, run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     tokens, hidden, ffn = shape.tokens, language.hidden_size, language.ffn_hidden_size // tensor
     saved = _norm(run, size, shape)
     if not adapted:
@@ -239,7 +256,7 @@ def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int
 def _mixed_factors(run: RunConfig, size: LlavaSize) -> int:
     """Of the experts' B that are mixtures of common ones: before their transform, and behind it in the model's dtype;
     and the common ones and the transforms in fp32, where that is another."""
-    language, adapter, width = size.language, run.adapter, BYTES[run.train.precision]
+    language, adapter, width = size.language, run.adapter, BYTES[run.train.dtype]
     if not adapter.shared_B:
         return 0
     outputs = 2 * language.ffn_hidden_size // run.parallel.tensor + language.hidden_size
@@ -252,7 +269,7 @@ def _mixed_factors(run: RunConfig, size: LlavaSize) -> int:
 def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """Of the routers of one block: their input, where the experts do not keep that very tensor, probabilities, weights
     and choices."""
-    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     own, form = shape.tokens // tensor, mixture_form(run, size)
     # the router of a down projection has all tokens
     routed = 2 * own + shape.tokens if adapter.router_scope == "linear" else own
@@ -270,7 +287,7 @@ def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """x, A x of gate, up and down, what enters SwiGLU and what leaves it. Routing is taken for balanced: where tokens
     travel, a rank's experts get as many as it has itself."""
-    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.precision]
+    adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     hidden, ffn, ranks = size.language.hidden_size, size.language.ffn_hidden_size // tensor, 3 * adapter.rank
     form, used = mixture_form(run, size), adapter.top_k
     if form == "masked":
@@ -286,7 +303,7 @@ def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 
 def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
     """The most that lies beside saved activations for a moment: at the loss, or in the backward pass of one layer."""
-    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.precision]
+    language, tensor, width = size.language, run.parallel.tensor, BYTES[run.train.dtype]
     tokens, hidden, ffn = shape.tokens, language.hidden_size, language.ffn_hidden_size // tensor
     scores = _scores(run, size, shape)
     attention = scores * (2 * FP32 if width == FP32 else 2 * FP32 + 2 * width)
@@ -314,12 +331,12 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
 def _decoded(run: RunConfig, linears: list[tuple[int, int]]) -> int:
     """The weight of the largest of these linears, taken back from FP8 for a product."""
     largest = max(rows * columns for rows, columns in linears)
-    return largest * BYTES[run.train.precision] if run.fp8.store_base else 0
+    return largest * BYTES[run.train.dtype] if run.fp8.store_base else 0
 
 
 def _kept_for_good(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
     """What is made in the first step and stays: the buffer that scores are written to, and the routers' sums."""
-    kept = _scores(run, size, shape) * BYTES[run.train.precision]
+    kept = _scores(run, size, shape) * BYTES[run.train.dtype]
     adapter = run.adapter
     if adapter.method == "mole":
         pairs = math.comb(adapter.num_experts, 2) if adapter.balance_weight else 0
@@ -335,12 +352,12 @@ def _dispatch(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:
         return 0
     travels = run.parallel.expert > 1 or run.parallel.tensor > 1
     copies = (2 + 1 / run.parallel.tensor) if travels else 1
-    return int(copies * shape.tokens * size.language.hidden_size * BYTES[run.train.precision])
+    return int(copies * shape.tokens * size.language.hidden_size * BYTES[run.train.dtype])
 
 
 def _vision_workspace(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """One layer of the tower, forward alone: scores and their softmax, or the MLP's middle; and its input."""
-    vision, tensor, width = size.vision, run.parallel.tensor, BYTES[run.train.precision]
+    vision, tensor, width = size.vision, run.parallel.tensor, BYTES[run.train.dtype]
     places = shape.images * (vision.num_places + 1)
     scores = places * (vision.num_places + 1) * vision.num_heads // tensor
     attention = scores * (width if width == FP32 else FP32 + width) + 4 * places * vision.hidden_size * width

@@ -101,10 +101,10 @@ def _stage_time(run: RunConfig, size: LlavaSize, world_size: int, stage: int, sh
     parallel, num_batches = run.parallel, num_micro_batches(run, world_size)
     memory = stage_memory(run, size, world_size, stage, shape)
     traffic = stage_traffic(run, size, world_size, stage, shape)
-    compute = micro_batch_flops(run, size, stage, shape) / (EFFICIENCY * gpu.peak(run.train.precision))
+    compute = micro_batch_flops(run, size, stage, shape) / (EFFICIENCY * gpu.peak(run.train.dtype))
     moved = 3 * saved_activations(run, size, stage, shape) + 2 * memory.frozen
     if run.fp8.store_base:  # what is decoded is written and read, forward and backward
-        moved += 2 * 2 * BYTES[run.train.precision] * fp8_bytes(run, size, stage)[0]
+        moved += 2 * 2 * BYTES[run.train.dtype] * fp8_bytes(run, size, stage)[0]
     passing = moved / gpu.bandwidth
     ranks_a_stage = world_size // parallel.pipeline
     seconds = {

@@ -35,7 +35,7 @@ class Traffic:
 
 def stage_traffic(run: RunConfig, size: LlavaSize, world_size: int, stage: int, shape: Shape) -> Traffic:
     """What a rank of pipeline stage `stage` sends in a step."""
-    parallel, language, width = run.parallel, size.language, BYTES[run.train.precision]
+    parallel, language, width = run.parallel, size.language, BYTES[run.train.dtype]
     num_batches = num_micro_batches(run, world_size)
     data = world_size // (parallel.tensor * parallel.pipeline)
     hidden = shape.tokens * language.hidden_size * width  # a micro-batch between two layers, whole
@@ -103,5 +103,5 @@ def _ring(num_bytes: int, ranks: int) -> int:
 def _sync(numbers: int, ranks: int, run: RunConfig) -> int:
     """Gradients are summed in fp32; the distributed optimizer then gathers the weights it stepped."""
     if run.train.distributed_optimizer:
-        return _ring(numbers * FP32, ranks) + _ring(numbers * BYTES[run.train.precision], ranks)
+        return _ring(numbers * FP32, ranks) + _ring(numbers * BYTES[run.train.dtype], ranks)
     return 2 * _ring(numbers * FP32, ranks)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.enums import ModelType
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -29,6 +28,7 @@ from mole_mega.adapters.routers import MoLERouter
 from mole_mega.adapters.routing import place_groups
 from mole_mega.config import RunConfig
 from mole_mega.models import specs
+from mole_mega.models.backend import backend_called
 from mole_mega.models.cache import KeyValueCache
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.mcore_config import McoreConfigs, build_configs
@@ -52,12 +52,12 @@ class LLaVA(MegatronModule):
         self.parallel = parallel
         self.pre_process, self.post_process = parallel.is_first_stage, parallel.is_last_stage
         self.share_embeddings_and_output_weights = size.language.tied_embeddings
-        backend = LocalSpecProvider()
+        backend = backend_called(run.model.backend)
         if self.pre_process:
             self.vision_model = CLIPViTModel(
                 configs.vision,
                 specs.vision_layer(backend),
-                ln_pre_impl=specs.TorchNorm,
+                ln_pre_impl=backend.norm,
                 patch_dim=size.vision.patch_size,
                 img_h=size.vision.image_size,
                 img_w=size.vision.image_size,
@@ -107,7 +107,9 @@ class LLaVA(MegatronModule):
         mixture.prefetch_along([block.experts for block in self.mole_layers() if isinstance(block, MixtureLayer)])
         self.to(parallel.device)
         self._freeze(train_projector=adapters and run.train.projector)
-        if run.fp8.store_base:
+        if run.fp8.store_base and run.model.backend == "transformer_engine":
+            fp8.forget_initial_weights(self.language_model.decoder)
+        elif run.fp8.store_base:
             # all that is wide; embeddings, output layer and projector stay in the model's dtype
             fp8.make_room(self.language_model.decoder, run.fp8.scale)
             if self.pre_process:

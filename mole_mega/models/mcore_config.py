@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.config import ConfigError, RunConfig
-from mole_mega.models.sizes import LlavaSize
+from mole_mega.models.sizes import LanguageSize, LlavaSize
+from mole_mega.platform.recipes import recipe_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,8 +36,8 @@ def build_configs(run: RunConfig, size: LlavaSize) -> McoreConfigs:
     check_layout(run, size)
     parallel, train, language, vision = run.parallel, run.train, size.language, size.vision
     common: dict[str, Any] = {
-        "params_dtype": DTYPES[train.precision],
-        "bf16": train.precision == "bf16",
+        "params_dtype": DTYPES[train.dtype],
+        "bf16": train.dtype == "bf16",
         "tensor_model_parallel_size": parallel.tensor,
         # weights come from the base checkpoint; adapters are initialised by adapters/sharding.py
         "perform_initialization": False,
@@ -82,7 +83,7 @@ def build_configs(run: RunConfig, size: LlavaSize) -> McoreConfigs:
             gated_linear_unit=True,
             add_bias_linear=False,
             pipeline_model_parallel_size=parallel.pipeline,
-            pipeline_dtype=DTYPES[train.precision],
+            pipeline_dtype=DTYPES[train.dtype],
             sequence_parallel=parallel.tensor > 1,
             # micro-batches are padded to their own longest sample
             variable_seq_lengths=True,
@@ -93,6 +94,7 @@ def build_configs(run: RunConfig, size: LlavaSize) -> McoreConfigs:
             calculate_per_token_loss=True,
             **_moe(run, size),
             **_recompute(run),
+            **_fp8(run),
         ),
     )
 
@@ -115,6 +117,7 @@ def check_layout(run: RunConfig, size: LlavaSize) -> None:
         raise ConfigError(f"parallel.pipeline {pipeline} does not divide the decoder's {language.num_layers} layers")
     if run.data.max_length > language.max_length:
         raise ConfigError(f"data.max_length {run.data.max_length} exceeds the base's context of {language.max_length}")
+    _check_fp8(run, language)
     layers = run.adapter.layers
     if layers != "all":
         for index in layers:
@@ -124,6 +127,38 @@ def check_layout(run: RunConfig, size: LlavaSize) -> None:
                 )
         if len(set(layers)) < len(layers):
             raise ConfigError(f"adapter.layers names a layer twice: {list(layers)}")
+
+
+def _check_fp8(run: RunConfig, language: LanguageSize) -> None:
+    """Raise ConfigError, naming the width, where FP8 products cannot have a size's parts."""
+    recipe, tensor = recipe_of(run), run.parallel.tensor
+    if recipe is None:
+        return
+    for what, width in (
+        ("hidden width", language.hidden_size),
+        ("part of the query heads' width", language.num_heads * language.kv_channels // tensor),
+        ("part of the key-value heads' width", language.num_kv_heads * language.kv_channels // tensor),
+        ("part of the feed-forward width", language.ffn_hidden_size // tensor),
+    ):
+        if width % recipe.multiple:
+            raise ConfigError(
+                f"fp8.recipe {run.fp8.recipe} takes widths that are a multiple of {recipe.multiple}; at "
+                f"parallel.tensor {tensor} the decoder's {what} is {width}"
+            )
+
+
+def _fp8(run: RunConfig) -> dict[str, Any]:
+    recipe = recipe_of(run)
+    if recipe is None:
+        return {}
+    return {
+        "fp8": recipe.format,
+        "fp8_recipe": run.fp8.recipe,
+        "fp8_param": run.fp8.store_base,
+        "first_last_layers_bf16": run.fp8.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 1,
+    }
 
 
 def _moe(run: RunConfig, size: LlavaSize) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,11 +18,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mole_mega.adapters.instructions import InstructionRouter, SampleRouter
-from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear, LoRASpec, Projection
+from mole_mega.adapters.linear import LoRASpec, Projection
 from mole_mega.adapters.mixture import LinearMixtureLayer, MixtureExperts, MixtureLayer
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer
 from mole_mega.adapters.routers import LinearRouters, MoLERouter, TaskRouter
 from mole_mega.config import AdapterConfig
+from mole_mega.models.backend import Backend
 from mole_mega.models.cache import CachedSelfAttention
 from mole_mega.platform.parallel import Parallel
 
@@ -40,7 +40,7 @@ class AdapterPlan:
     adapter: AdapterConfig | None
     seed: int
     parallel: Parallel
-    backend: BackendSpecProvider
+    backend: Backend
     # of a model whose samples are routed as a whole
     instructions: InstructionRouter | None = None
 
@@ -52,82 +52,97 @@ class AdapterPlan:
         )  # fmt: skip
 
 
-class TorchNorm:
-    """A torch norm with Megatron-Core's mark for sequence parallelism, which its own wrapper refuses. A class, because
-    Megatron-Core takes a bare function for the finished module."""
-
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
-        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-
-def vision_layer(backend: BackendSpecProvider) -> ModuleSpec:
+def vision_layer(backend: Backend) -> ModuleSpec:
     """A CLIP layer: pre-LN, full attention, no adapters."""
-    return _layer(
-        SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear(),
-            core_attention=backend.core_attention(),
-            linear_proj=backend.row_parallel_linear(),
-        ),
-        AttnMaskType.no_mask,
-        partial(MLP.as_mlp_submodule, submodules=_mlp(backend)),
-    )
+    return _layer(backend, _plain_attention(backend), AttnMaskType.no_mask, _plain_mlp(backend))
 
 
-def projector_mlp(backend: BackendSpecProvider) -> MLPSubmodules:
+def projector_mlp(backend: Backend) -> MLPSubmodules:
     return _mlp(backend)
 
 
 def decoder_block(config: TransformerConfig, layer_indices: range, plan: AdapterPlan) -> TransformerBlockSubmodules:
     """The decoder layers of one pipeline stage; `layer_indices` are theirs in the whole decoder, from 0."""
     specs = [
-        _layer(_attention(config, index, plan), AttnMaskType.causal, _decoder_mlp(config, index, plan))
+        _layer(plan.backend, _attention(config, index, plan), AttnMaskType.causal, _decoder_mlp(config, index, plan))
         for index in layer_indices
     ]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TorchNorm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=plan.backend.norm)
 
 
-def _layer(attention: SelfAttentionSubmodules, mask: AttnMaskType, mlp: Any) -> ModuleSpec:
+@dataclass(frozen=True)
+class _Part:
+    """An attention or an MLP. `holds_norm`: the norm before it is inside its first linear."""
+
+    built_of: Any
+    holds_norm: bool
+
+
+# What a base checkpoint calls a norm that a linear holds.
+_NAMES_OF_HELD_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def _layer(backend: Backend, attention: _Part, mask: AttnMaskType, mlp: _Part) -> ModuleSpec:
     params = {"attn_mask_type": mask}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=TorchNorm,
-            self_attention=ModuleSpec(module=CachedSelfAttention, params=params, submodules=attention),
+            input_layernorm=IdentityOp if attention.holds_norm else backend.norm,
+            self_attention=ModuleSpec(module=CachedSelfAttention, params=params, submodules=attention.built_of),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=TorchNorm,
-            mlp=mlp,
+            pre_mlp_layernorm=IdentityOp if mlp.holds_norm else backend.norm,
+            mlp=mlp.built_of,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_NAMES_OF_HELD_NORMS,
         ),
     )
 
 
-def _mlp(backend: BackendSpecProvider) -> MLPSubmodules:
-    return MLPSubmodules(linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear())
+def _mlp(backend: Backend) -> MLPSubmodules:
+    modules = backend.modules
+    return MLPSubmodules(linear_fc1=modules.column_parallel_linear(), linear_fc2=modules.row_parallel_linear())
 
 
-def _attention(config: TransformerConfig, index: int, plan: AdapterPlan) -> SelfAttentionSubmodules:
+def _plain_mlp(backend: Backend, **options: Any) -> _Part:
+    """An MLP without adapters: nothing else reads the norm before it, so that its linear may hold it."""
+    fused = backend.fused_column
+    linears = _mlp(backend) if fused is None else replace(_mlp(backend), linear_fc1=fused)
+    return _Part(partial(MLP.as_mlp_submodule, submodules=linears, **options), fused is not None)
+
+
+def _plain_attention(backend: Backend) -> _Part:
+    """An attention without adapters; its norm as in `_plain_mlp`."""
+    modules, fused = backend.modules, backend.fused_column
+    linears = SelfAttentionSubmodules(
+        linear_qkv=modules.column_parallel_linear() if fused is None else fused,
+        core_attention=modules.core_attention(),
+        linear_proj=modules.row_parallel_linear(),
+    )
+    return _Part(linears, fused is not None)
+
+
+def _attention(config: TransformerConfig, index: int, plan: AdapterPlan) -> _Part:
     backend, adapter = plan.backend, plan.adapter
     if adapter is None or not adapter.attention:
-        linear_qkv, linear_proj = backend.column_parallel_linear(), backend.row_parallel_linear()
-    else:
-        heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
-        qkv = (Projection("q", heads // groups * width), Projection("k", width), Projection("v", width))
-        linear_qkv = partial(LoRAColumnParallelLinear, lora=plan.lora(index, "attention", qkv, num_blocks=groups))
-        output = plan.lora(index, "attention", (Projection("o", config.hidden_size),))
-        linear_proj = partial(LoRARowParallelLinear, lora=output)
-    return SelfAttentionSubmodules(
-        linear_qkv=linear_qkv, core_attention=backend.core_attention(), linear_proj=linear_proj
+        return _plain_attention(backend)
+    heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
+    qkv = (Projection("q", heads // groups * width), Projection("k", width), Projection("v", width))
+    output = (Projection("o", config.hidden_size),)
+    linears = SelfAttentionSubmodules(
+        linear_qkv=partial(backend.lora_column, lora=plan.lora(index, "attention", qkv, num_blocks=groups)),
+        core_attention=backend.modules.core_attention(),
+        linear_proj=partial(backend.lora_row, lora=plan.lora(index, "attention", output)),
     )
+    return _Part(linears, holds_norm=False)
 
 
-def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> Any:
+def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> _Part:
     adapter, parallel = plan.adapter, plan.parallel
     if adapter is None or (adapter.layers != "all" and index not in adapter.layers):
-        return partial(MLP.as_mlp_submodule, submodules=_mlp(plan.backend), ffn_hidden_size=config.ffn_hidden_size)
+        return _plain_mlp(plan.backend, ffn_hidden_size=config.ffn_hidden_size)
     name = f"layers.{index}.mlp"
     common: dict[str, Any] = {"adapter": adapter, "seed": plan.seed, "device": parallel.device}
     if adapter.method == "mole":
@@ -140,12 +155,14 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> An
         router = partial(_ROUTERS[adapter.router_scope], name=f"{name}.router", **common)
         if plan.instructions is not None:
             router = partial(router, instructions=plan.instructions)
-        return partial(layer, submodules=MoESubmodules(experts=experts, router=router))
+        # the router reads what the norm puts out
+        return _Part(partial(layer, submodules=MoESubmodules(experts=experts, router=router)), holds_norm=False)
     width = config.ffn_hidden_size // parallel.tp_size
     fused = plan.lora(index, "mlp", (Projection("gate", width), Projection("up", width)), num_blocks=parallel.tp_size)
     down = plan.lora(index, "mlp", (Projection("down", config.hidden_size),))
     submodules = MLPSubmodules(
-        linear_fc1=partial(LoRAColumnParallelLinear, lora=fused),
-        linear_fc2=partial(LoRARowParallelLinear, lora=down),
+        linear_fc1=partial(plan.backend.lora_column, lora=fused),
+        linear_fc2=partial(plan.backend.lora_row, lora=down),
     )
-    return partial(MLP.as_mlp_submodule, submodules=submodules, ffn_hidden_size=config.ffn_hidden_size)
+    mlp = partial(MLP.as_mlp_submodule, submodules=submodules, ffn_hidden_size=config.ffn_hidden_size)
+    return _Part(mlp, holds_norm=False)

@@ -69,6 +69,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch("dist_checkpointing.strategies.async_utils", (_DEVICE,), "flags agreed between ranks on save"),
     Patch("dist_checkpointing.strategies.filesystem_async", ("def get_write_results_queue", "torch.cuda.synchronize()"),
           "a synchronous save waits for a device, and starts a second process for its result queue"),
+    Patch("extensions.transformer_engine", (_DEVICE,), "the device that Transformer Engine's modules are built on"),
     Patch("parallel_state", (_DEVICE,), "device ids of barriers"),
     Patch("utils", ("torch.cuda",), "stream and synchronize helpers"),
 )  # fmt: skip
@@ -101,10 +102,32 @@ def install() -> None:
     rng.CudaRNGStatesTracker.fork = _fork
     writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     writer.get_write_results_queue = lambda *args: queue.Queue()
+    for module, names in _plain_kernels().items():
+        vars(importlib.import_module(f"megatron.core.{module}")).update(names)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _type_named_as_cuda  # type: ignore[method-assign,assignment]
     if not multiplies_bf16():
         multiply_bf16_in_fp32()
+
+
+def _plain_kernels() -> dict[str, dict[str, Any]]:
+    """{module: names} that Megatron-Core takes from Transformer Engine or Apex where these can be imported, as it has
+    them without: their kernels know no CPU."""
+    own: Any = importlib.import_module("megatron.core.utils")
+    scale = {
+        "multi_tensor_applier": own.local_multi_tensor_applier,
+        "multi_tensor_scale_impl": own.local_multi_tensor_scale,
+    }
+    norm = {"l2_norm_impl": own.local_multi_tensor_l2_norm, "multi_tensor_scale_tensor_impl": None}
+    return {
+        "optimizer": {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True},
+        "optimizer.distrib_optimizer": {
+            "Adam": torch.optim.Adam, "HAVE_APEX_OR_TE": False, "USING_TE_OPTIMIZER": False,
+            "USING_APEX_OPTIMIZER": False,
+        },
+        "optimizer.optimizer": scale,
+        "optimizer.clip_grads": scale | norm,
+    }  # fmt: skip
 
 
 def multiply_bf16_in_fp32() -> None:

@@ -3,7 +3,8 @@ forward and again inside backward, so that nothing dequantised outlives a produc
 
 W is kept as (q, s) with s = amax(|W|) / 448 over an output channel or a 128 x 128 block, q = round(W / s) in e4m3.
 Three bits of mantissa round a weight by 2^-4 of it at most, by about 2.5 % in relative norm. Only storage is FP8:
-products run in the dtype of the activations, on any hardware.
+products run in the dtype of the activations, on any hardware. (Weights that Transformer Engine keeps and multiplies in
+FP8 are its own matter: te.py.)
 
 Shape suffixes: T tokens, I in, O out; of this rank's part.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -66,7 +68,17 @@ def frozen_weight(linear: Fp8Linear) -> torch.Tensor:
     """The frozen weight [O, I] that a linear multiplies by: fp32 where it is kept in FP8, else as it is."""
     if _is_kept(linear):
         return dequantise(linear.weight, linear.weight_scale, torch.float32)
+    if is_float8tensor(linear.weight):  # Transformer Engine's
+        return dequantize_fp8_tensor(linear.weight).float()
     return linear.weight
+
+
+def forget_initial_weights(module: torch.nn.Module) -> None:
+    """Free what Transformer Engine keeps beside its FP8 weights, on the CPU, for an optimizer's master weights: the
+    values that they were initialised with. A frozen base has none."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()
 
 
 def _is_kept(linear: Fp8Linear) -> bool:

@@ -67,7 +67,7 @@ def build_optimizer(model: DistributedDataParallel, train: TrainConfig) -> Megat
         adam_beta2=train.adam_beta2,
         adam_eps=train.adam_eps,
         clip_grad=train.clip_grad,
-        bf16=train.precision == "bf16",
+        bf16=train.dtype == "bf16",
         params_dtype=llava.config.params_dtype,
         use_distributed_optimizer=train.distributed_optimizer,
     )

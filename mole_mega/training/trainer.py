@@ -46,6 +46,8 @@ from mole_mega.monitor.metrics import Row, StepResult, step_row
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
 from mole_mega.platform import fp8
 from mole_mega.platform.parallel import Parallel
+from mole_mega.platform.recipes import sequence_multiple
+from mole_mega.platform.te import check_machine
 from mole_mega.platform.watchdog import Watchdog
 from mole_mega.training.evaluation import Answer, answer_questions, answer_row, evaluation_row, write_answers
 from mole_mega.training.optimizer import build_optimizer, set_lr
@@ -53,12 +55,11 @@ from mole_mega.training.reseed import Reseed, reseed_expert
 from mole_mega.training.step import Evaluator, Stepper
 from mole_mega.wording import number_of
 
-# A sequence is padded to a multiple of this and of the tensor-parallel size.
-_PAD_TO = 8
-
 
 def build_model(run: RunConfig, size: LlavaSize, parallel: Parallel) -> DistributedDataParallel:
-    """This rank's part of the model with the base loaded, wrapped for data parallelism."""
+    """This rank's part of the model with the base loaded, wrapped for data parallelism. Raises ConfigError where this
+    machine cannot compute as the run asks."""
+    check_machine(run)
     model = LLaVA(run, size, parallel)
     load_base(model, Path(run.model.base))
     return wrap(model, run)
@@ -75,7 +76,7 @@ def wrap(model: LLaVA, run: RunConfig) -> DistributedDataParallel:
 
 
 def build_run_loader(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Loader:
-    """The data of a run, padded so that sequence parallelism divides it."""
+    """The data of a run, padded so that sequence parallelism and FP8 divide it."""
     check_batch(run, parallel)
     return build_loader(
         run.data,
@@ -84,7 +85,7 @@ def build_run_loader(run: RunConfig, size: LlavaSize, parallel: Parallel) -> Loa
         size.vision.num_places,
         size.image_token_id,
         size.pad_token_id,
-        math.lcm(_PAD_TO, parallel.tp_size),
+        sequence_multiple(run),
         run.train.global_batch_size,
     )
 
@@ -112,6 +113,7 @@ def evaluate_checkpoint(
     size = read_size(base)
     if checkpoint is not None:
         check_trained_with(checkpoint, run, files.folder_hash(base))
+    check_machine(run)
     loader = build_run_loader(run, size, parallel)
     model = LLaVA(run, size, parallel, adapters=checkpoint is not None)
     load_base(model, base)

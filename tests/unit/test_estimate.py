@@ -9,6 +9,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mole_mega.adapters import mixing
+from mole_mega.adapters.methods.lorasculpt import conflict_parts
+from mole_mega.adapters.pairs import gram_matrices
 from mole_mega.adapters.traffic import Traffic as ExpertTraffic
 from mole_mega.config import (
     AdapterConfig,
@@ -22,9 +24,11 @@ from mole_mega.config import (
     TrainConfig,
 )
 from mole_mega.data.collate import Batch
+from mole_mega.estimate import memory
 from mole_mega.estimate.command import main as estimate_command
 from mole_mega.estimate.gpus import GPUS
 from mole_mega.estimate.memory import gathered_bank, in_flight, micro_batch, saved_activations, stage_memory
+from mole_mega.estimate.methods import method_bytes
 from mole_mega.estimate.parameters import stage_parameters
 from mole_mega.estimate.plan import Sample, estimate, misfit
 from mole_mega.estimate.roofline import micro_batch_flops
@@ -220,6 +224,59 @@ def test_weights_gradients_and_optimizer_are_what_is_built(alone, kind, projecto
         if isinstance(tensor, torch.Tensor) and tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in own
     ]
     assert storage_bytes(states) == expected.optimizer
+
+
+RAMPED = {"name": "lorasculpt", "density": 0.5, "prune_step": 1}
+METHODS = {
+    "lorasculpt": {"methods": (RAMPED,)},
+    "lorasculpt, all projections, no attention": {
+        "methods": (RAMPED | {"regularise": ("gate", "up", "down")},), "attention": False,
+    },
+    "lorasculpt over lora": {"method": "lora", "methods": (RAMPED,)},
+    "lorasculpt, shared A": STAY | {"share_A": True, "methods": (RAMPED,)},
+    "bora": {"methods": ({"name": "bora", "tau": 0.1},)},
+    "bora, shared A, one layer": STAY | {"share_A": True, "layers": (1,), "methods": ({"name": "bora", "tau": 0.1},)},
+    "riemannian": {"methods": ({"name": "riemannian"},)},
+    "bora and riemannian": {"methods": ({"name": "bora", "tau": 0.1}, {"name": "riemannian"})},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_what_methods_remember_and_need_is_what_they_hold(alone, kind):
+    run = run_of(adapter=METHODS[kind])
+    _, stepper = build(run, SIZE, alone)
+    held, beside = [], []
+    for method in stepper.methods.values():
+        held += [one.tensor for name, one in method.state().items() if not name.startswith("density.")]
+    set_lr(stepper.optimizer, 1, run.train)
+    stepper.train_step([batch_of(SIZE, micro_batch(run))])
+    for name, method in stepper.methods.items():
+        if name == "bora":
+            beside.append(storage_bytes(method._gaps()[0]))
+        elif name == "riemannian":
+            grams = [gram for both in gram_matrices(stepper.pairs) for gram in both]
+            sizes = [sum(factor.parameter.numel() for factor in pair.factors) * 4 for pair in stepper.pairs]
+            beside.append(storage_bytes(grams) + max(sizes))
+        else:
+            one = torch.ones(())
+            parts = [
+                conflict_parts(pair.A.values, pair.B.values, pair.frozen(), one, 1.0)[1:]
+                for pair in method._regularised
+            ]
+            beside.append(storage_bytes(gradient for both in parts for gradient in both))
+    assert method_bytes(run, SIZE, 0) == (storage_bytes(held), max(beside))
+    assert stage_memory(run, SIZE, 1, 0, micro_batch(run)).methods == storage_bytes(held)
+
+
+def test_a_step_of_methods_that_takes_more_than_the_passes_is_at_the_peak():
+    run = run_of(adapter={"methods": ({"name": "bora", "tau": 0.1},), "num_experts": 256, "rank": 64})
+    without = run_of(adapter={"num_experts": 256, "rank": 64})
+    shape = micro_batch(run)
+    with_methods, alone = (stage_memory(one, SIZE, 1, 0, shape) for one in (run, without))
+    state, beside = method_bytes(run, SIZE, 0)
+    kept = memory._kept_for_good(run, SIZE, 0, shape)
+    assert beside > alone.total - alone.static - kept
+    assert with_methods.total == alone.static + state + kept + beside
 
 
 def test_what_does_not_fit_is_warned_of_with_the_numbers():

@@ -22,7 +22,7 @@ from mole_mega.config import (
     SourceConfig,
     TrainConfig,
 )
-from mole_mega.models import specs
+from mole_mega.models.backend import TorchNorm
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.mcore_config import build_configs
 from mole_mega.models.sizes import SIZES
@@ -186,7 +186,7 @@ def test_lora_on_the_output_projection_and_a_plain_mlp_adds_s_B_A_x(alone):  # n
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_norms_carry_the_mark_that_sums_their_gradient(sequence_parallel):
     configs = build_configs(make_run(tensor=2 if sequence_parallel else 1), SIZE)
-    norm = specs.TorchNorm(configs.language, 8, eps=0.25)
+    norm = TorchNorm(configs.language, 8, eps=0.25)
     assert isinstance(norm, torch.nn.RMSNorm) and norm.eps == 0.25
     assert all(parameter.sequence_parallel is sequence_parallel for parameter in norm.parameters())
 

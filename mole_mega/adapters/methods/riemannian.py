@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from mole_mega.adapters.methods.base import Method, Step
+from mole_mega.adapters.methods.base import Method, PairSize, Step
 from mole_mega.adapters.pairs import Pair, gram_matrices
 from mole_mega.config import ConfigError, Positive, RunConfig
 
@@ -52,6 +52,12 @@ class Riemannian(Method):
             raise ConfigError(
                 f"adapter.methods riemannian preconditions an expert's A by its B; {shared} has one A for all experts"
             )
+
+    @classmethod
+    def workspace_bytes(cls, options: RiemannianOptions, pairs: Sequence[PairSize]) -> int:
+        """Both Gram matrices of every pair, and (dA, dB) of one."""
+        grams = sum(2 * (pair.experts or 1) * pair.rank**2 for pair in pairs)
+        return torch.float32.itemsize * (grams + max((pair.numbers for pair in pairs), default=0))
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
         for pair, (gram_A, gram_B) in zip(pairs, gram_matrices(pairs), strict=True):

@@ -1,0 +1,76 @@
+"""What Transformer Engine's modules compute, in torch, on the CPU: its modules are real, their `forward` is not.
+
+Each stand-in reads the module's own parameters and settings (what it holds, whether it returns its bias, over which
+group it gathers), so that what our wiring asked of the constructor decides what comes out. That the kernels compute
+the same is Transformer Engine's to prove, on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformer_engine.pytorch as te
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+
+from mole_mega.platform import cpu
+
+
+def install() -> None:
+    """For this process; a second call is a no-op."""
+    base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
+    if te.Linear.forward is linear:
+        return
+    # a constructor refuses without CUDA, and then makes nothing on it that it was not told to
+    base.torch = cpu._View(torch, cuda=cpu._View(torch.cuda, is_available=lambda: True))
+    te.Linear.forward = linear
+    te.LayerNormLinear.forward = norm_and_linear
+    te.LayerNorm.forward = lambda self, x: layer_norm(x, self.weight, self.bias, self)
+    te.RMSNorm.forward = lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    te.DotProductAttention.forward = attention
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, module: Any) -> torch.Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, module.eps)
+
+
+def norm_and_linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None, **_: Any) -> Any:
+    assert not self.return_layernorm_output and not self.zero_centered_gamma
+    weight = self.layer_norm_weight
+    if self.normalization == "RMSNorm":
+        x = F.rms_norm(x, weight.shape, weight, self.eps)
+    else:
+        x = layer_norm(x, weight, self.layer_norm_bias, self)
+    return linear(self, x, is_first_microbatch)
+
+
+def linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None, **_: Any) -> Any:
+    is_parallel = self.parallel_mode is not None and self.tp_size > 1
+    if is_parallel and self.parallel_mode == "column":
+        if self.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+    y = F.linear(x, self.weight, self.bias if self.apply_bias else None)
+    if is_parallel and self.parallel_mode == "row":
+        assert not self.apply_bias, "every rank would add it"
+        if self.sequence_parallel:
+            y = reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
+        else:
+            y = reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+    return (y, self.bias) if self.return_bias else y
+
+
+def attention(self: Any, query_SBHD: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+              attn_mask_type: str | None = None, **_: Any) -> torch.Tensor:  # fmt: skip
+    assert attention_mask is None and self.qkv_format == "sbhd" and attn_mask_type in ("causal", "no_mask")
+    q, k, v = (part.permute(1, 2, 0, 3) for part in (query_SBHD, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=attn_mask_type == "causal", enable_gqa=True)
+    return out.permute(2, 0, 1, 3).flatten(2)
