@@ -174,6 +174,14 @@ def test_logits_of_a_trained_base_move_by_less_than_5_percent(alone, tmp_path):
     assert 0 < moved < 0.05, moved
 
 
+def test_the_ends_can_be_left_as_they_are(run, alone):
+    model = build(run, alone, store_base=True, first_last_layers_bf16=True)
+    kept = {name for name in fp8.kept_in_fp8(model) if name.startswith("language_model.")}
+    layers = {name.split("layers.")[1][0] for name in kept}
+    assert layers == {"1", "2"} and len(kept) == 2 * 4
+    assert any(name.startswith("vision_model.") for name in fp8.kept_in_fp8(model))
+
+
 def test_a_merge_says_what_fp8_would_have_kept():
     weight_OI = torch.randn(64, 256, generator=torch.Generator().manual_seed(5))
     found = {}
