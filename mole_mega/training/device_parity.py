@@ -32,7 +32,7 @@ from mole_mega import config as run_config
 from mole_mega.config import ConfigError, Fp8Config, ParallelConfig, RunConfig, ValidationConfig
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
-from mole_mega.platform.launch import WITHOUT_GPUS, launch
+from mole_mega.platform.launch import QUIET, WITHOUT_GPUS, launch
 from mole_mega.platform.processor import Device
 from mole_mega.platform.recipes import RECIPES, dotted
 from mole_mega.training import parity
@@ -300,7 +300,7 @@ def _record(cases: Mapping[str, Case], folder: Path, kind: str, environment: Map
         for name, case in cases.items()
     ]
     listing.write_text(json.dumps(tree))
-    code = launch(_WORKER, [str(listing)], 1, environment)
+    code = launch(_WORKER, [str(listing)], 1, QUIET | dict(environment))
     failures = {}
     for name in cases:
         out = _file(folder, kind, name)
