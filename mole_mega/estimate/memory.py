@@ -149,7 +149,7 @@ def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tup
     share, expert_share = (data, data // run.parallel.expert) if train.distributed_optimizer else (1, 1)
     optimizer = ((moments + master) * dense + moments * numbers.routers) // share
     optimizer += (moments + master) * numbers.experts // expert_share
-    frozen = width * numbers.frozen(projector=train.projector)
+    frozen = width * numbers.frozen(projector=train.projector) + (FP32 - width) * numbers.score_biases
     if run.fp8.store_base:
         num_weights, scales = fp8_bytes(run, size, stage)
         frozen += scales - (width - 1) * num_weights
@@ -164,7 +164,10 @@ def mixture_form(run: RunConfig, size: LlavaSize) -> Literal["tokens", "masked",
         return "tokens"
     if adapter.gate == "dense" or adapter.router_scope == "linear":
         return "masked"
-    return "masked" if computes_all(adapter.num_experts, adapter.top_k, BYTES[run.train.dtype]) else "paired"
+    if adapter.expert_form == "mlp":
+        return "paired"
+    width = BYTES[run.train.dtype]
+    return "masked" if computes_all(adapter.num_experts, adapter.top_k, adapter.rank, width) else "paired"
 
 
 def gathered_bank(run: RunConfig, size: LlavaSize) -> int:
@@ -246,7 +249,21 @@ def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int
         return saved + width * tokens * 4 * ffn
     if adapter.method == "lora":
         return saved + width * tokens * (hidden + 3 * adapter.rank + 5 * ffn)
-    return saved + _routing(run, size, shape) + _experts(run, size, shape) + gathered_bank(run, size)
+    saved += _routing(run, size, shape) + _experts(run, size, shape) + gathered_bank(run, size)
+    return saved + _mixed_factors(run, size)
+
+
+def _mixed_factors(run: RunConfig, size: LlavaSize) -> int:
+    """Of the experts' B that are mixtures of common ones: before their transform, and behind it in the model's dtype;
+    and the common ones and the transforms in fp32, where that is another."""
+    language, adapter, width = size.language, run.adapter, BYTES[run.train.dtype]
+    if not adapter.shared_B:
+        return 0
+    outputs = 2 * language.ffn_hidden_size // run.parallel.tensor + language.hidden_size
+    saved = adapter.num_experts * outputs * adapter.rank * (FP32 + width)
+    if width != FP32:
+        saved += FP32 * adapter.rank * (adapter.shared_B * outputs + 3 * adapter.num_experts * adapter.rank)
+    return saved
 
 
 def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
@@ -256,7 +273,9 @@ def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     own, form = shape.tokens // tensor, mixture_form(run, size)
     # the router of a down projection has all tokens
     routed = 2 * own + shape.tokens if adapter.router_scope == "linear" else own
-    saved = routed * (FP32 * adapter.num_experts * (1 if adapter.gate == "dense" else 3) + 8 * adapter.num_choices)
+    # sigmoids, and scores with their bias, beside what a softmax keeps
+    tables = 1 if adapter.gate == "dense" else 3 if adapter.router_score == "softmax" else 5
+    saved = routed * (FP32 * adapter.num_experts * tables + 8 * adapter.num_choices)
     if form != "tokens":
         saved += (shape.tokens - own) * FP32 * adapter.num_experts  # weights of all ranks' tokens
     reads = adapter.router_scope in ("block", "linear")
@@ -276,6 +295,9 @@ def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
         return shape.tokens * width * (hidden + ranks + 3 * ffn)
     # weights, and the order of the rows there and back; of pairs also their experts
     numbering = used * (FP32 + 8 * (2 if form == "tokens" else 4))
+    if adapter.expert_form == "mlp":
+        # each pair has an MLP's middle of its own: in, out, and what it is more than the frozen one's
+        return shape.tokens * (width * used * (hidden + ranks + 4 * ffn) + numbering)
     return shape.tokens * (width * (used * (hidden + ranks + ffn) + 2 * ffn) + numbering)
 
 
@@ -286,7 +308,8 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
     scores = _scores(run, size, shape)
     attention = scores * (2 * FP32 if width == FP32 else 2 * FP32 + 2 * width)
     # the gradients of the gathered bank, and the same side by side on their way to the owners
-    mlp = width * tokens * (4 * ffn + 2 * hidden) + 2 * gathered_bank(run, size)
+    middles = run.adapter.top_k if run.adapter.expert_form == "mlp" else 1
+    mlp = width * tokens * (4 * ffn * middles + 2 * hidden) + 2 * gathered_bank(run, size)
     mlp += _decoded(run, decoder_linears(language, tensor))
     layer = max(attention, mlp)
     if run.train.recompute == "full":
@@ -294,6 +317,8 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
             _attention(run, size, shape, recomputed=False) + _mlp(run, size, shape, adapted=adapted)
             for adapted in {True} | ({False} if run.adapter.layers != "all" else set())
         )
+        if adapted_layers(run, size, stage) > 1:  # the next one's, on its way
+            layer += gathered_bank(run, size)
     elif run.train.recompute == "selective":
         layer = max(attention + _core_attention(run, size, shape), mlp)
     if stage < run.parallel.pipeline - 1:

@@ -31,6 +31,8 @@ class Parameters:
     dense_adapters: int = 0
     experts: int = 0
     routers: int = 0
+    # of routers, moved by no gradient
+    score_biases: int = 0
 
     @property
     def adapters(self) -> int:
@@ -85,6 +87,9 @@ def stage_parameters(run: RunConfig, size: LlavaSize, stage: int) -> Parameters:
         + num_adapted * mlp_dense,
         experts=num_adapted * banks * one_expert,
         routers=_routers(run, language, num_adapted),
+        score_biases=num_adapted * adapter.num_experts * len(router_widths(run, language))
+        if adapter.router_score == "sigmoid"
+        else 0,
     )
 
 
@@ -153,6 +158,8 @@ def mlp_lora(size: LanguageSize, adapter: AdapterConfig, tensor: int) -> tuple[i
     """(one expert's own factors, those that experts share): A of gate and up and B of down whole, the others cut."""
     hidden, ffn = size.hidden_size, size.ffn_hidden_size // tensor
     A, B = adapter.rank * (2 * hidden + ffn), adapter.rank * (2 * ffn + hidden)
+    if adapter.shared_B and adapter.method == "mole":
+        return 0, A + adapter.shared_B * B + 3 * adapter.num_experts * (adapter.shared_B + adapter.rank**2)
     return (B, A) if adapter.share_A and adapter.method == "mole" else (A + B, 0)
 
 

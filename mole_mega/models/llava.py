@@ -19,7 +19,9 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from mole_mega.adapters import mixture
 from mole_mega.adapters.instructions import InstructionRouter, number_places
+from mole_mega.adapters.mixture import MixtureLayer
 from mole_mega.adapters.mole import MoLELayer
 from mole_mega.adapters.pairs import HasPairs, Pair
 from mole_mega.adapters.routers import MoLERouter
@@ -102,6 +104,7 @@ class LLaVA(MegatronModule):
         # vocabulary rows that only pad it to a multiple of TP; they lie on the last rank
         part = padded_vocab_size // tp
         self._num_real_logits = min(part, vocab_size - parallel.tp_rank * part)
+        mixture.prefetch_along([block.experts for block in self.mole_layers() if isinstance(block, MixtureLayer)])
         self.to(parallel.device)
         self._freeze(train_projector=adapters and run.train.projector)
         if run.fp8.store_base and run.model.backend == "transformer_engine":
@@ -117,7 +120,7 @@ class LLaVA(MegatronModule):
 
     def _freeze(self, *, train_projector: bool) -> None:
         for parameter in self.parameters():
-            parameter.requires_grad = hasattr(parameter, "placement")
+            parameter.requires_grad = hasattr(parameter, "placement") and not hasattr(parameter, "moved_by_load")
         if train_projector and self.pre_process:
             self.vision_projection.requires_grad_(True)
 

@@ -27,7 +27,7 @@ from mole_mega import config as run_config
 from mole_mega.adapters.methods import method_entries, shorten_methods
 from mole_mega.adapters.routing import RoutingSummary
 from mole_mega.checkpoint.base import save_base
-from mole_mega.checkpoint.store import trainable_entries
+from mole_mega.checkpoint.store import trainable_entries, weight_entries
 from mole_mega.config import AdapterConfig, Fp8Config, ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
@@ -237,7 +237,8 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
         layers, blocks = stepper.router_plan.layers, model.module.mole_layers()
         experts = measure_experts(blocks, layers, run.adapter.num_experts, parallel.groups, parallel.device)
         result["loss/delta_norms"], result["loss/similarities"] = experts.delta_norm_LE, experts.similarity_LEE
-    weights = _whole(entries, {name: parameters[name].detach() for name in entries}, parallel)
+    kept = weight_entries(model)
+    weights = _whole(kept, {name: parameters[name].detach() for name in kept}, parallel)
     result |= {f"weight/{key}": tensor for key, tensor in weights.items()}
     states = method_entries(stepper.methods, parallel.groups)
     remembered = _whole(states, {name: entry.data.double() for name, entry in states.items()}, parallel)

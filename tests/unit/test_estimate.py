@@ -137,6 +137,14 @@ KINDS = {
 
 
 STAY = {"expert_parallel": "weights"}
+MIXED_B = STAY | {
+    "router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_experts": 2, "share_A": True, "shared_B": 3,
+}  # fmt: skip
+SIGMOID = STAY | {
+    "num_experts": 16, "rank": 1, "top_k": 4, "renormalize": True, "router_score": "sigmoid", "router_bias": False,
+    "balance_weight": 0.0,
+}  # fmt: skip
+MLPS = STAY | {"top_k": 2, "renormalize": True, "expert_form": "mlp"}
 MIXTURES = {
     "weights travel": {"adapter": STAY},
     "top-2": {"adapter": STAY | {"top_k": 2}},
@@ -152,6 +160,12 @@ MIXTURES = {
     "a router a linear, dense": {"adapter": STAY | {"router_scope": "linear", "gate": "dense"}},
     "a router a sample": {"adapter": {"router_scope": "sample", "balance_weight": 0.0}},
     "an expert a task": {"adapter": {"router_scope": "task", "gate": "none", "balance_weight": 0.0}},
+    "mixed B": {"adapter": MIXED_B},
+    "mixed B, fp32": {"adapter": MIXED_B, "train": {"precision": "fp32"}},
+    "sigmoid": {"adapter": SIGMOID},
+    "a sigmoid a linear, fp32": {"adapter": SIGMOID | {"router_scope": "linear"}, "train": {"precision": "fp32"}},
+    "whole MLPs": {"adapter": MLPS},
+    "whole MLPs, fp32": {"adapter": MLPS, "train": {"precision": "fp32"}},
     "fp8": {"fp8": {"store_base": True}},
     "fp8 by block, fp32": {"fp8": {"store_base": True, "scale": "block"}, "train": {"precision": "fp32"}},
 }
@@ -185,6 +199,7 @@ BUILT = KINDS | MIXTURES | {
     [
         *((kind, projector) for kind in ("fp32", "bf16", "lora", "one layer of two") for projector in (True, False)),
         *((kind, True) for kind in ("shared A", "a router a linear", "a router a sample", "an expert a task", "sgd")),
+        *((kind, True) for kind in ("mixed B", "sigmoid")),
         *((kind, False) for kind in ("fp8", "fp8 by block, fp32", "fp8, but for the ends")),
     ],
 )
@@ -365,6 +380,16 @@ def test_a_shared_A_is_summed_over_tensor_parallel_ranks_once():  # noqa: N802
     assert before - after == 2 * 2 * 3 * 8 * 128 * 4
 
 
+def test_traffic_of_mixed_factors():
+    run = run_of(ParallelConfig(tensor=2), adapter=MIXED_B, train={"precision": "fp32"})
+    plain = run_of(ParallelConfig(tensor=2), adapter=MIXED_B | {"shared_B": 0}, train={"precision": "fp32"})
+    before, after = (stage_traffic(one, SIZE, 2, 0, micro_batch(one)).tensor for one in (plain, run))
+    # of two layers, one B of down more, and each expert's weights and transform for three linears
+    assert after - before == 2 * (8 * SIZE.language.hidden_size + 3 * 2 * (3 + 8 * 8)) * 4
+    moved = stage_traffic(replace(run, parallel=ParallelConfig(expert=2)), SIZE, 2, 0, micro_batch(run))
+    assert moved.expert == 0
+
+
 def test_traffic_of_a_pipeline():
     run = run_of(ParallelConfig(pipeline=2), train={"global_batch_size": 8, "precision": "fp32"})
     shape = micro_batch(run)
@@ -377,7 +402,10 @@ def flops_of_addmm(_, left, right, **__):
     return 2 * left[0] * left[1] * right[1]
 
 
-@pytest.mark.parametrize("kind", ["lora", "one expert", "full", "selective", "top-2", "dense", "shared A"])
+@pytest.mark.parametrize(
+    "kind",
+    ["lora", "one expert", "full", "selective", "top-2", "dense", "shared A", "mixed B", "sigmoid", "whole MLPs"],
+)
 def test_flops_are_what_torch_counts(alone, kind):
     sections = BUILT.get(kind, {"adapter": {"num_experts": 1}})
     if kind in ("full", "selective"):
