@@ -259,10 +259,10 @@ class Fp8Config:
     output channel or a 128 x 128 block, products in the training precision, on any hardware. With train.precision fp8
     it is Transformer Engine's primary FP8 weights, scaled as the recipe says.
 
-    The rest is heard with train.precision fp8 alone, and is about the decoder: the tower, whose products are few, and
-    the projector, which is trained, stay in bf16. `recipe` is how tensors are scaled (Transformer Engine's
-    DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling). `first_last_layers_bf16` leaves the
-    decoder's first and last layer in bf16.
+    `first_last_layers_bf16` leaves the decoder's first and last layer as they are, in either form. `recipe` is heard
+    with train.precision fp8 alone: how tensors are scaled (Transformer Engine's DelayedScaling, Float8CurrentScaling,
+    Float8BlockScaling, MXFP8BlockScaling). Products in FP8 are the decoder's: the tower, whose products are few, and
+    the projector, which is trained, stay in bf16.
     """
 
     store_base: bool = False

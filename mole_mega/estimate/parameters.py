@@ -103,7 +103,9 @@ def router_widths(run: RunConfig, size: LanguageSize) -> tuple[int, ...]:
 def fp8_bytes(run: RunConfig, size: LlavaSize, stage: int) -> tuple[int, int]:
     """(weights, bytes of their scales) of one rank's linears of tower and decoder, which `fp8.store_base` keeps at one
     byte a weight."""
-    num_layers, first = len(stage_layers(run, size, stage)), stage == 0
+    layers, first = stage_layers(run, size, stage), stage == 0
+    as_they_are = (0, size.language.num_layers - 1) if run.fp8.first_last_layers_bf16 else ()
+    num_layers = sum(layer not in as_they_are for layer in layers)
     linears = num_layers * decoder_linears(size.language, run.parallel.tensor)
     linears += first * size.vision.num_built_layers * vision_linears(size.vision, run.parallel.tensor)
     if run.fp8.scale == "channel":

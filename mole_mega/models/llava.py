@@ -111,7 +111,10 @@ class LLaVA(MegatronModule):
             fp8.forget_initial_weights(self.language_model.decoder)
         elif run.fp8.store_base:
             # all that is wide; embeddings, output layer and projector stay in the model's dtype
-            fp8.make_room(self.language_model.decoder, run.fp8.scale)
+            last = size.language.num_layers
+            for layer in self.language_model.decoder.layers:
+                if not (run.fp8.first_last_layers_bf16 and layer.layer_number in (1, last)):
+                    fp8.make_room(layer, run.fp8.scale)
             if self.pre_process:
                 fp8.make_room(self.vision_model.decoder, run.fp8.scale)
 

@@ -127,6 +127,7 @@ def _plain_kernels() -> dict[str, dict[str, Any]]:
         },
         "optimizer.optimizer": scale,
         "optimizer.clip_grads": scale | norm,
+        "transformer.moe.moe_utils": {"te_general_gemm": None},
     }  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mole_mega.errors import STOP_SIGNALS, ExitCode
 
-# Processes that get this find no GPU, whatever the host has.
+# For `environment`: processes find no GPU, whatever the host has; libraries do not warn while they are imported.
 WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+QUIET = {"PYTHONWARNINGS": "ignore"}
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int, environment: Mapping[str, str] | None = None) -> int:

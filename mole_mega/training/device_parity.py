@@ -13,6 +13,7 @@ nothing is chosen, to more.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ from mole_mega import config as run_config
 from mole_mega.config import ConfigError, Fp8Config, ParallelConfig, RunConfig, ValidationConfig
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
-from mole_mega.platform.launch import WITHOUT_GPUS, launch
+from mole_mega.platform.launch import QUIET, WITHOUT_GPUS, launch
 from mole_mega.platform.processor import Device
 from mole_mega.platform.recipes import RECIPES, dotted
 from mole_mega.training import parity
@@ -190,11 +191,12 @@ def device_cases(
     """Every setting of a run (training/parity.py: scaled_down) on every size, with its own gate and, where that chooses
     experts, with all of them. No devices: the CPU stands in for one."""
     gates = {"its own gate": run}
-    if run.adapter.method == "mole" and run.adapter.gate != "dense" and run.adapter.router_scope in ("block", "linear"):
-        all_experts = replace(
-            run.adapter, gate="dense", top_k=1, renormalize=False, expert_parallel="weights", methods=()
-        )
-        gates["gate dense"] = replace(run, adapter=all_experts)
+    adapter = run.adapter
+    if adapter.method == "mole" and adapter.gate != "dense" and adapter.router_scope in ("block", "linear"):
+        all_experts = replace(adapter, gate="dense", top_k=1, renormalize=False, expert_parallel="weights", methods=())
+        with contextlib.suppress(ConfigError):  # some mixtures must choose
+            run_config.validate(replace(run, adapter=all_experts))
+            gates["gate dense"] = replace(run, adapter=all_experts)
     cases = []
     for model, size in sizes.items():
         for setting in SETTINGS:
@@ -300,7 +302,7 @@ def _record(cases: Mapping[str, Case], folder: Path, kind: str, environment: Map
         for name, case in cases.items()
     ]
     listing.write_text(json.dumps(tree))
-    code = launch(_WORKER, [str(listing)], 1, environment)
+    code = launch(_WORKER, [str(listing)], 1, QUIET | dict(environment))
     failures = {}
     for name in cases:
         out = _file(folder, kind, name)

@@ -32,7 +32,7 @@ from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.throughput import peak_memory_bytes
 from mole_mega.platform import fp8
 from mole_mega.platform import parallel as platform
-from mole_mega.platform.launch import WITHOUT_GPUS, launch
+from mole_mega.platform.launch import QUIET, WITHOUT_GPUS, launch
 from mole_mega.platform.parallel import Parallel
 from mole_mega.platform.processor import Device
 from mole_mega.platform.te import check_machine
@@ -138,7 +138,7 @@ def _in_a_process(case: SpeedCase, gpu: Gpu | None, environment: Mapping[str, st
         folder = Path(scratch)
         (folder / "size.json").write_text(case.size.to_json())
         (folder / "run.json").write_text(json.dumps(run_config.to_dict(case.run)))
-        code = launch(_WORKER, [str(folder)], 1, environment)
+        code = launch(_WORKER, [str(folder)], 1, QUIET | dict(environment))
         found = folder / "speed.json"
         if not found.exists():
             return {"status": "failed", "reason": f"the process ended with exit code {code}"}

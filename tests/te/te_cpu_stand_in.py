@@ -7,12 +7,16 @@ the same is Transformer Engine's to prove, on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformer_engine.pytorch as te
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -21,6 +25,10 @@ from megatron.core.tensor_parallel import (
 )
 
 from mole_mega.platform import cpu
+
+# What was multiplied inside Transformer Engine's FP8 context since a test emptied it: (module, rows).
+in_fp8: list[tuple[torch.nn.Module, int]] = []
+_recipes: list[str] = []  # of the contexts that are entered
 
 
 def install() -> None:
@@ -35,6 +43,21 @@ def install() -> None:
     te.LayerNorm.forward = lambda self, x: layer_norm(x, self.weight, self.bias, self)
     te.RMSNorm.forward = lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.eps)
     te.DotProductAttention.forward = attention
+    for user in ("transformer.transformer_block", "fp8_utils", "recompute", "models.vision.multimodal_projector"):
+        module: Any = importlib.import_module(f"megatron.core.{user}")
+        assert hasattr(module, "get_fp8_context"), user
+        module.get_fp8_context = fp8_context
+
+
+@contextlib.contextmanager
+def fp8_context(config: Any, layer_no: int = -1, is_init: bool = False) -> Iterator[None]:
+    """Megatron-Core's `get_fp8_context`, in which nothing is rounded."""
+    if is_init or not config.fp8 or is_first_last_bf16_layer(config, layer_no):
+        yield
+        return
+    _recipes.append(config.fp8_recipe)
+    yield
+    _recipes.pop()
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, module: Any) -> torch.Tensor:
@@ -58,6 +81,10 @@ def linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None, 
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             x = copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+    if _recipes:
+        rows, multiple = math.prod(x.shape[:-1]), 32 if _recipes[-1] == "mxfp8" else 16
+        assert rows and rows % multiple == x.shape[-1] % multiple == self.out_features % multiple == 0, (x.shape, self)
+        in_fp8.append((self, rows))
     y = F.linear(x, self.weight, self.bias if self.apply_bias else None)
     if is_parallel and self.parallel_mode == "row":
         assert not self.apply_bias, "every rank would add it"

@@ -43,10 +43,11 @@ def test_one_seed_alone_is_never_called_a_cost(bench):
 
 
 def test_the_cases_are_the_demos_run_but_for_what_they_say(bench, tmp_path):
-    none, control, channel, block = (bench.run_of(case, 3, 20, tmp_path) for case in bench.CASES)
+    none, control, channel, block, ends = (bench.run_of(case, 3, 20, tmp_path) for case in bench.CASES)
     assert none.train.seed == 3 and (none.train.steps, none.train.schedule_steps) == (20, 200)
     same = replace(control.train, micro_batch_size=none.train.micro_batch_size)
     assert same == none.train and control.train.micro_batch_size < none.train.micro_batch_size
     assert not none.fp8.store_base
     assert (channel.fp8.scale, block.fp8.scale) == ("channel", "block")
+    assert ends.fp8.first_last_layers_bf16
     assert replace(channel, fp8=none.fp8, run_dir=none.run_dir) == none

@@ -188,7 +188,10 @@ def test_activations_are_what_autograd_keeps(alone, kind, size):
     assert kept_by_autograd(run, size, alone) == pytest.approx(expected, rel=0.01)
 
 
-BUILT = KINDS | MIXTURES | {"sgd": {"train": {"optimizer": "sgd"}}}
+BUILT = KINDS | MIXTURES | {
+    "sgd": {"train": {"optimizer": "sgd"}},
+    "fp8, but for the ends": {"fp8": {"store_base": True, "first_last_layers_bf16": True}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,7 @@ BUILT = KINDS | MIXTURES | {"sgd": {"train": {"optimizer": "sgd"}}}
         *((kind, projector) for kind in ("fp32", "bf16", "lora", "one layer of two") for projector in (True, False)),
         *((kind, True) for kind in ("shared A", "a router a linear", "a router a sample", "an expert a task", "sgd")),
         *((kind, True) for kind in ("mixed B", "sigmoid")),
-        *((kind, False) for kind in ("fp8", "fp8 by block, fp32")),
+        *((kind, False) for kind in ("fp8", "fp8 by block, fp32", "fp8, but for the ends")),
     ],
 )
 def test_weights_gradients_and_optimizer_are_what_is_built(alone, kind, projector):
