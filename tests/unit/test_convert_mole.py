@@ -43,6 +43,7 @@ from mole_mega.convert import llava_hf
 from mole_mega.convert.adapter_names import adapter_rows
 from mole_mega.convert.hf_import import import_hf
 from mole_mega.convert.mole_folder import MODELING_FILE, export_mole
+from mole_mega.convert.peft import export_peft
 from mole_mega.models.llava import LLaVA
 
 HERE = Path(__file__).parent
@@ -594,6 +595,13 @@ def test_files_of_the_source_come_along_and_missing_ones_are_said(exported, sour
     said = export_mole(train(tmp_path / "base", tmp_path / "run", alone, MOLE), tmp_path / "exported").warnings
     assert len(said) == 2 and "tokenizer" in said[0] and "image processor" in said[1]
     load(tmp_path / "exported")
+
+
+def test_biases_of_scores_have_no_place_among_peft_adapters(exported, tmp_path):
+    trained, _ = exported("ranks by sigmoid")
+    with pytest.raises(ConfigError, match="router_score sigmoid, whose biases have no place"):
+        export_peft(trained, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_of_an_export_that_fails(exported, base, tmp_path, monkeypatch):
