@@ -28,7 +28,7 @@ NEEDED = {
 OPTIONAL = (
     (
         "Transformer Engine", "transformer_engine", "transformer-engine",
-        "FP8 and fused attention, which this version does not offer yet",
+        "model.backend transformer_engine: products in FP8, fused attention, context parallelism",
         "pip install --no-build-isolation 'transformer-engine[pytorch]'",
     ),
     (

@@ -175,6 +175,8 @@ def test_megatron_core_gets_the_recipe_for_the_decoder_alone(recipe, store_base)
         (make_run(), 16),
         (make_run(tensor=2), 32),
         (make_run(fp8={"recipe": "mxfp8"}, tensor=2), 64),
+        (make_run("bf16", context=2), 16),
+        (make_run(context=2, tensor=2), 64),
     ],
 )
 def test_sequences_are_padded_so_that_every_part_has_rows_that_fp8_takes(run, multiple):
