@@ -92,7 +92,20 @@ def linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None, 
             y = reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
         else:
             y = reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+    y = _ViewOfAFunction.apply(y)
     return (y, self.bias) if self.return_bias else y
+
+
+class _ViewOfAFunction(torch.autograd.Function):
+    """What the real linears return, on which torch allows no work in place."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.flatten(0, -2).clone().view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
 
 
 def attention(self: Any, query_SBHD: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
