@@ -37,7 +37,8 @@ OPTIONAL = (
         "build it: https://github.com/NVIDIA/apex#from-source",
     ),
     (
-        "flash attention", "flash_attn", "flash-attn", "nothing yet: this version's attention keeps its score matrices",
+        "flash attention", "flash_attn", "flash-attn",
+        "one of the kernels of Transformer Engine's attention (cuDNN has others)",
         "pip install --no-build-isolation flash-attn",
     ),
 )  # fmt: skip

@@ -24,7 +24,7 @@ class ContextPart:
     @staticmethod
     def of(parallel: Parallel) -> ContextPart:
         """This process's."""
-        return ContextPart(parallel.groups.cp.rank(), parallel.groups.cp.size())
+        return ContextPart(parallel.cp_rank, parallel.cp_size)
 
     def take(self, whole: torch.Tensor, axis: int = 1) -> torch.Tensor:
         """This rank's places of a tensor that has all along `axis`; their number must divide by 2 `size`."""

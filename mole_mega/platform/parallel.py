@@ -59,6 +59,14 @@ class Parallel:
         return self.groups.pp.rank()
 
     @property
+    def cp_size(self) -> int:
+        return self.groups.cp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
     def ep_size(self) -> int:
         return self.groups.ep.size()
 

@@ -441,10 +441,14 @@ class Trainer:
                 f"base kept in FP8: its linears take {kept / 2**20:,.1f} MiB of rank 0 instead of "
                 f"{instead_of / 2**20:,.1f} MiB"
             )
+        if self.run.model.backend == "transformer_engine":
+            how = f"in FP8, recipe {self.run.fp8.recipe}" if self.run.train.precision == "fp8" else self.run.train.dtype
+            self._say(f"base computed by Transformer Engine, {how}")
         p = self.parallel
+        context = f"context {p.cp_size} x " if p.cp_size > 1 else ""
         self._say(
-            f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
-            f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
+            f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x {context}"
+            f"data {p.dp_size}, experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
         if self.run.adapter.method == "mole":
             chosen = expert_parallel(self.run, self.size)
