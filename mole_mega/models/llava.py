@@ -194,6 +194,7 @@ class LLaVA(MegatronModule):
         parallelism the places of what is returned are this rank's (context.py).
         """
         part = ContextPart.of(self.parallel)
+        assert part.size == self.config.context_parallel_size, "attention would see this rank's places alone"
         decoder_input = self._embed(tokens, position_ids, image_mask, pixels) if self.pre_process else None
         routed_padding = ~padding_mask if domains is None else place_groups(domains, image_mask, padding_mask)
         for instructions in self._instructions:

@@ -113,7 +113,6 @@ def evaluate_checkpoint(
     size = read_size(base)
     if checkpoint is not None:
         check_trained_with(checkpoint, run, files.folder_hash(base))
-    check_machine(run)
     loader = build_run_loader(run, size, parallel)
     model = LLaVA(run, size, parallel, adapters=checkpoint is not None)
     load_base(model, base)
