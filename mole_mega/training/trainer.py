@@ -57,9 +57,7 @@ from mole_mega.wording import number_of
 
 
 def build_model(run: RunConfig, size: LlavaSize, parallel: Parallel) -> DistributedDataParallel:
-    """This rank's part of the model with the base loaded, wrapped for data parallelism. Raises ConfigError where this
-    machine cannot compute as the run asks."""
-    check_machine(run)
+    """This rank's part of the model with the base loaded, wrapped for data parallelism."""
     model = LLaVA(run, size, parallel)
     load_base(model, Path(run.model.base))
     return wrap(model, run)
@@ -170,6 +168,7 @@ class Trainer:
     def __init__(self, run: RunConfig, parallel: Parallel, out: TextIO = sys.stdout) -> None:
         self.run, self.parallel, self._out = run, parallel, out
         check_methods(run)
+        check_machine(run)
         base = Path(run.model.base)
         self.size = read_size(base)
         self.base_hash = files.folder_hash(base)
