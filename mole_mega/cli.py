@@ -16,6 +16,7 @@ COMMANDS = {
     "estimate": ("mole_mega.estimate.command", "memory, bytes sent and step time of a layout, beforehand"),
     "doctor": ("mole_mega.doctor", "what this machine has, what it lacks, and what that switches off"),
     "verify-parallel": ("mole_mega.verify_parallel", "prove that layouts compute what one process computes"),
+    "verify-gpu": ("mole_mega.verify_gpu", "on GPUs: each precision against the CPU, NCCL layouts, memory, speed"),
     "data": ("mole_mega.inspect_data", "look at a run's data before training: samples, loss masks, counts"),
     "generate": ("mole_mega.generate", "ask a trained or an exported model about an image"),
     "conflict": ("mole_mega.conflict.command", "do the sources fight over one LoRA, and would experts help?"),

@@ -101,6 +101,17 @@ class AdapterConfig:
     rescale_gate: bool = False
     # one A a linear for all its experts (MoSLD, arXiv 2412.08946; HydraLoRA, arXiv 2404.19245)
     share_A: bool = False
+    # So many B a linear, of which each expert's is a mixture of its own, with the softmax of its weights over
+    # mix_temperature, behind a transform of the ranks (MTL-LoRA, arXiv 2410.09437). 0: a B each.
+    shared_B: Count = 0
+    mix_temperature: Positive = 0.1
+    # What the weights weigh: what LoRA adds to each linear, or whole MLPs, each with its own activation (MixLoRA, arXiv
+    # 2404.15159).
+    expert_form: Literal["linear", "mlp"] = "linear"
+    # How a router scores experts: by a softmax; or each by a sigmoid and a bias that no gradient moves, but after each
+    # step score_bias_rate towards the mean load (SMoRA, arXiv 2501.15103).
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    score_bias_rate: NonNegative = 1e-5
     balance_weight: NonNegative = 0.01
     balance_scope: Literal["layer", "model"] = "layer"
     z_loss_weight: NonNegative = 0.0
@@ -130,6 +141,7 @@ class AdapterConfig:
             "adapter.share_A is true": self.share_A,
             "adapter.rescale_gate is true": self.rescale_gate,
             "adapter.router_scope is linear": self.router_scope == "linear",
+            "adapter.expert_form is mlp": self.expert_form == "mlp",
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -251,10 +263,10 @@ class Fp8Config:
     output channel or a 128 x 128 block, products in the training precision, on any hardware. With train.precision fp8
     it is Transformer Engine's primary FP8 weights, scaled as the recipe says.
 
-    The rest is heard with train.precision fp8 alone, and is about the decoder: the tower, whose products are few, and
-    the projector, which is trained, stay in bf16. `recipe` is how tensors are scaled (Transformer Engine's
-    DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling). `first_last_layers_bf16` leaves the
-    decoder's first and last layer in bf16.
+    `first_last_layers_bf16` leaves the decoder's first and last layer as they are, in either form. `recipe` is heard
+    with train.precision fp8 alone: how tensors are scaled (Transformer Engine's DelayedScaling, Float8CurrentScaling,
+    Float8BlockScaling, MXFP8BlockScaling). Products in FP8 are the decoder's: the tower, whose products are few, and
+    the projector, which is trained, stay in bf16.
     """
 
     store_base: bool = False
@@ -387,6 +399,7 @@ def validate(config: RunConfig) -> None:
     _validate_parallel(config.parallel, config.adapter)
     _validate_backend(config)
     _validate_adapter(config.adapter, config.train)
+    _validate_forms(config.adapter)
     _validate_samples(config.adapter)
     _validate_tasks(config.adapter, config.data)
     _validate_optimizer(config.train)
@@ -508,6 +521,31 @@ def _validate_mixture(adapter: AdapterConfig) -> None:
         )
 
 
+def _validate_forms(adapter: AdapterConfig) -> None:
+    """Mixtures of whole MLPs, of shared B, and by sigmoid scores."""
+    if adapter.method != "mole":
+        return
+    _want(adapter, adapter.expert_form == "mlp", "adapter.expert_form mlp weighs whole MLPs, the frozen one included", {
+        "gate": ("prob",), "renormalize": (True,), "router_scope": ("block", "sample"), "rescale_gate": (False,),
+    })  # fmt: skip
+    _want(adapter, adapter.shared_B > 0, "adapter.shared_B mixes a B for each task", {
+        "router_scope": ("task",), "share_A": (True,), "expert_form": ("linear",), "methods": ((),),
+    })  # fmt: skip
+    _want(adapter, adapter.router_score == "sigmoid", "adapter.router_score sigmoid balances by its own bias", {
+        "gate": ("prob",), "renormalize": (True,), "router_scope": ("block", "linear"), "router_bias": (False,),
+        "balance_weight": (0,), "z_loss_weight": (0,),
+    })  # fmt: skip
+
+
+def _want(adapter: AdapterConfig, asked: bool, why: str, wanted: dict[str, tuple[Any, ...]]) -> None:
+    """Raise ConfigError where something is `asked` for that goes with these values alone."""
+    for key, values in wanted.items() if asked else ():
+        value = getattr(adapter, key)
+        if value not in values:
+            *choices, got = (str(_plain(v)).lower() for v in (*values, value))
+            raise ConfigError(f"{why}: adapter.{key} must be {' or '.join(choices)}, got {got}")
+
+
 def _validate_samples(adapter: AdapterConfig) -> None:
     """One gate a sample: it has no losses of its own."""
     if adapter.method == "mole" and adapter.router_scope == "sample":
@@ -596,6 +634,11 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
         raise ConfigError(
             "monitor.alarms.reaction reseed copies an expert with its row of the block's router; adapter.router_scope "
             f"is {adapter.router_scope}"
+        )
+    if alarms.reaction == "reseed" and adapter.router_score != "softmax":
+        raise ConfigError(
+            "monitor.alarms.reaction reseed makes an expert the equal of another to a router; adapter.router_score is "
+            f"{adapter.router_score}, whose bias knows the dead one's load"
         )
     if alarms.reaction == "raise_balance" and adapter.balance_weight == 0:
         raise ConfigError("monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0")

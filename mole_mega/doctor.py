@@ -152,10 +152,11 @@ def _accelerator() -> list[Finding]:
         nccl = Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         nccl = Finding("NCCL", "absent", "not in this torch", "runs on several GPUs", "a CUDA build of torch")
-    return [nccl, _cuda()]
+    return [nccl, cuda()]
 
 
-def _cuda() -> Finding:
+def cuda() -> Finding:
+    """The CUDA devices, as torch sees them."""
     import torch
 
     off = "GPUs: runs go over the CPU and gloo"

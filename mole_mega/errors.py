@@ -24,6 +24,7 @@ class ExitCode(enum.IntEnum):
     CHECK_FAILED = 3
     STOPPED_ITSELF = 4
     STOPPED_ON_SIGNAL = 75
+    NOTHING_CHECKED = 77
     INTERRUPTED = 130
 
 

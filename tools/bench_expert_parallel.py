@@ -1,5 +1,7 @@
-"""Time one MoLE block over expert-parallel processes with travelling tokens and with travelling weights, forward and
-backward, and count what they send, against the formula (adapters/traffic.py) and against what `auto` chooses.
+"""Time MoLE blocks over expert-parallel processes with travelling tokens and with travelling weights, forward and
+backward, and count what they send, against the formula (adapters/traffic.py) and against what `auto` chooses. With
+several layers weights are timed both ways: gathered when a block needs them, and while the block before it computes, as
+training does. Figures are those of one layer.
 
 Each process has a part of the experts and tokens of its own. A setting's two forms take turns; a row has the medians
 over repeats of the slowest process. Starts its processes itself.
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from bench_mole import Sizes, build_mlp
 
+from mole_mega.adapters.mixture import prefetch_along
 from mole_mega.adapters.traffic import Traffic, choose_expert_parallel
 from mole_mega.config import AdapterConfig, ParallelConfig
 from mole_mega.models.mcore_config import DTYPES
@@ -31,6 +34,7 @@ SEED = 0
 EXPERTS = (2, 4, 8, 16, 32, 64)
 TOKENS = (256, 1024)
 FORMS = ("tokens", "weights")
+AHEAD = "ahead"
 
 
 class Sent:
@@ -76,43 +80,51 @@ class Sent:
 
 
 def measure(
-    num_experts: int, sizes: Sizes, precision: str, parallel: Parallel, repeats: int
+    num_experts: int, sizes: Sizes, precision: str, parallel: Parallel, repeats: int, num_layers: int = 1
 ) -> dict[str, float | int | str]:
-    """One row: milliseconds and bytes of either form, a pass, beside the formula's bytes and the choice of `auto`."""
+    """One row: milliseconds and bytes of either form, a layer and pass, beside the formula's bytes and the choice of
+    `auto`; with several layers also milliseconds of weights that are gathered ahead."""
+    forms = FORMS if num_layers == 1 else (*FORMS, AHEAD)
     layout = ParallelConfig(expert=parallel.ep_size)
     dtype, group = DTYPES[precision], parallel.groups.ep
     generator = torch.Generator().manual_seed(SEED + parallel.rank)
     shape = (sizes.tokens, 1, sizes.hidden)
     x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(shape, generator=generator).to(dtype)
-    layers = {}
-    for form in FORMS:
-        adapter = AdapterConfig(num_experts=num_experts, rank=sizes.rank, expert_parallel=form, balance_weight=0.0)
-        layer = build_mlp(precision, adapter, sizes, parallel, layout)
+    stacks: dict[str, torch.nn.ModuleList] = {}
+    for form in forms:
+        travels: Any = "weights" if form == AHEAD else form
+        adapter = AdapterConfig(num_experts=num_experts, rank=sizes.rank, expert_parallel=travels, balance_weight=0.0)
+        stacks[form] = torch.nn.ModuleList(
+            build_mlp(precision, adapter, sizes, parallel, layout) for _ in range(num_layers)
+        )
         same = torch.Generator().manual_seed(SEED)
         with torch.no_grad():
-            for parameter in layer.parameters():
+            for parameter in stacks[form].parameters():
                 parameter.requires_grad = hasattr(parameter, "placement")
                 parameter.copy_(torch.randn(parameter.shape, generator=same) / parameter.shape[-1] ** 0.5)
-        layers[form] = layer
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    sent = {form: Sent(group) for form in FORMS}
+    if AHEAD in stacks:
+        prefetch_along([layer.experts for layer in stacks[AHEAD]])
+    times: dict[str, list[float]] = {form: [] for form in forms}
+    sent = {form: Sent(group) for form in forms}
     for repeat in range(-1, repeats):
-        for form in FORMS if repeat % 2 else reversed(FORMS):
+        for form in forms if repeat % 2 else reversed(forms):
             dist.barrier()
             start = time.perf_counter()
             with sent[form].counting():
-                output, _ = layers[form](x)
-                output.backward(grad)
-            took = torch.tensor(time.perf_counter() - start)
+                hidden = x
+                for layer in stacks[form]:
+                    hidden = hidden + layer(hidden)[0]
+                hidden.backward(grad)
+            took = torch.tensor((time.perf_counter() - start) / num_layers)
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
-            layers[form].zero_grad(set_to_none=True)
+            stacks[form].zero_grad(set_to_none=True)
             x.grad = None
             if repeat >= 0:
                 times[form].append(float(took))
     mean_sent = torch.tensor([float(sent[form].bytes) for form in FORMS])
     dist.all_reduce(mean_sent)
-    passes = 2 * (repeats + 1) * group.size()
+    passes = 2 * (repeats + 1) * group.size() * num_layers
     adapter = AdapterConfig(num_experts=num_experts, rank=sizes.rank, expert_parallel="auto")
     formula = Traffic.of(adapter, layout, sizes.hidden, sizes.ffn, sizes.tokens)
     choice = choose_expert_parallel(adapter, layout, sizes.hidden, sizes.ffn, sizes.tokens)
@@ -121,6 +133,8 @@ def measure(
         row[f"{form}_ms"] = 1e3 * statistics.median(times[form])
         row[f"{form}_bytes"] = total / passes
         row[f"{form}_formula"] = getattr(formula, form) * dtype.itemsize
+    if AHEAD in times:
+        row[f"{AHEAD}_ms"] = 1e3 * statistics.median(times[AHEAD])
     return row
 
 
@@ -128,11 +142,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """For people."""
     lines = [
         f"{'E':>3} {'tokens':>6}   {'tokens ms':>9} {'bytes a pass':>12} {'of formula':>10}"
-        f"   {'weights ms':>10} {'bytes a pass':>12} {'of formula':>10}   faster   auto"
+        f"   {'weights ms':>10} {'bytes a pass':>12} {'of formula':>10}"
+        f"{'   ahead ms' if any(f'{AHEAD}_ms' in row for row in rows) else ''}   faster   auto"
     ]
     right = 0
     for row in rows:
-        faster = min(FORMS, key=lambda form: row[f"{form}_ms"])
+        weights = row.get(f"{AHEAD}_ms", row["weights_ms"])
+        faster = "tokens" if row["tokens_ms"] < weights else "weights"
         right += faster == row["auto"]
         cells = [
             f"{row[f'{form}_ms']:{width}.1f} {row[f'{form}_bytes']:12,.0f} "
@@ -140,7 +156,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             for form, width in zip(FORMS, (9, 10), strict=True)
         ]
         lines.append(
-            f"{row['experts']:3} {row['tokens']:6}   {cells[0]}   {cells[1]}   {faster:7}  {row['auto']:7} "
+            f"{row['experts']:3} {row['tokens']:6}   {cells[0]}   {cells[1]}"
+            f"{f'   {weights:8.1f}' if f'{AHEAD}_ms' in row else ''}   {faster:7}  {row['auto']:7} "
             f"{'' if faster == row['auto'] else 'SLOWER'}".rstrip()
         )
     return "\n".join([*lines, f"auto chose the faster form in {right} of {len(rows)} settings"])
@@ -151,6 +168,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--nproc", type=int, default=2, help="processes, each with a part of the experts (default 2)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=1, help="blocks one after the other (default 1)")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--ffn", type=int, default=1376)
     parser.add_argument("--rank", type=int, default=16)
@@ -162,13 +180,18 @@ def main() -> None:
     torch.set_num_threads(1)
     parallel = platform.initialize(ParallelConfig(expert=args.nproc), seed=SEED)
     rows = [
-        measure(experts, Sizes(args.hidden, args.ffn, tokens, args.rank), args.dtype, parallel, args.repeats)
+        measure(
+            experts, Sizes(args.hidden, args.ffn, tokens, args.rank), args.dtype, parallel, args.repeats, args.layers
+        )
         for tokens in TOKENS
         for experts in EXPERTS
         if experts % args.nproc == 0
     ]
     if parallel.is_main:
-        print(f"{args.nproc} processes, hidden {args.hidden}, ffn {args.ffn}, rank {args.rank}, {args.dtype}")
+        print(
+            f"{args.nproc} processes, hidden {args.hidden}, ffn {args.ffn}, rank {args.rank}, {args.dtype}, "
+            f"layers {args.layers}"
+        )
         print(table(rows))
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")

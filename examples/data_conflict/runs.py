@@ -15,12 +15,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mole_mega import config
-from mole_mega.config import RunConfig
+from mole_mega.config import ConfigError, RunConfig
 
 EXPERTS = 3  # of the rows that are compared with one another; as many as there are domains
 GATES = ("none", "prob", "straight_through")
@@ -125,10 +125,17 @@ def by_need(jobs: Iterable[Job]) -> list[Job]:
 
 
 def finished(job: Job) -> Result | None:
-    """The stored result of a job, if there is one and it was made with the same settings."""
+    """The stored result of a job, if there is one and it was made with the same settings. A key that the config did not
+    have yet stands at its default."""
     path = job.folder / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else None
-    return result if result is not None and result["settings"] == job.settings else None
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    try:
+        settings = replace(job, run=config.from_dict(result["settings"])).settings
+    except ConfigError:  # a key that there is no more
+        return None
+    return result if settings == job.settings else None
 
 
 def conduct(job: Job) -> Result:

@@ -24,21 +24,23 @@ import make_conflict_data as scenes  # noqa: E402
 import run as conflict  # noqa: E402
 import runs  # noqa: E402
 
-from mole_mega.checkpoint.base import read_size  # noqa: E402
-from mole_mega.errors import ConfigError, report_errors  # noqa: E402
-from mole_mega.estimate.parameters import stage_parameters  # noqa: E402
+from mole_mega.errors import ConfigError, quiet_libraries, report_errors  # noqa: E402
 
 LRS = (5e-3, 1e-2, 2e-2, 4e-2)
 ROUTER_LR = 1e-2
+RANK = 2  # not the 1 of data_conflict, with which rsLoRA is plain LoRA and a transform of the ranks a number
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row: what it is, and the four settings that are tried for it, each keys of `adapter` and of `train`."""
+    """A row: what it is, what of the paper is built, where that departs from it, and the four settings that are tried
+    for it, each keys of `adapter` and of `train`."""
 
     key: str
     title: str
     paper: str
+    built: str
+    departs: str
     adapter: Mapping[str, Any]
     train: Mapping[str, Any] = field(default_factory=dict)
     points: tuple[Mapping[str, Mapping[str, Any]], ...] = tuple({"train": {"lr": lr}} for lr in LRS)
@@ -51,6 +53,12 @@ def methods(rank: int, steps: int) -> list[Method]:
     two = {**mole, "top_k": 2, "renormalize": True, "expert_parallel": "weights"}
     dense = {**mole, "gate": "dense", "expert_parallel": "weights"}
     task = {**mole, "gate": "none", "router_scope": "task", "balance_weight": 0.0}
+    # as many ranks in all, and as many for each token, as one expert of `rank` has
+    ranks = {
+        **mole, "num_experts": runs.EXPERTS * rank, "rank": 1, "top_k": rank, "renormalize": True,
+        "router_scope": "linear", "router_score": "sigmoid", "score_bias_rate": 1e-3, "router_bias": False,
+        "balance_weight": 0.0, "expert_parallel": "weights",
+    }  # fmt: skip
     sculpt = {"name": "lorasculpt", "density": 0.5, "prune_step": max(1, steps // 4), "conflict_weight": 1e-3}
     tied = tuple(
         {"train": {"lr": lr}, "adapter": {"methods": [{"name": "bora", "tau": tau}]}}
@@ -58,23 +66,74 @@ def methods(rank: int, steps: int) -> list[Method]:
         for tau in (1e-3, 1e-1)
     )
     return [
-        Method("lora", "plain LoRA", "2106.09685", lora),
-        Method("rslora", "plain LoRA scaled by 1 / sqrt(rank)", "2312.03732", {**lora, "scaling": "rslora"}),
-        Method("lora_plus", "LoRA+, B's rate 16 times A's", "2402.12354", lora, {"lora_plus_ratio": 16.0},
-               tuple({"train": {"lr": lr}} for lr in (5e-4, 1e-3, 2e-3, 4e-3))),
-        Method("lorasculpt", "plain LoRA, half of each factor kept, with LoRASculpt's regulariser", "2503.16843",
-               {**lora, "methods": [sculpt]}),
-        Method("mole", "LLaVA-MoLE, top-1, gate `prob`", "2401.16160", mole),
-        Method("mole_none", "LLaVA-MoLE, top-1, gate `none` (as published)", "2401.16160", {**mole, "gate": "none"}),
-        Method("top_2", "top-2, renormalised", "2401.16160", two),
-        Method("dense", "all experts, softmax", "2401.16160", dense),
-        Method("loramoe", "all experts, a router a linear (LoRAMoE without its constraint)", "2312.09979",
-               {**dense, "router_scope": "linear"}),
-        Method("mosld", "top-2, one A for all experts (MoSLD)", "2412.08946", {**two, "share_A": True}),
-        Method("riemannian", "top-2, preconditioned, gate rescaled", "2502.15828",
-               {**two, "rescale_gate": True, "methods": [{"name": "riemannian"}]}, {"clip_grad": 0.0}),
-        Method("task", "an expert a source, no router", "2407.15857 (tau 0)", task),
-        Method("bora", "an expert a source, tied by BoRA's prior", "2407.15857", task, points=tied),
+        Method(
+            "lora", "plain LoRA", "2106.09685", "a pair for each of gate, up and down", "no LoRA on the attention", lora
+        ),
+        Method(
+            "rslora", "rsLoRA", "2312.03732", "plain LoRA scaled by alpha / sqrt(rank)", "none known",
+            {**lora, "scaling": "rslora"},
+        ),
+        Method(
+            "lora_plus", "LoRA+", "2402.12354", "B's learning rate 16 times A's", "A's rate searched, the ratio not",
+            lora, {"lora_plus_ratio": 16.0}, tuple({"train": {"lr": lr}} for lr in (5e-4, 1e-3, 2e-3, 4e-3)),
+        ),
+        Method(
+            "lorasculpt", "LoRASculpt", "2503.16843",
+            "plain LoRA of which half of each factor's numbers stay after a quarter of the steps",
+            "masked after each step; its regulariser rests: it acts on q, k and v, which have no LoRA here",
+            {**lora, "methods": [sculpt]},
+        ),
+        Method(
+            "mole", "LLaVA-MoLE, gate `prob`", "2401.16160", "top-1, the expert's output times its probability",
+            "published with weight 1; balance loss by layer and trains the router alone", mole,
+        ),
+        Method(
+            "mole_none", "LLaVA-MoLE, as published", "2401.16160", "top-1, weight 1: the balance loss alone routes",
+            "balance loss by layer and over the global batch", {**mole, "gate": "none"},
+        ),
+        Method(
+            "top_2", "top-2", "2401.16160", "two experts a token, weights renormalised", "the paper has one", two
+        ),
+        Method(
+            "dense", "all experts", "2401.16160", "all experts by their softmax, as the released inference class",
+            "the balance loss counts the likeliest", dense,
+        ),
+        Method(
+            "loramoe", "LoRAMoE", "2312.09979", "all experts by their softmax, a router a linear",
+            "without the constraint on groups, whose released sign contradicts the paper",
+            {**dense, "router_scope": "linear"},
+        ),
+        Method(
+            "mosld", "MoSLD", "2412.08946", "top-2, one A a linear for all experts", "no dropout on A",
+            {**two, "share_A": True},
+        ),
+        Method(
+            "riemannian", "Riemannian MoE-LoRA", "2502.15828", "top-2; gradients preconditioned, gate rescaled",
+            "both preconditioners from the old weights; a router a block; Adam with bias correction",
+            {**two, "rescale_gate": True, "methods": [{"name": "riemannian"}]}, {"clip_grad": 0.0},
+        ),
+        Method(
+            "task", "an expert a source", "2407.15857 (tau 0)", "each sample by its source's expert, no router",
+            "none: BoRA without its prior", task,
+        ),
+        Method(
+            "bora", "BoRA", "2407.15857", "an expert a source, tied to their learned mean",
+            "tau by mean token loss; the mean goes to its optimum and not by Adam", task, points=tied,
+        ),
+        Method(
+            "mtl_lora", "MTL-LoRA", "2410.09437",
+            "one A, three B mixed by each source's softmax(w / 0.1), an r x r transform a source",
+            "on the MLP and not on q, k, v, o", {**task, "share_A": True, "shared_B": 3, "expert_parallel": "weights"},
+        ),
+        Method(
+            "smora", "SMoRA", "2501.15103", "each rank an expert; sigmoid scores, whose bias follows the load",
+            "the bias moves once a step by the global batch, by 1e-3 (600 steps); a third of the ranks, not an eighth",
+            ranks,
+        ),
+        Method(
+            "mixlora", "MixLoRA", "2404.15159", "top-2 of whole MLPs, each with its own activation",
+            "no LoRA on the attention; balance loss as LLaVA-MoLE's", {**two, "expert_form": "mlp"},
+        ),
     ]  # fmt: skip
 
 
@@ -99,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.quick:
             settings["train"]["steps"], settings["validation"]["samples"] = 6, 24
         settings["train"]["router_lr"] = ROUTER_LR
-        rows = methods(settings["adapter"]["rank"], settings["train"]["steps"])
+        rows = methods(RANK, settings["train"]["steps"])
         if args.only:
             if unknown := set(args.only) - {row.key for row in rows}:
                 raise ConfigError(f"no row is called {min(unknown)}; there are {', '.join(row.key for row in rows)}")
@@ -139,23 +198,34 @@ def measure(
     figures = runs.read_figures(runs.run_all(jobs, args.processes))
     conflict.say("what a training step costs")
     seconds = conflict.measure_cost(args, jobs, {row.key for row in rows})
-    size = read_size(args.out / "base")
-    runs_by_row = {job.row: job.run for job in jobs}
-    columns = ["method", "paper", *(f"accuracy {d}" for d in scenes.DOMAINS), "accuracy mean", "loss mean", "step",
+    trained = numbers_trained(jobs, args.out / "base")
+    accuracy = [f"accuracy {domain}" for domain in (*scenes.DOMAINS, "mean")]
+    columns = ["method", "paper", "what was built", "where it departs", *accuracy, "loss mean", "step",
                "numbers trained", "chosen of 4"]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = [row.title, row.paper]
+        cells = [row.title, row.paper, row.built, row.departs]
         places = [*(("accuracy", domain) for domain in scenes.DOMAINS), ("accuracy", "mean"), ("loss", "mean")]
         cells += [evidence.cell(figures[row.key], metric, name, scenes.DOMAINS) for metric, name in places]
         cells.append(_ratio(seconds, row.key, rows[0].key))
-        cells.append(f"{stage_parameters(runs_by_row[row.key], size, 0).adapters:,}")
+        cells.append(f"{trained[row.key]:,}")
         cells.append(_point_text(row.points[chosen[row.key]]))
         lines.append("| " + " | ".join(cells) + " |")
     note = " A quick run: the figures mean nothing." if args.quick else ""
     steps = settings["train"]["steps"]
     about = f"Test pictures, mean ± standard deviation over {args.seeds} seeds, {steps} steps on the mix"
     return f"{about}; a step as a multiple of the first row's.{note}\n\n" + "\n".join(lines) + "\n"
+
+
+def numbers_trained(jobs: Sequence[runs.Job], base: Path) -> dict[str, int]:
+    """{row: how many numbers its adapters and routers have}."""
+    # not above: the command itself needs no Megatron-Core, whose import warns of what a processor does not have
+    quiet_libraries()
+    from mole_mega.checkpoint.base import read_size
+    from mole_mega.estimate.parameters import stage_parameters
+
+    size = read_size(base)
+    return {job.row: stage_parameters(job.run, size, 0).adapters for job in jobs}
 
 
 def as_row(method: Method, point: int, key: str) -> tuple[runs.Row, dict[str, Any]]:

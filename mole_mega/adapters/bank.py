@@ -9,6 +9,7 @@ their ranks side by side). A [E, R, I] reads the input, B [E, O, R] writes the o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,59 +125,80 @@ class _WindowProducts:
 
     There oneDNN compiles and keeps a kernel for each shape of a product (measured: 0.2 ms and 0.2 MB each), and the
     number of an expert's tokens is hardly ever the same twice. So each expert takes a window a little longer than its
-    own rows, 4 lengths an octave, and what the window holds of other experts' rows is set to 0 in rank space.
+    own rows, 4 lengths an octave. What it holds of other experts' rows is set to 0 in rank space where it would be
+    added to something, and written over by its owner where it would not.
+
+    Here W counts the rows of all windows, one after another; lists are of the experts that have tokens.
     """
 
     def __init__(self, tokens_per_expert_E: Tensor, num_tokens: int) -> None:
-        self.num_experts = tokens_per_expert_E.numel()
-        self.windows: list[tuple[int, slice, slice]] = []  # expert, its rows of T, its rows of all windows in a row
-        own_W, place_T = [], []
-        start = offset = 0
-        for expert, count in enumerate(tokens_per_expert_E.tolist()):
-            if count == 0:
-                continue
-            step = max(16, 2 ** count.bit_length() // 8)
-            length = min(-(-count // step) * step, num_tokens)
-            first = min(start, num_tokens - length)
-            self.windows.append((expert, slice(first, first + length), slice(offset, offset + length)))
-            row_W = torch.arange(first, first + length)
-            own_W.append((row_W >= start) & (row_W < start + count))
-            place_T.append(torch.arange(count) + (offset + start - first))
-            start, offset = start + count, offset + length
-        self.row_W = torch.cat([torch.arange(rows.start, rows.stop) for _, rows, _ in self.windows])
-        self.foreign_W1 = ~torch.cat(own_W)[:, None]
-        self.place_T = torch.cat(place_T)
+        counts_E = tokens_per_expert_E.tolist()
+        self.num_experts = len(counts_E)
+        self.busy = [expert for expert, count in enumerate(counts_E) if count > 0]
+        counts = [counts_E[expert] for expert in self.busy]
+        self.starts = [0, *itertools.accumulate(counts)][:-1]
+        self.lengths = [min(_window_length(count), num_tokens) for count in counts]
+        firsts = [min(start, num_tokens - length) for start, length in zip(self.starts, self.lengths, strict=True)]
+        self.windows = [slice(first, first + length) for first, length in zip(firsts, self.lengths, strict=True)]
+
+        def over_windows(numbers: Sequence[int]) -> Tensor:
+            return torch.tensor(numbers).repeat_interleave(lengths)
+
+        lengths, tokens = torch.tensor(self.lengths), torch.tensor(counts)
+        offsets = [0, *itertools.accumulate(self.lengths)][:-1]
+        place_W = torch.arange(sum(self.lengths)) - over_windows(offsets)  # in its window
+        start_W, first_W = over_windows(self.starts), over_windows(firsts)
+        self.row_W = first_W + place_W
+        self.ahead_W = (start_W + place_W).clamp_(max=num_tokens - 1)
+        foreign_W = (self.row_W < start_W) | (self.row_W >= start_W + over_windows(counts))
+        self.foreign_W1 = foreign_W[:, None]
+        shift = torch.tensor([offset - first for offset, first in zip(offsets, firsts, strict=True)])
+        self.place_T = torch.arange(num_tokens) + shift.repeat_interleave(tokens)
 
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
         z_WR = x_TI.new_empty(len(self.row_W), M_EIR.shape[2])
-        for expert, rows, window in self.windows:
-            torch.mm(x_TI[rows], M_EIR[expert], out=z_WR[window])
+        for rows, M_IR, out in zip(self.windows, self._of_busy(M_EIR), z_WR.split(self.lengths), strict=True):
+            torch.mm(x_TI[rows], M_IR, out=out)
         return z_WR.index_select(0, self.place_T)
 
     def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
-        out_TO = z_TR.new_zeros(z_TR.shape[0], M_ERO.shape[2])
-        self.add_from_rank_(out_TO, z_TR, M_ERO)
-        return out_TO
+        # Windows from the first own row on: whose rows one reaches over comes after it, and the last ones reach past T.
+        end = max(start + length for start, length in zip(self.starts, self.lengths, strict=True))
+        out_TO = z_TR.new_empty(end, M_ERO.shape[2])
+        z_W = z_TR.index_select(0, self.ahead_W).split(self.lengths)
+        for start, z_NR, M_RO in zip(self.starts, z_W, self._of_busy(M_ERO), strict=True):
+            torch.mm(z_NR, M_RO, out=out_TO[start : start + len(z_NR)])
+        return out_TO[: len(z_TR)]
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
-        z_WR = self._own(z_TR)
-        for expert, rows, window in self.windows:
-            out_TO[rows].addmm_(z_WR[window], M_ERO[expert])
+        for rows, z_NR, M_RO in zip(self.windows, self._own(z_TR), self._of_busy(M_ERO), strict=True):
+            out_TO[rows].addmm_(z_NR, M_RO)
 
     def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        grad_EMN = a_TM.new_zeros(self.num_experts, a_TM.shape[1], b_TN.shape[1])
+        grad_EMN = a_TM.new_empty(self.num_experts, a_TM.shape[1], b_TN.shape[1])
+        for expert in set(range(self.num_experts)).difference(self.busy):
+            grad_EMN[expert].zero_()
         if a_TM.shape[1] <= b_TN.shape[1]:  # set the thin side to 0: it is the one in rank space
-            a_WM = self._own(a_TM)
-            for expert, rows, window in self.windows:
-                torch.mm(a_WM[window].t(), b_TN[rows], out=grad_EMN[expert])
+            for rows, a_NM, out in zip(self.windows, self._own(a_TM), self._of_busy(grad_EMN), strict=True):
+                torch.mm(a_NM.t(), b_TN[rows], out=out)
         else:
-            b_WN = self._own(b_TN)
-            for expert, rows, window in self.windows:
-                torch.mm(a_TM[rows].t(), b_WN[window], out=grad_EMN[expert])
+            for rows, b_NN, out in zip(self.windows, self._own(b_TN), self._of_busy(grad_EMN), strict=True):
+                torch.mm(a_TM[rows].t(), b_NN, out=out)
         return grad_EMN
 
-    def _own(self, z_TR: Tensor) -> Tensor:
-        return z_TR.index_select(0, self.row_W).masked_fill_(self.foreign_W1, 0)
+    def _own(self, z_TR: Tensor) -> Sequence[Tensor]:
+        """The windows of z, 0 where a row is another expert's."""
+        return z_TR.index_select(0, self.row_W).masked_fill_(self.foreign_W1, 0).split(self.lengths)
+
+    def _of_busy(self, M_EMN: Tensor) -> list[Tensor]:
+        every = M_EMN.unbind()
+        return [every[expert] for expert in self.busy]
+
+
+def _window_length(count: int) -> int:
+    """The next of 4 lengths an octave, in steps of 16 at least."""
+    step = max(16, 2 ** count.bit_length() // 8)
+    return -(-count // step) * step
 
 
 class _Fp32Products:

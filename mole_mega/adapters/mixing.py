@@ -68,7 +68,7 @@ class PairedGate:
             return _AddByExpert.apply(
                 tokens_E, scale, self.rescaled, _overwritable(base_TO), x_TI, self.weight_N, *factors
             )
-        x_NI = _ToPairs.apply(x_TI.to(base_TO.dtype), self.order_N, self.inverse_N)
+        x_NI = self.to_pairs(x_TI.to(base_TO.dtype))
         delta_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
         weight_N = self.weight_N
         if self.rescaled:
@@ -78,7 +78,15 @@ class PairedGate:
                 delta_NO, x_NI.detach(), fixed_A, fixed_B, self.tokens_per_expert_E, scale, self.weight_N - weight_N
             )
         delta_NO = bank.add_projections(delta_NO, x_NI, A_P, B_P, self.tokens_per_expert_E, scale, weight_N)
-        return base_TO + _FromPairs.apply(delta_NO, self.order_N, self.inverse_N, len(base_TO))
+        return base_TO + self.from_pairs(delta_NO, len(base_TO))
+
+    def to_pairs(self, x_TI: Tensor) -> Tensor:
+        """Each token's row for each of its pairs, sorted by expert: [N, I]."""
+        return _ToPairs.apply(x_TI, self.order_N, self.inverse_N)
+
+    def from_pairs(self, rows_NO: Tensor, num_tokens: int) -> Tensor:
+        """The sum of each token's pairs: [T, O]."""
+        return _FromPairs.apply(rows_NO, self.order_N, self.inverse_N, num_tokens)
 
 
 Gate = MaskedGate | PairedGate
@@ -95,10 +103,12 @@ preconditioning, arXiv 2502.15828): with e an expert's output and sg stopping gr
 """
 
 
-def make_gate(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, dtype: torch.dtype, *, rescaled: bool = False) -> Gate:
+def make_gate(
+    weight_TE: Tensor, chosen_TE: Tensor, top_k: int, rank: int, dtype: torch.dtype, *, rescaled: bool = False
+) -> Gate:
     """The faster form, in this dtype, for tokens that use `top_k` of E experts each: those that `chosen` marks."""
     num_tokens, num_experts = weight_TE.shape
-    if computes_all(num_experts, top_k, dtype.itemsize) or num_tokens == 0:
+    if computes_all(num_experts, top_k, rank, dtype.itemsize) or num_tokens == 0:
         return MaskedGate(weight_TE, rescaled)
     return paired(weight_TE, chosen_TE, top_k, rescaled=rescaled)
 

@@ -7,12 +7,14 @@ case of one):
 
 Tokens stay where they are, and the frozen base runs once for each, as in a dense MLP. Expert-parallel ranks hold a part
 of the experts each, with its gradient and optimizer state; for a layer's pass each gathers the whole bank, and the
-gradients of all go back to the experts' owners, summed. The gathered bank is kept from forward to backward.
+gradients of all go back to the experts' owners, summed. The gathered bank is kept from forward to backward. While a
+block computes, the next one's bank is on its way (`prefetch_along`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters.mixing import Gate, MaskedGate, make_gate
+from mole_mega.adapters import bank
+from mole_mega.adapters.mixing import Gate, MaskedGate, PairedGate, make_gate, paired
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer, SwiGLU
 from mole_mega.adapters.routers import LinearRouters, MoLERouter
 
@@ -50,12 +53,15 @@ class MixtureLayer(MoLELayer):
             hidden_states, weight_TE = self._gather(hidden_states), self._gather_tokens(weight_TE, shape)
             with torch.no_grad():
                 chosen_TE = self._gather_tokens(chosen_TE.to(weight_TE.dtype), shape).bool()
-        adapter = self.experts.adapter
+        adapter, rescaled = self.experts.adapter, self.experts.adapter.rescale_gate
+        gate: Gate
         if adapter.gate == "dense":
-            gate: Gate = MaskedGate(weight_TE, adapter.rescale_gate)
+            gate = MaskedGate(weight_TE, rescaled)
+        elif adapter.expert_form == "mlp":
+            gate = paired(weight_TE, chosen_TE, adapter.top_k)
         else:
-            rescaled = adapter.rescale_gate
-            gate = make_gate(weight_TE, chosen_TE, adapter.top_k, hidden_states.dtype, rescaled=rescaled)
+            dtype = hidden_states.dtype
+            gate = make_gate(weight_TE, chosen_TE, adapter.top_k, adapter.rank, dtype, rescaled=rescaled)
         return self._scatter(self.experts(hidden_states.flatten(0, 1), gate), shape), None
 
     def _gather(self, part: torch.Tensor) -> torch.Tensor:
@@ -112,6 +118,11 @@ def _route(
 class MixtureExperts(MoLEExperts):
     """The frozen MLP of a block with this rank's part of the expert bank; parameters as in `MoLEExperts`."""
 
+    # in tuples: a module that is an attribute would be a part of this one
+    _before: tuple[MixtureExperts, ...] = ()
+    _after: tuple[MixtureExperts, ...] = ()
+    _on_its_way: BankOnItsWay | None = None
+
     def forward(  # type: ignore[override]
         self, x_TH: torch.Tensor, gate: Gate, gate_of_down: Callable[[torch.Tensor], Gate] | None = None
     ) -> torch.Tensor:
@@ -119,10 +130,10 @@ class MixtureExperts(MoLEExperts):
         `gate_of_down`, of its input h, where it is given. Under tensor parallelism x is whole, and the outputs of the
         ranks are still to be summed."""
         adapter = self.adapter
-        scale = adapter.scale
-        whole = dict(self.named_parameters(recurse=False))
-        cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
-        whole |= zip(cut, gather_bank(list(cut.values()), self._groups.ep), strict=True)
+        scale, whole = adapter.scale, self._whole_factors()
+        if adapter.expert_form == "mlp":
+            assert isinstance(gate, PairedGate) and gate_of_down is None
+            return self._whole_mlps(x_TH, gate, whole)
         fc1_T2F = self._base(self.linear_fc1, x_TH)
         fc1_T2F = gate.add_lora(
             fc1_T2F,
@@ -139,22 +150,93 @@ class MixtureExperts(MoLEExperts):
             output_TH, self._dropout_split(h_TF), [whole["lora_down_A"]], [whole["lora_down_B"]], scale
         )
 
+    def _whole_factors(self) -> dict[str, torch.Tensor]:
+        """The factors of all experts, by the parameters' names."""
+        whole: dict[str, Any] = dict(self.named_parameters(recurse=False))
+        if self.adapter.shared_B:
+            return whole | {f"lora_{name}_B": self.mixed_B(name) for name in ("gate", "up", "down")}
+        if self._groups.ep.size() == 1:
+            return whole
+        cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
+        arriving, self._on_its_way = self._on_its_way or BankOnItsWay(list(cut.values()), self._groups.ep), None
+        factors = arriving.arrive()
+        # recomputed layers run from the last to the first
+        recomputed = self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled()
+        for neighbour in self._before if recomputed else self._after:
+            neighbour.send_for_bank()
+        return whole | dict(zip(cut, factors, strict=True))
 
-def gather_bank(factors: list[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Of factors [E / EP, ...] of one dtype, those of all experts, [E, ...], in one collective; its backward sums the
-    ranks' gradients and leaves each its own part."""
-    if group.size() == 1:
-        return factors
-    return list(_GatherBank.apply(group, *factors))
+    def send_for_bank(self) -> None:
+        """Begin to gather the bank that this block's next pass needs, while another block computes."""
+        factors = [f for f in self.parameters(recurse=False) if f.placement.expert_axis is not None]
+        self._on_its_way = BankOnItsWay(factors, self._groups.ep)
+
+    def _whole_mlps(self, x_TH: torch.Tensor, gate: PairedGate, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """sum_e w_e MLP_e(x), each expert an MLP with an activation of its own (MixLoRA, arXiv 2404.15159):
+
+            h_e = silu(Wg x + Dg_e(x)) * (Wu x + Du_e(x));  out = Wd sum_e w_e h_e + sum_e w_e Dd_e(h_e)
+
+        The base's gate and up run once a token, and as down is linear, its base does too. The weights of a token sum
+        to 1, so that sum_e w_e h_e = h + sum_e w_e (h_e - h) with the frozen h, which is exactly h where B is 0. For
+        the same reason h gets no gradient here, and what it adds to the weights' is one number for all of them, which
+        dividing by their sum takes out again.
+        """
+        adapter, (weight_N, counts_E) = self.adapter, (gate.weight_N, gate.tokens_per_expert_E)
+        fc1_T2F = self._base(self.linear_fc1, x_TH)
+        with torch.no_grad():
+            frozen_TF = SwiGLU.apply(fc1_T2F)
+        fc1_N2F = bank.add_projections(
+            gate.to_pairs(fc1_T2F),
+            gate.to_pairs(F.dropout(x_TH, adapter.dropout, self.training)),
+            [whole["lora_gate_A"], whole["lora_up_A"]],
+            [whole["lora_gate_B"], whole["lora_up_B"]],
+            counts_E,
+            adapter.scale,
+            None,
+        )
+        h_NF = SwiGLU.apply(fc1_N2F)
+        added_NF = (h_NF - gate.to_pairs(frozen_TF)) * weight_N[:, None].to(h_NF.dtype)
+        output_TH = self._base(self.linear_fc2, frozen_TF + gate.from_pairs(added_NF, len(x_TH)))
+        A, B = [whole["lora_down_A"]], [whole["lora_down_B"]]
+        delta_NH = output_TH.new_zeros(len(h_NF), output_TH.shape[1])
+        delta_NH = bank.add_projections(delta_NH, self._dropout_split(h_NF), A, B, counts_E, adapter.scale, weight_N)
+        return output_TH + gate.from_pairs(delta_NH, len(x_TH))
 
 
-class _GatherBank(torch.autograd.Function):
+def prefetch_along(blocks: Sequence[MixtureExperts]) -> None:
+    """Let each of these blocks, in the order of their layers, send for its neighbour's bank once it has its own, so
+    that it comes while the block computes. What is computed stays the same."""
+    for block, following in pairwise(blocks):
+        if not block.adapter.shared_B:  # which lie on every rank
+            block._after, following._before = (following,), (block,)
+
+
+class BankOnItsWay:
+    """Factors [E / EP, ...] of one dtype, of whose banks [E, ...] an all-gather is under way."""
+
+    def __init__(self, factors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+        self._factors, self._group = list(factors), group
+        self._versions = [factor._version for factor in factors]
+        with torch.no_grad():
+            mine = torch.cat([factor.reshape(-1) for factor in factors])
+            self._everyone = mine.new_empty(group.size(), len(mine))
+            self._work = dist.all_gather_single(self._everyone.view(-1), mine, group=group, async_op=True)
+
+    def arrive(self) -> list[torch.Tensor]:
+        """The banks; their backward sums the ranks' gradients and leaves each its own part. Waits for the gather."""
+        self._work.wait()
+        assert self._versions == [factor._version for factor in self._factors], "factors moved while they were gathered"
+        return list(_Banks.apply(self._group, self._everyone, *self._factors))
+
+
+class _Banks(torch.autograd.Function):
+    """The gathered `everyone` as banks of the factors that it came from."""
+
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, everyone: torch.Tensor, *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.group, ctx.shapes = group, [factor.shape for factor in factors]
-        mine = torch.cat([factor.reshape(-1) for factor in factors])
-        everyone = mine.new_empty(group.size(), len(mine))
-        dist.all_gather_single(everyone.view(-1), mine, group=group)
         parts = everyone.split([factor.numel() for factor in factors], dim=1)
         return tuple(part.reshape(-1, *factor.shape[1:]) for part, factor in zip(parts, factors, strict=True))
 
@@ -165,4 +247,4 @@ class _GatherBank(torch.autograd.Function):
         mine = everyone.new_empty(everyone.shape[1])
         dist.reduce_scatter_single(mine, everyone.view(-1), group=ctx.group)
         parts = mine.split([shape.numel() for shape in ctx.shapes])
-        return None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

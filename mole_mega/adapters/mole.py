@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank, sharding
+from mole_mega.adapters.mixed_factors import mix_factors
 from mole_mega.adapters.pairs import Pair, make_pair
 from mole_mega.config import AdapterConfig
 from mole_mega.platform.fp8 import frozen_weight
@@ -140,7 +141,8 @@ class MoLEExperts(MLP):
     """The frozen MLP of one block with this rank's part of the expert bank.
 
     Factors, whole sizes: gate/up A [E, R, H], B [E, F, R]; down A [E, R, F], B [E, H, R]. An A that the experts share
-    (`adapter.share_A`) has no axis E, and each expert-parallel rank holds it.
+    (`adapter.share_A`) has no axis E, and each expert-parallel rank holds it; so with B of which experts have mixtures
+    (`adapter.shared_B`), [N, out, R], and with how each mixes and transforms them, [E, N] and [E, R, R].
     """
 
     def __init__(
@@ -176,13 +178,23 @@ class MoLEExperts(MLP):
             ("up", "column", hidden, ffn),
             ("down", "row", ffn, hidden),
         ):
-            shapes = {"A": (rank, in_features), "B": (out_features, rank)}
-            for factor, init in (("A", sharding.kaiming_uniform), ("B", sharding.zeros)):
-                is_shared = factor == "A" and adapter.share_A
+            A, B, common_B = (rank, in_features), (out_features, rank), adapter.shared_B
+            tensors: dict[str, tuple[str, tuple[int, ...], Any]] = {
+                "A": (f"{kind}.A", A, sharding.kaiming_uniform),
+                "B": (f"shared.{kind}.B", (common_B, *B), sharding.zeros),
+            }
+            if not adapter.share_A:
+                tensors["A"] = (f"experts.{kind}.A", (experts, *A), sharding.kaiming_uniform)
+            if common_B:
+                tensors["mix"] = ("shared.mix", (experts, common_B), sharding.kaiming_uniform)
+                tensors["transform"] = ("shared.transform", (experts, rank, rank), sharding.identity)
+            else:
+                tensors["B"] = (f"experts.{kind}.B", (experts, *B), sharding.zeros)
+            for factor, (placement, shape, init) in tensors.items():
                 parameter = sharding.make_parameter(
                     f"{prefix}.{projection}.{factor}",
-                    sharding.PLACEMENTS[f"{'' if is_shared else 'experts.'}{kind}.{factor}"],
-                    shapes[factor] if is_shared else (experts, *shapes[factor]),
+                    sharding.PLACEMENTS[placement],
+                    shape,
                     init,
                     pg_collection,
                     seed=seed,
@@ -190,6 +202,11 @@ class MoLEExperts(MLP):
                     device=device,
                 )
                 self.register_parameter(f"lora_{projection}_{factor}", parameter)
+
+    def mixed_B(self, projection: str) -> torch.Tensor:  # noqa: N802
+        """Where experts mix common B (`adapter.shared_B`): each one's own, [E, O, R] of this rank's outputs."""
+        B, mix, transform = (getattr(self, f"lora_{projection}_{name}") for name in ("B", "mix", "transform"))
+        return mix_factors(B, mix, transform, self.adapter.mix_temperature)
 
     def forward(
         self, dispatched_TH: torch.Tensor, tokens_per_expert_E: torch.Tensor, weight_T: torch.Tensor

@@ -34,6 +34,7 @@ from mole_mega.adapters.routing import RoutingSummary, group_domains, num_groups
 from mole_mega.config import AdapterConfig
 
 _NUM_SCALARS = 3  # z, entropy and margin, in a row of `RouterSums`
+_LEAST_SCORE = 1e-9
 
 
 def gate_weights(
@@ -54,6 +55,15 @@ def gate_weights(
     if gate == "prob":
         return chosen * probs_TE
     return chosen * (1 + (probs_TE - probs_TE.detach()))
+
+
+def sigmoid_scores(logits_TE: torch.Tensor, bias_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores, their logarithms) of experts that are scored each for itself (SMoRA, arXiv 2501.15103): sigmoid(R x) +
+    bias, which says who is chosen and, divided by the chosen ones' sum, the weight. The logarithms, without gradient,
+    are what statistics take for logits: their softmax is each score's share of the sum over all experts.
+    """
+    scores_TE = torch.sigmoid(logits_TE) + bias_E
+    return scores_TE, scores_TE.detach().clamp(min=_LEAST_SCORE).log()
 
 
 class RouterSums:
@@ -227,6 +237,8 @@ class MoLERouter(MegatronModule):
         self.layer_number: int | None = None
         self._group_T: torch.Tensor | None = None
         self._groups = pg_collection
+        # of `adapter.router_score` sigmoid, [E]: moved by `move_score_biases` alone
+        self.score_bias: torch.nn.Parameter | None = None
         self._make_parameters(config, name, seed=seed, dtype=torch.float32, device=device)
         self.sums = RouterSums(
             adapter.num_experts,
@@ -253,6 +265,16 @@ class MoLERouter(MegatronModule):
             self.bias = sharding.make_parameter(
                 f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, self._groups, **common
             )
+        if self.adapter.router_score == "sigmoid":
+            self.score_bias = sharding.make_parameter(
+                f"{name}.score_bias",
+                sharding.PLACEMENTS["router.score_bias"],
+                shape[:1],
+                sharding.zeros,
+                self._groups,
+                **common,
+            )
+            self.score_bias.moved_by_load = True  # type: ignore[attr-defined]
 
     @property
     def counts(self) -> bool:
@@ -292,11 +314,14 @@ class MoLERouter(MegatronModule):
         """What `forward` returns, of tokens with these logits; counts them."""
         adapter = self.adapter
         probs_TE = torch.softmax(logits_TE, dim=-1)
+        if self.score_bias is not None:
+            probs_TE, logits_TE = sigmoid_scores(logits_TE, self.score_bias.detach())
         choice_TK, chosen_TE = self._choose(probs_TE)
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.
         if self.training and torch.is_grad_enabled():
             valid_T = x_TH.new_ones(len(x_TH), dtype=torch.bool) if valid_T is None else valid_T
-            self.sums.add(x_TH.detach(), logits_TE.detach(), probs_TE.detach(), choice_TK, valid_T, group_T)
+            shares_TE = probs_TE if self.score_bias is None else torch.softmax(logits_TE, dim=-1)
+            self.sums.add(x_TH.detach(), logits_TE.detach(), shares_TE.detach(), choice_TK, valid_T, group_T)
         return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=adapter.renormalize), chosen_TE
 
     def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
@@ -468,6 +493,21 @@ def router_loss_gradients(
             _accumulate(router, router.sums.z_grads_EX, adapter.z_loss_weight * scale)
         router.sums.clear()
     return table
+
+
+@torch.no_grad()
+def move_score_biases(
+    routers: Sequence[MoLERouter], plan: RouterPlan, adapter: AdapterConfig, table: torch.Tensor
+) -> None:
+    """Each router's score bias += `adapter.score_bias_rate` * sign(mean load - load), loads those of one global batch
+    that `router_loss_gradients` returned: once a step that was applied, on every rank alike."""
+    if adapter.router_score != "sigmoid":
+        return
+    counts_LE = _split_rows(table, adapter.num_experts)[2].sum(1)
+    for router in routers:
+        load_E = counts_LE[plan.row(router)]
+        assert router.score_bias is not None
+        router.score_bias.add_((load_E.mean() - load_E).sign(), alpha=adapter.score_bias_rate)
 
 
 def summarize(table: torch.Tensor, plan: RouterPlan, adapter: AdapterConfig) -> RoutingSummary:

@@ -41,6 +41,8 @@ PLACEMENTS = {
     "router.bias": Placement(),
     # of a linear whose inputs are cut, such as down
     "router.row.weight": Placement(tensor_axis=1),
+    # that no gradient moves
+    "router.score_bias": Placement(),
     "column.A": Placement(),
     "column.B": Placement(tensor_axis=0),
     "row.A": Placement(tensor_axis=1),
@@ -49,6 +51,11 @@ PLACEMENTS = {
     "experts.column.B": Placement(expert_axis=0, tensor_axis=1),
     "experts.row.A": Placement(expert_axis=0, tensor_axis=2),
     "experts.row.B": Placement(expert_axis=0),
+    # several B that all experts share, [number, out, rank], and how each expert mixes them
+    "shared.column.B": Placement(tensor_axis=1),
+    "shared.row.B": Placement(),
+    "shared.mix": Placement(),
+    "shared.transform": Placement(),
 }
 
 
@@ -142,6 +149,11 @@ def normal(tensor: torch.Tensor, generator: torch.Generator) -> None:
 def zeros(tensor: torch.Tensor, generator: torch.Generator) -> None:
     """B's initialisation: the adapted model starts as the frozen one."""
     tensor.zero_()
+
+
+def identity(tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Each matrix of a stack the identity."""
+    tensor.copy_(torch.eye(tensor.shape[-1]))
 
 
 def _cuts(placement: Placement, groups: ProcessGroupCollection) -> list[tuple[int, int, int]]:

@@ -19,7 +19,8 @@ class Traffic:
         tokens = 2 T H f / TP        weights = E r (3 H + 3 F / TP) f
 
     T tokens a micro-batch, of which a tensor-parallel rank has the TP-th part; of its experts' factors it holds those
-    of width H whole and those of width F cut. An A that experts share does not travel: E r (H + 2 F / TP) f.
+    of width H whole and those of width F cut. An A that experts share does not travel: E r (H + 2 F / TP) f. Nor do B
+    that they mix.
     """
 
     tokens: int
@@ -33,7 +34,8 @@ class Traffic:
         wide, cut = hidden_size, ffn_hidden_size // tensor
         # of gate and up A is as wide as the input and B as the MLP, of down the other way round
         columns = wide + 2 * cut if adapter.share_A else 3 * (wide + cut)
-        factors = adapter.num_experts * adapter.rank * columns
+        # common factors lie on every rank
+        factors = 0 if adapter.shared_B else adapter.num_experts * adapter.rank * columns
         return cls(2 * num_tokens * hidden_size // tensor * others // ranks, factors * others // ranks)
 
 

@@ -47,7 +47,7 @@ _STEP = re.compile(r"step_(\d+)")
 # What adapters are: under another value, the same tensors compute something else, or do not fit.
 _ADAPTER_KEYS = (
     "method", "num_experts", "rank", "alpha", "scaling", "gate", "top_k", "router_scope", "renormalize", "share_A",
-    "router_bias", "attention", "layers",
+    "shared_B", "mix_temperature", "expert_form", "router_score", "router_bias", "attention", "layers",
 )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ class CheckpointStore:
                 for leftover in self.folder.glob(".*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir()
-        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=False) | (more or {})
+        entries = weight_entries(model) | _optimizer_entries(model, optimizer, is_loading=False) | (more or {})
         with files.shared_disk_errors("saving", final):
             dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
             rng = folder / f"rng_{self.parallel.rank}.safetensors"
@@ -155,7 +155,7 @@ class CheckpointStore:
         tree = json.loads((path / "state.json").read_text())
         layout = tree.pop("layout")
         self._check_compatible(path)
-        entries = trainable_entries(model) | _optimizer_entries(model, optimizer, is_loading=True) | (more or {})
+        entries = weight_entries(model) | _optimizer_entries(model, optimizer, is_loading=True) | (more or {})
         loaded = _load(entries, path)
         for index, shards in loaded.pop("optimizer", {}).items():
             optimizer.chained_optimizers[index].load_parameter_state_from_fully_reshardable(shards)
@@ -228,7 +228,7 @@ def load_weights(model: DistributedDataParallel | Any, path: Path) -> None:
     """Load only adapters and projector from a checkpoint (evaluation): all that the model has."""
     files.verify(path)
     files.refuse_unsafe(path)
-    entries = trainable_entries(model)
+    entries = weight_entries(model)
     _copy_into(entries, _load(entries, path))
 
 
@@ -242,7 +242,7 @@ def warm_start(model: DistributedDataParallel | Any, path: Path, adapter: Adapte
     files.verify(path)
     files.refuse_unsafe(path)
     _check_same_adapters(path, adapter)
-    entries = trainable_entries(model)
+    entries = weight_entries(model)
     gathered: list[set[str]] = [set()] * dist.get_world_size()
     dist.all_gather_object(gathered, {entry.key for entry in entries.values()})
     wanted, stored = set().union(*gathered), _stored_weights(path)
@@ -339,6 +339,13 @@ def trainable_entries(model: DistributedDataParallel | Any) -> ShardedStateDict:
     llava = getattr(model, "module", model)
     trainable = {name for name, parameter in llava.named_parameters() if parameter.requires_grad}
     return {name: entry for name, entry in model_entries(llava).items() if name in trainable}
+
+
+def weight_entries(model: DistributedDataParallel | Any) -> ShardedStateDict:
+    """Checkpoint entries of everything on this rank that a run changes, by local name: what is trainable, and what
+    moves by other rules (a router's score bias)."""
+    llava = getattr(model, "module", model)
+    return model_entries(llava, trainable=True) | trainable_entries(llava)
 
 
 def _optimizer_entries(

@@ -56,10 +56,12 @@ def main(argv: list[str] | None = None) -> int:
         from mole_mega.conflict.measure import Plan, measure, set_aside, shared_adapter
         from mole_mega.conflict.statistics import Rule, find
         from mole_mega.platform import parallel as platform
+        from mole_mega.platform.meeting import versions
 
         plan = Plan(args.steps, args.warm or args.steps, repeats=args.repeats, batches=args.batches, chunks=args.chunks)
         shared = shared_adapter(run, plan)
-        parallel = platform.initialize(shared.parallel, shared.train.seed)
+        asked = {f"--{name}": str(getattr(args, name)) for name in lows}
+        parallel = platform.initialize(shared.parallel, shared.train.seed, facts=versions() | config.flat(run) | asked)
 
         def say(line: str) -> None:
             if parallel.is_main:

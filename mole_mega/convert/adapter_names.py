@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mole_mega.config import AdapterConfig
+from mole_mega.config import AdapterConfig, ConfigError
 from mole_mega.models.sizes import LlavaSize
 
 _OURS = "language_model.decoder.layers.{layer}."
@@ -37,13 +37,18 @@ class AdapterRow:
 
     ours: str
     module: str
-    kind: Literal["lora_A", "lora_B", "router_weight", "router_bias"]
+    kind: Literal["lora_A", "lora_B", "router_weight", "router_bias", "router_score_bias"]
     has_experts: bool = False
 
 
 def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow]:
     """Every adapter tensor of a model, once. LoRA A is [R, in] and B [out, R], with a leading [E] for
-    experts, but for an A that they share."""
+    experts, but for an A that they share. Raises ConfigError for adapters that have no such form."""
+    if adapter.method == "mole" and adapter.shared_B:
+        raise ConfigError(
+            f"adapter.shared_B is {adapter.shared_B}: each expert's B is a mixture of common ones behind a transform, "
+            "for which Hugging Face's formats have no place"
+        )
     is_mole = adapter.method == "mole"
     for layer in range(size.language.num_layers):
         ours, theirs = _OURS.format(layer=layer), _THEIRS.format(layer=layer)
@@ -58,3 +63,5 @@ def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow
             yield AdapterRow(f"{ours}{ROUTER}.weight", theirs + ROUTER, "router_weight")
             if adapter.router_bias:
                 yield AdapterRow(f"{ours}{ROUTER}.bias", theirs + ROUTER, "router_bias")
+            if adapter.router_score == "sigmoid":
+                yield AdapterRow(f"{ours}{ROUTER}.score_bias", theirs + ROUTER, "router_score_bias")

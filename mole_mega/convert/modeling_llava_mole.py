@@ -10,8 +10,10 @@ is a `LlavaForConditionalGeneration` whose decoder carries LoRA. In an adapted l
     h = silu(Wg x + Dg(x)) * (Wu x + Du(x));  out = Wd h + Dd(h)
 
 `gate` says what w is: `none` 1; `prob` p_k, divided by its sum over the chosen ones if `renormalize`;
-`straight_through` 1 with the gradient of `prob`; `dense` p_k, of all experts. The router computes in fp32 whatever the
-model's dtype is. Padding is routed like any token. `method: lora` is plain LoRA instead: a pair a linear.
+`straight_through` 1 with the gradient of `prob`; `dense` p_k, of all experts. With `router_score` sigmoid p is
+sigmoid(R x) + a bias that no gradient trained. With `expert_form` mlp each expert is an MLP with an activation of its
+own, and out their sum, each times w. The router computes in fp32 whatever the model's dtype is. Padding is routed like
+any token. `method: lora` is plain LoRA instead: a pair a linear.
 
 After a forward pass `model.expert_choices()` says which experts each token went to.
 
@@ -37,8 +39,9 @@ FP32_MODULES = ["mlp.router"]
 
 class LlavaMoleConfig(LlavaConfig):
     """A LLaVA's config with the section `mole`: method, num_experts, rank, alpha, gate, top_k, router_scope (block: one
-    router for gate, up and down), renormalize, share_A (one A for all experts of a linear), layers ("all" or a list of
-    decoder layers, from 0, whose MLP is adapted), attention (LoRA on q, k, v and o of every layer), router_bias."""
+    router for gate, up and down), renormalize, router_score, expert_form, share_A (one A for all experts of a linear),
+    layers ("all" or a list of decoder layers, from 0, whose MLP is adapted), attention (LoRA on q, k, v and o of every
+    layer), router_bias."""
 
     model_type = "llava_mole"
 
@@ -94,14 +97,27 @@ class LoraLinear(nn.Module):
             delta = routing.expert_lora(x, self.lora_A, self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scale * delta
 
+    def of_expert(self, k: int, x: torch.Tensor) -> torch.Tensor:
+        """x [N, I] -> [N, O] with the LoRA of one expert."""
+        A = self.lora_A[k] if self.lora_A.dim() == 3 else self.lora_A
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, A), self.lora_B[k])
+
 
 class MoleRouter(nn.Linear):
-    """p = softmax(R x + b) in fp32: [T, H] -> [T, E]."""
+    """p = softmax(R x + b), or sigmoid(R x) + score_bias, in fp32: [T, H] -> [T, E]."""
+
+    def __init__(self, hidden_size: int, mole: dict[str, Any]) -> None:
+        super().__init__(hidden_size, mole["num_experts"], bias=mole["router_bias"], dtype=torch.float32)
+        self.score_bias = None
+        if mole["router_score"] == "sigmoid":
+            zeros = torch.zeros(mole["num_experts"], dtype=torch.float32)
+            self.score_bias = nn.Parameter(zeros, requires_grad=False)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(x_TH.device.type, enabled=False):
-            return F.linear(x_TH.float(), self.weight.float(), bias).softmax(dim=-1)
+            logits_TE = F.linear(x_TH.float(), self.weight.float(), bias)
+            return logits_TE.softmax(-1) if self.score_bias is None else logits_TE.sigmoid() + self.score_bias.float()
 
 
 class MoleMLP(nn.Module):
@@ -120,7 +136,8 @@ class MoleMLP(nn.Module):
         self.down_proj = LoraLinear(mlp.down_proj, mole, num_experts)
         self.act_fn = mlp.act_fn
         hidden_size = mlp.gate_proj.in_features
-        self.router = MoleRouter(hidden_size, num_experts, bias=mole["router_bias"], dtype=torch.float32)
+        self.router = MoleRouter(hidden_size, mole)
+        self.expert_form = mole["expert_form"]
         self.gate, self.top_k, self.renormalize = mole["gate"], mole["top_k"], mole["renormalize"]
         self.last_choice = torch.empty(0, dtype=torch.long)
 
@@ -136,8 +153,24 @@ class MoleMLP(nn.Module):
         if self.gate == "dense":
             chosen_TE = torch.ones_like(chosen_TE)
         routing = Routing(chosen_TE, self._gate_weight(probs_TE, chosen_TE))
+        if self.expert_form == "mlp":
+            return self._whole_mlps(x_TH, routing).view_as(hidden)
         h_TF = self.act_fn(self.gate_proj(x_TH, routing)) * self.up_proj(x_TH, routing)
         return self.down_proj(h_TF, routing).view_as(hidden)
+
+    def _whole_mlps(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The sum of w_k MLP_k(x) over each token's own experts k, each computed by itself, the frozen part too."""
+        output_TH = torch.zeros_like(x_TH)
+        assert routing.weight_N is not None  # of a gate by probabilities
+        weights = routing.weight_N.split(routing.counts_E)
+        for k, token_N in enumerate(routing.token_N.split(routing.counts_E)):
+            if len(token_N):
+                x_NH = x_TH[token_N]
+                h_NF = self.act_fn(self.gate_proj.of_expert(k, x_NH)) * self.up_proj.of_expert(k, x_NH)
+                weight_N = weights[k].to(x_NH.dtype)
+                output_NH = weight_N[:, None] * self.down_proj.of_expert(k, h_NF)
+                output_TH = output_TH.index_add(0, token_N, output_NH)
+        return output_TH
 
     def _gate_weight(self, probs_TE: torch.Tensor, chosen_TE: torch.Tensor) -> torch.Tensor | None:
         if self.gate == "none":
@@ -150,7 +183,10 @@ class MoleMLP(nn.Module):
 def add_adapters(decoder: Any, mole: dict[str, Any]) -> None:
     """Put LoRA, routers and experts around the weights of a Llama decoder; raises ValueError for what is not known."""
     # folders that were written before there was a choice do not name these
-    added: dict[str, Any] = {"router_scope": "block", "renormalize": False, "share_A": False}
+    added: dict[str, Any] = {
+        "router_scope": "block", "renormalize": False, "share_A": False, "expert_form": "linear",
+        "router_score": "softmax",
+    }  # fmt: skip
     mole = added | mole
     for key, known in (
         ("method", ("mole", "lora")),
@@ -159,6 +195,8 @@ def add_adapters(decoder: Any, mole: dict[str, Any]) -> None:
         ("router_scope", ("block",)),
         ("renormalize", (False, True)),
         ("share_A", (False, True)),
+        ("expert_form", ("linear", "mlp")),
+        ("router_score", ("softmax", "sigmoid")),
     ):
         if mole[key] not in known:
             raise ValueError(f"config.json: mole.{key} is {mole[key]!r}; known are {', '.join(map(repr, known))}")

@@ -21,7 +21,8 @@ from mole_mega.convert.serving import write_serving_files
 MODELING_FILE = "modeling_llava_mole.py"
 MODEL_CARD = "README.md"
 
-_SUFFIXES = {"lora_A": "lora_A", "lora_B": "lora_B", "router_weight": "weight", "router_bias": "bias"}
+_SUFFIXES = {"lora_A": "lora_A", "lora_B": "lora_B", "router_weight": "weight", "router_bias": "bias",
+             "router_score_bias": "score_bias"}  # fmt: skip
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -106,6 +107,8 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
             "router_scope": adapter.router_scope,
             "renormalize": adapter.renormalize,
             "share_A": adapter.share_A,
+            "expert_form": adapter.expert_form,
+            "router_score": adapter.router_score,
             "layers": adapter.layers,
             "attention": adapter.attention,
             "router_bias": adapter.router_bias,

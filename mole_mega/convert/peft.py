@@ -76,6 +76,11 @@ def export_peft(trained: Trained, out: Path) -> Exported:
             f"{trained.step} was trained with adapter.router_scope {trained.adapter.router_scope}, whose routers have "
             "no place in the exported folder"
         )
+    if trained.adapter.method == "mole" and trained.adapter.router_score != "softmax":
+        raise ConfigError(
+            f"{trained.step} was trained with adapter.router_score {trained.adapter.router_score}, whose biases have "
+            "no place in the exported folder; export it with --format mole"
+        )
     step = StoredTensors(trained.step)
     with new_folder(out) as folder:
         if trained.adapter.method == "lora" or trained.adapter.num_experts == 1:

@@ -5,9 +5,8 @@ Megatron-Core's local attention, which keeps its score matrices; Transformer Eng
 workspace beside it. Sequences are as long as `Shape.length`, so what is counted is the longest that the run may meet.
 
 Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, NCCL's
-buffers, what dropout keeps, what the methods remember (adapters/methods: LoRASculpt a byte a factor's number for its
-masks, BoRA a mean of each factor over experts), and what Transformer Engine keeps in FP8 beside a base that is in bf16
-(a byte or two a weight).
+buffers, what dropout keeps, and what Transformer Engine keeps in FP8 beside a base that is in bf16 (a byte or two a
+weight).
 
 Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts, K experts
 that a token uses.
@@ -68,12 +67,14 @@ def micro_batch(run: RunConfig, length: int | None = None, images_per_sample: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes by part. `vision` is the tower's workspace where that, and not the decoder's, is at the peak."""
+    """Bytes by part. `methods`: what those around the optimizer step remember. `vision` is the tower's workspace where
+    that, and not the decoder's, is at the peak."""
 
     frozen: int
     trained: int
     gradients: int
     optimizer: int
+    methods: int
     activations: int
     workspace: int
     dispatch: int
@@ -81,7 +82,7 @@ class Memory:
 
     @property
     def static(self) -> int:
-        return self.frozen + self.trained + self.gradients + self.optimizer
+        return self.frozen + self.trained + self.gradients + self.optimizer + self.methods
 
     @property
     def total(self) -> int:
@@ -98,16 +99,33 @@ def stage_memory(run: RunConfig, size: LlavaSize, world_size: int, stage: int, s
     vision = _vision_workspace(run, size, shape) if stage == 0 else 0
     # the tower runs before its micro-batch has kept anything
     vision_is_peak = vision > saved + workspace + dispatch
+    if vision_is_peak:
+        num_flying, workspace, dispatch = num_flying - 1, 0, 0
+    else:
+        vision = 0
+    methods, of_their_step = _methods(run, size, stage)
+    # methods work when the passes are over
+    more = max(0, of_their_step - (num_flying * saved + workspace + dispatch + vision))
     return Memory(
         frozen=frozen,
         trained=trained,
         gradients=gradients,
         optimizer=optimizer,
-        activations=(num_flying - vision_is_peak) * saved,
-        workspace=kept + (0 if vision_is_peak else workspace),
-        dispatch=0 if vision_is_peak else dispatch,
-        vision=vision if vision_is_peak else 0,
+        methods=methods,
+        activations=num_flying * saved,
+        workspace=kept + workspace + more,
+        dispatch=dispatch,
+        vision=vision,
     )
+
+
+def _methods(run: RunConfig, size: LlavaSize, stage: int) -> tuple[int, int]:
+    """(what methods remember, what their step takes beside it)."""
+    if not run.adapter.methods:
+        return 0, 0
+    from mole_mega.estimate.methods import method_bytes  # with the methods come torch and Megatron-Core
+
+    return method_bytes(run, size, stage)
 
 
 def in_flight(run: RunConfig, world_size: int, stage: int) -> int:
@@ -136,7 +154,7 @@ def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tup
     share, expert_share = (data, data // run.parallel.expert) if train.distributed_optimizer else (1, 1)
     optimizer = ((moments + master) * dense + moments * numbers.routers) // share
     optimizer += (moments + master) * numbers.experts // expert_share
-    frozen = width * numbers.frozen(projector=train.projector)
+    frozen = width * numbers.frozen(projector=train.projector) + (FP32 - width) * numbers.score_biases
     if run.fp8.store_base:
         num_weights, scales = fp8_bytes(run, size, stage)
         frozen += scales - (width - 1) * num_weights
@@ -151,7 +169,10 @@ def mixture_form(run: RunConfig, size: LlavaSize) -> Literal["tokens", "masked",
         return "tokens"
     if adapter.gate == "dense" or adapter.router_scope == "linear":
         return "masked"
-    return "masked" if computes_all(adapter.num_experts, adapter.top_k, BYTES[run.train.dtype]) else "paired"
+    if adapter.expert_form == "mlp":
+        return "paired"
+    width = BYTES[run.train.dtype]
+    return "masked" if computes_all(adapter.num_experts, adapter.top_k, adapter.rank, width) else "paired"
 
 
 def gathered_bank(run: RunConfig, size: LlavaSize) -> int:
@@ -235,7 +256,21 @@ def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int
         return saved + width * tokens * 4 * ffn
     if adapter.method == "lora":
         return saved + width * tokens * (hidden + 3 * adapter.rank + 5 * ffn)
-    return saved + _routing(run, size, shape) + _experts(run, size, shape) + gathered_bank(run, size)
+    saved += _routing(run, size, shape) + _experts(run, size, shape) + gathered_bank(run, size)
+    return saved + _mixed_factors(run, size)
+
+
+def _mixed_factors(run: RunConfig, size: LlavaSize) -> int:
+    """Of the experts' B that are mixtures of common ones: before their transform, and behind it in the model's dtype;
+    and the common ones and the transforms in fp32, where that is another."""
+    language, adapter, width = size.language, run.adapter, BYTES[run.train.dtype]
+    if not adapter.shared_B:
+        return 0
+    outputs = 2 * language.ffn_hidden_size // run.parallel.tensor + language.hidden_size
+    saved = adapter.num_experts * outputs * adapter.rank * (FP32 + width)
+    if width != FP32:
+        saved += FP32 * adapter.rank * (adapter.shared_B * outputs + 3 * adapter.num_experts * adapter.rank)
+    return saved
 
 
 def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
@@ -245,7 +280,9 @@ def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     own, form = shape.tokens // tensor, mixture_form(run, size)
     # the router of a down projection has all tokens
     routed = 2 * own + shape.tokens if adapter.router_scope == "linear" else own
-    saved = routed * (FP32 * adapter.num_experts * (1 if adapter.gate == "dense" else 3) + 8 * adapter.num_choices)
+    # sigmoids, and scores with their bias, beside what a softmax keeps
+    tables = 1 if adapter.gate == "dense" else 3 if adapter.router_score == "softmax" else 5
+    saved = routed * (FP32 * adapter.num_experts * tables + 8 * adapter.num_choices)
     if form != "tokens":
         saved += (shape.tokens - own) * FP32 * adapter.num_experts  # weights of all ranks' tokens
     reads = adapter.router_scope in ("block", "linear")
@@ -265,6 +302,9 @@ def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
         return shape.tokens * width * (hidden + ranks + 3 * ffn)
     # weights, and the order of the rows there and back; of pairs also their experts
     numbering = used * (FP32 + 8 * (2 if form == "tokens" else 4))
+    if adapter.expert_form == "mlp":
+        # each pair has an MLP's middle of its own: in, out, and what it is more than the frozen one's
+        return shape.tokens * (width * used * (hidden + ranks + 4 * ffn) + numbering)
     return shape.tokens * (width * (used * (hidden + ranks + ffn) + 2 * ffn) + numbering)
 
 
@@ -275,7 +315,8 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
     scores = _scores(run, size, shape)
     attention = scores * (2 * FP32 if width == FP32 else 2 * FP32 + 2 * width)
     # the gradients of the gathered bank, and the same side by side on their way to the owners
-    mlp = width * tokens * (4 * ffn + 2 * hidden) + 2 * gathered_bank(run, size)
+    middles = run.adapter.top_k if run.adapter.expert_form == "mlp" else 1
+    mlp = width * tokens * (4 * ffn * middles + 2 * hidden) + 2 * gathered_bank(run, size)
     mlp += _decoded(run, decoder_linears(language, tensor))
     layer = max(attention, mlp)
     if run.train.recompute == "full":
@@ -283,6 +324,8 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
             _attention(run, size, shape, recomputed=False) + _mlp(run, size, shape, adapted=adapted)
             for adapted in {True} | ({False} if run.adapter.layers != "all" else set())
         )
+        if adapted_layers(run, size, stage) > 1:  # the next one's, on its way
+            layer += gathered_bank(run, size)
     elif run.train.recompute == "selective":
         layer = max(attention + _core_attention(run, size, shape), mlp)
     if stage < run.parallel.pipeline - 1:

@@ -31,6 +31,8 @@ class Parameters:
     dense_adapters: int = 0
     experts: int = 0
     routers: int = 0
+    # of routers, moved by no gradient
+    score_biases: int = 0
 
     @property
     def adapters(self) -> int:
@@ -85,6 +87,9 @@ def stage_parameters(run: RunConfig, size: LlavaSize, stage: int) -> Parameters:
         + num_adapted * mlp_dense,
         experts=num_adapted * banks * one_expert,
         routers=_routers(run, language, num_adapted),
+        score_biases=num_adapted * adapter.num_experts * len(router_widths(run, language))
+        if adapter.router_score == "sigmoid"
+        else 0,
     )
 
 
@@ -98,7 +103,9 @@ def router_widths(run: RunConfig, size: LanguageSize) -> tuple[int, ...]:
 def fp8_bytes(run: RunConfig, size: LlavaSize, stage: int) -> tuple[int, int]:
     """(weights, bytes of their scales) of one rank's linears of tower and decoder, which `fp8.store_base` keeps at one
     byte a weight."""
-    num_layers, first = len(stage_layers(run, size, stage)), stage == 0
+    layers, first = stage_layers(run, size, stage), stage == 0
+    as_they_are = (0, size.language.num_layers - 1) if run.fp8.first_last_layers_bf16 else ()
+    num_layers = sum(layer not in as_they_are for layer in layers)
     linears = num_layers * decoder_linears(size.language, run.parallel.tensor)
     linears += first * size.vision.num_built_layers * vision_linears(size.vision, run.parallel.tensor)
     if run.fp8.scale == "channel":
@@ -151,6 +158,8 @@ def mlp_lora(size: LanguageSize, adapter: AdapterConfig, tensor: int) -> tuple[i
     """(one expert's own factors, those that experts share): A of gate and up and B of down whole, the others cut."""
     hidden, ffn = size.hidden_size, size.ffn_hidden_size // tensor
     A, B = adapter.rank * (2 * hidden + ffn), adapter.rank * (2 * ffn + hidden)
+    if adapter.shared_B and adapter.method == "mole":
+        return 0, A + adapter.shared_B * B + 3 * adapter.num_experts * (adapter.shared_B + adapter.rank**2)
     return (B, A) if adapter.share_A and adapter.method == "mole" else (A + B, 0)
 
 

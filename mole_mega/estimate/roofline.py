@@ -8,7 +8,7 @@ every stage waits for the slowest (bubble of 1F1B, arXiv 2104.04473: (P - 1) mic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mole_mega.config import RunConfig
 from mole_mega.estimate.gpus import Gpu
@@ -76,6 +76,11 @@ def micro_batch_flops(run: RunConfig, size: LlavaSize, stage: int, shape: Shape)
     one_expert = numbers.experts * run.parallel.expert // adapter.num_experts
     met = adapter.num_experts if mixture_form(run, size) == "masked" else adapter.top_k  # experts, by each token
     trained = numbers.dense_adapters + met * one_expert + numbers.routers // tensor
+    if adapter.method == "mole" and adapter.shared_B:
+        # a token meets its experts' mixtures, which are put together once, and not the common factors
+        plain = stage_parameters(replace(run, adapter=replace(adapter, shared_B=0)), size, stage)
+        one_expert = plain.experts * run.parallel.expert // adapter.num_experts
+        trained = plain.dense_adapters + met * one_expert
     heads = language.num_heads * language.kv_channels // tensor
     attention = 4 * shape.length * heads * tokens * len(stage_layers(run, size, stage))
     forward = 2 * tokens * (numbers.decoder + trained) + attention

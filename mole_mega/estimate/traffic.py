@@ -85,10 +85,14 @@ def partial_gradients(
     banks = adapter.num_experts // run.parallel.expert if is_mole else 1
     # A of gate and up, B of down
     factors = (2 if is_mole and adapter.share_A else 2 * banks) + banks
+    mixing = 0
+    if is_mole and adapter.shared_B:
+        factors = 2 + adapter.shared_B
+        mixing = 3 * adapter.num_experts * (adapter.shared_B + adapter.rank**2)
     routers = numbers.routers
     if is_mole and adapter.router_scope == "linear":
         routers -= num_adapted * adapter.num_experts * size.ffn_hidden_size // run.parallel.tensor  # those of down
-    return attention + routers + num_adapted * factors * adapter.rank * size.hidden_size
+    return attention + routers + num_adapted * (factors * adapter.rank * size.hidden_size + mixing)
 
 
 def _ring(num_bytes: int, ranks: int) -> int:

@@ -19,7 +19,9 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from mole_mega.adapters import mixture
 from mole_mega.adapters.instructions import InstructionRouter, number_places
+from mole_mega.adapters.mixture import MixtureLayer
 from mole_mega.adapters.mole import MoLELayer
 from mole_mega.adapters.pairs import HasPairs, Pair
 from mole_mega.adapters.routers import MoLERouter
@@ -103,19 +105,23 @@ class LLaVA(MegatronModule):
         # vocabulary rows that only pad it to a multiple of TP; they lie on the last rank
         part = padded_vocab_size // tp
         self._num_real_logits = min(part, vocab_size - parallel.tp_rank * part)
+        mixture.prefetch_along([block.experts for block in self.mole_layers() if isinstance(block, MixtureLayer)])
         self.to(parallel.device)
         self._freeze(train_projector=adapters and run.train.projector)
         if run.fp8.store_base and run.model.backend == "transformer_engine":
             fp8.forget_initial_weights(self.language_model.decoder)
         elif run.fp8.store_base:
             # all that is wide; embeddings, output layer and projector stay in the model's dtype
-            fp8.make_room(self.language_model.decoder, run.fp8.scale)
+            last = size.language.num_layers
+            for layer in self.language_model.decoder.layers:
+                if not (run.fp8.first_last_layers_bf16 and layer.layer_number in (1, last)):
+                    fp8.make_room(layer, run.fp8.scale)
             if self.pre_process:
                 fp8.make_room(self.vision_model.decoder, run.fp8.scale)
 
     def _freeze(self, *, train_projector: bool) -> None:
         for parameter in self.parameters():
-            parameter.requires_grad = hasattr(parameter, "placement")
+            parameter.requires_grad = hasattr(parameter, "placement") and not hasattr(parameter, "moved_by_load")
         if train_projector and self.pre_process:
             self.vision_projection.requires_grad_(True)
 

@@ -91,7 +91,10 @@ def _inner_products(experts: MoLEExperts, ep_group: dist.ProcessGroup) -> torch.
     for projection in ("gate", "up", "down"):
         A = getattr(experts, f"lora_{projection}_A")
         A_ERI = A.float().expand(number, *A.shape) if experts.adapter.share_A else _all_experts(A, ep_group)
-        B_EOR = _all_experts(getattr(experts, f"lora_{projection}_B"), ep_group)
+        if experts.adapter.shared_B:
+            B_EOR = experts.mixed_B(projection).float()
+        else:
+            B_EOR = _all_experts(getattr(experts, f"lora_{projection}_B"), ep_group)
         A_rows, B_rows = A_ERI.flatten(0, 1), B_EOR.transpose(1, 2).flatten(0, 1)
         products = (A_rows @ A_rows.T).double() * (B_rows @ B_rows.T).double()
         total += products.unflatten(0, (number, rank)).unflatten(-1, (number, rank)).sum((1, 3))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mole_mega.errors import STOP_SIGNALS, ExitCode
 
+# For `environment`: processes find no GPU, whatever the host has; libraries do not warn while they are imported.
+WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+QUIET = {"PYTHONWARNINGS": "ignore"}
 
-def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
-    """Run `python -m module` as `nproc` processes under torchrun on this host; returns the first failure's code, or
-    what a signal to the launcher stands for."""
+
+def launch(module: str, arguments: Sequence[str], nproc: int, environment: Mapping[str, str] | None = None) -> int:
+    """Run `python -m module` as `nproc` processes under torchrun on this host, with `environment` added to this
+    process's own; returns the first failure's code, or what a signal to the launcher stands for."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
@@ -21,7 +26,8 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
     signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and SIGUSR1
     args = ["--standalone", signals, f"--nproc-per-node={nproc}", "-m", module, *arguments]
     try:
-        run(get_args_parser().parse_args(args))
+        with _environment(environment or {}):
+            run(get_args_parser().parse_args(args))
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
@@ -29,3 +35,15 @@ def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
         # ends them where they are, and the code is the shell's: 130 (INTERRUPTED) for Ctrl-C.
         return ExitCode.STOPPED_ON_SIGNAL if error.sigval in STOP_SIGNALS else 128 + error.sigval
     return ExitCode.DONE
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """torchrun hands its own environment on to the processes."""
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -120,6 +120,7 @@ def initialize(
     check_world(config, world_size)
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.backends.cudnn.allow_tf32 = False  # the tower's convolution: fp32 means fp32, as it does on the CPU
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_minutes)
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"

@@ -106,6 +106,7 @@ def dry_run(run: RunConfig, size: LlavaSize, world_size: int, base: Path | None)
 def count_parameters(model: LLaVA) -> Parameters:
     """The parameters of one rank's part of a model, told apart by the modules that hold them."""
     routers = {id(parameter): parameter for parameter in model.router_parameters()}
+    score_biases = sum(p.numel() for p in routers.values() if not p.requires_grad)
     placed = {id(p): p for p in model.parameters() if hasattr(p, "placement") and id(p) not in routers}
     experts = sum(p.numel() for p in placed.values() if p.placement.expert_axis is not None)
 
@@ -122,7 +123,8 @@ def count_parameters(model: LLaVA) -> Parameters:
         output=frozen(getattr(language, "output_layer", None)),
         dense_adapters=sum(p.numel() for p in placed.values()) - experts,
         experts=experts,
-        routers=sum(p.numel() for p in routers.values()),
+        routers=sum(p.numel() for p in routers.values()) - score_biases,
+        score_biases=score_biases,
     )
 
 

@@ -27,7 +27,7 @@ from mole_mega import config as run_config
 from mole_mega.adapters.methods import method_entries, shorten_methods
 from mole_mega.adapters.routing import RoutingSummary
 from mole_mega.checkpoint.base import save_base
-from mole_mega.checkpoint.store import trainable_entries
+from mole_mega.checkpoint.store import trainable_entries, weight_entries
 from mole_mega.config import AdapterConfig, Fp8Config, ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
@@ -38,6 +38,7 @@ from mole_mega.monitor.experts import measure_experts
 from mole_mega.platform import parallel as platform
 from mole_mega.platform.launch import launch
 from mole_mega.platform.parallel import Parallel
+from mole_mega.platform.recipes import sequence_multiple
 from mole_mega.training.loss import SCORE_ROWS
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
@@ -146,11 +147,28 @@ def _scaled_alpha(adapter: AdapterConfig, rank: int) -> float:
     return adapter.alpha * adapter.scale / replace(adapter, rank=rank).scale
 
 
-def batches(size: LlavaSize, step: int, rank: int, world: int) -> list[Batch]:
+def batches(size: LlavaSize, step: int, rank: int, world: int, pad_to: int = 8) -> list[Batch]:
     """This data-parallel rank's two-sample micro-batches of a made global batch of 8: samples of different lengths with
-    0 to 3 images, one micro-batch of text alone, in every layout the same."""
-    chunks = [_batch(size, step, chunk) for chunk in range(4)]
+    0 to 3 images, one micro-batch of text alone, in every layout and with any padding the same."""
+    chunks = [_padded(_batch(size, step, chunk), pad_to) for chunk in range(4)]
     return chunks[rank::world]
+
+
+def _padded(batch: Batch, multiple: int) -> Batch:
+    """With places after its samples' ends up to a multiple."""
+    more = -batch.tokens.shape[1] % multiple
+
+    def pad(tensor: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, more), value=value)
+
+    return replace(
+        batch,
+        tokens=pad(batch.tokens, 0),
+        labels=pad(batch.labels, IGNORE_INDEX),
+        padding_mask=pad(batch.padding_mask, False),
+        position_ids=torch.arange(batch.tokens.shape[1] + more).expand(len(batch.tokens), -1),
+        image_mask=pad(batch.image_mask, False),
+    )
 
 
 def _batch(size: LlavaSize, step: int, chunk: int) -> Batch:
@@ -199,11 +217,12 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
     optimizer = build_optimizer(model, run.train)
     stepper = Stepper(run, model, optimizer, parallel, num_domains=2)
     parameters = dict(model.module.named_parameters())
-    scores = stepper.evaluate(batches(size, 0, parallel.dp_rank, parallel.dp_size))
+    rank, world, pad_to = parallel.dp_rank, parallel.dp_size, math.lcm(8, sequence_multiple(run))
+    scores = stepper.evaluate(batches(size, 0, rank, world, pad_to))
     result = {f"loss/validation_{row}": sums.clone() for row, sums in zip(SCORE_ROWS, scores, strict=True)}
     for step in range(STEPS):
         set_lr(optimizer, step + 1, run.train)
-        stepper.backward(batches(size, step, parallel.dp_rank, parallel.dp_size), whole_gradients=True)
+        stepper.backward(batches(size, step, rank, world, pad_to), whole_gradients=True)
         if step == 0:
             gradients = {name: parameters[name].main_grad for name in entries}
             result |= {f"gradient/{key}": tensor for key, tensor in _whole(entries, gradients, parallel).items()}
@@ -219,7 +238,8 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
         layers, blocks = stepper.router_plan.layers, model.module.mole_layers()
         experts = measure_experts(blocks, layers, run.adapter.num_experts, parallel.groups, parallel.device)
         result["loss/delta_norms"], result["loss/similarities"] = experts.delta_norm_LE, experts.similarity_LEE
-    weights = _whole(entries, {name: parameters[name].detach() for name in entries}, parallel)
+    kept = weight_entries(model)
+    weights = _whole(kept, {name: parameters[name].detach() for name in kept}, parallel)
     result |= {f"weight/{key}": tensor for key, tensor in weights.items()}
     states = method_entries(stepper.methods, parallel.groups)
     remembered = _whole(states, {name: entry.data.double() for name, entry in states.items()}, parallel)
@@ -259,7 +279,7 @@ def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, 
     worst = {"loss": (0.0, ""), "gradient": (0.0, ""), "weight": (0.0, "")}
     for key, expected in reference.items():
         kind, _, name = key.partition("/")
-        scale = _norm_to_measure_by(key, reference)
+        scale = norm_to_measure_by(key, reference)
         difference = float((measured[key].double() - expected.double()).norm())
         ratio = difference / scale if scale else (math.inf if difference else 0.0)
         ratio = math.inf if math.isnan(ratio) else ratio
@@ -271,7 +291,7 @@ def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, 
     )  # fmt: skip
 
 
-def _norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
+def norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
     """A tensor's own norm; of a router's bias gradient, what its terms would add up to if they did not cancel.
 
     Rounding errors are as large as the terms g_t of a sum over tokens. In a router's bias these cancel: a softmax sends

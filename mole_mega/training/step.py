@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mole_mega.adapters.methods import build_methods
 from mole_mega.adapters.methods.base import Step
-from mole_mega.adapters.routers import plan_routers, router_loss_gradients, summarize
+from mole_mega.adapters.routers import move_score_biases, plan_routers, router_loss_gradients, summarize
 from mole_mega.config import RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.models.context import ContextPart
@@ -143,6 +143,8 @@ class Stepper(Evaluator):
             for method in self.methods.values():
                 method.after_step(self.pairs, step)
         table = self._routing_table
+        if applied and table is not None:
+            move_score_biases(self.model.module.routers(), self.router_plan, self.run.adapter, table)
         return StepResult(
             loss=loss,
             domain_loss=domain_loss / domain_tokens.clamp(min=1),

@@ -34,6 +34,19 @@ LINEAR = {**DENSE, "router_scope": "linear"}
 SAMPLE = {**NORMED, "router_scope": "sample", "balance_weight": 0.0, "z_loss_weight": 0.0}
 
 
+# MTL-LoRA: B mixed by task; at a temperature at which the shares' gradients are not what is left of sums that cancel
+MTL = {**TASK, "share_A": True, "shared_B": 3, "mix_temperature": 1.0, "expert_parallel": "weights"}
+
+# SMoRA: each rank an expert; its bias moves, and by enough to choose others
+SMORA = {
+    **NORMED, "num_experts": 16, "rank": 1, "top_k": 4, "router_score": "sigmoid", "score_bias_rate": 0.05,
+    "router_bias": False, "balance_weight": 0.0, "z_loss_weight": 0.0, "router_scope": "linear",
+}  # fmt: skip
+
+# MixLoRA: whole MLPs
+MLPS = {**NORMED, "expert_form": "mlp"}
+
+
 def case(*arguments):
     """`test_layouts.case` on two sources."""
     with pytest.MonkeyPatch.context() as patch:
@@ -57,6 +70,14 @@ CASES = [
     case(PP, 2, SAMPLE, {"recompute": "full"}),
     case(TP_EP, 4, SAMPLE),
     case(PP_EP, 4, {**LINEAR, "gate": "prob", "top_k": 2, "balance_scope": "model"}),
+    case(TP_EP, 4, MTL),
+    case(PP, 2, MTL, {"recompute": "full"}),
+    case(TP, 2, SMORA),
+    case(PP_EP, 4, SMORA, {"recompute": "full"}),
+    case(TP_EP, 4, {**SMORA, "router_scope": "block"}),
+    case(TP_EP, 4, MLPS),
+    case(PP_EP, 4, MLPS, {"recompute": "full"}),
+    case(DP, 2, {**MLPS, "num_experts": 14}),
     case(EP, 2, {**TOP_2, "top_k": 1}),
     # last: the distributed optimizer is never freed
     case(EP, 2, DENSE, {"distributed_optimizer": True}),
@@ -77,6 +98,19 @@ def test_every_trainable_tensor_had_a_gradient(recorded):
     for name, reference in recorded[1].items():
         gradients = [tensor for key, tensor in reference.items() if key.startswith("gradient/")]
         assert all(tensor.isfinite().all() and tensor.any() for tensor in gradients), name
+
+
+def test_the_biases_of_scores_moved_by_load_alone(recorded):
+    found = 0
+    for name, reference in recorded[1].items():
+        for key, bias in reference.items():
+            if key.endswith("score_bias"):
+                assert not key.startswith("gradient/"), name
+                steps = bias / SMORA["score_bias_rate"]  # three of -1, 0 or 1
+                torch.testing.assert_close(steps, steps.round())
+                assert steps.any() and steps.abs().max() <= 3
+                found += 1
+    assert found
 
 
 def test_a_tokens_choices_are_counted_each(recorded):

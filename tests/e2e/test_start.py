@@ -65,6 +65,35 @@ def test_a_rank_that_differs_is_named_with_what_it_has(write_run, tmp_path, prep
     assert not (tmp_path / "run").exists()
 
 
+def other_steps(rank):
+    """For `prepare`: rank 1 is asked for something else."""
+    if rank == 1:
+        from mole_mega.conflict import command
+
+        parse = command.parse
+        command.parse = lambda argv: parse([*argv, "--steps", "7"])
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "prepare", "message"),
+    [
+        ("evaluate", ["--base"], other_learning_rate, "train.lr: 0.5 there, 0.003 on rank 0"),
+        ("evaluate", ["--base"], other_version, "transformers: 4.99 there, "),
+        ("conflict.command", [], other_learning_rate, "train.lr: 0.5 there, 0.003 on rank 0"),
+        ("conflict.command", [], other_steps, "--steps: 7 there, 50 on rank 0"),
+    ],
+)
+def test_commands_that_only_look_compare_their_ranks_too(
+    write_run, data, tmp_path, module, arguments, prepare, message
+):
+    sources = [{"name": name, "path": str(data / "text.json")} for name in ("text", "again")]
+    run = write_run(data={"sources": sources, "validation": sources[:1]})
+    code, text = commands.run([run, *arguments], tmp_path / "log", 2, prepare, module=f"mole_mega.{module}")
+    assert code == INPUT_ERROR, text
+    (line,) = text.splitlines()
+    assert line.startswith(f"error: rank 1 differs from rank 0 in {message}")
+
+
 def alone_as(rank, port, _):
     """For `prepare`: be one rank of two, whose other never comes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -259,6 +259,8 @@ def test_a_pass_of_either_form_sends_what_the_formula_says_and_nothing_on_one_pr
     row = expert_parallel.measure(4, sizes, "fp32", alone, repeats=1)
     assert all(row[f"{form}_{kind}"] == 0 for form in ("tokens", "weights") for kind in ("bytes", "formula"))
     assert row["tokens_ms"] > 0 and row["weights_ms"] > 0
+    assert "ahead_ms" not in row
+    assert expert_parallel.measure(4, sizes, "fp32", alone, repeats=1, num_layers=2)["ahead_ms"] > 0
 
 
 def test_the_table_says_where_auto_chose_the_slower_form(expert_parallel):
@@ -269,3 +271,6 @@ def test_the_table_says_where_auto_chose_the_slower_form(expert_parallel):
     _, right, wrong, last = expert_parallel.table([row("tokens", 1.0, 2.0), row("tokens", 2.0, 1.0)]).splitlines()
     assert right.endswith("tokens   tokens") and wrong.endswith("weights  tokens  SLOWER")
     assert last == "auto chose the faster form in 1 of 2 settings"
+    # what a run with several layers does
+    head, ahead, _ = expert_parallel.table([row("weights", 1.0, 2.0) | {"ahead_ms": 0.5}]).splitlines()
+    assert "ahead ms" in head and ahead.endswith("0.5   weights  weights")

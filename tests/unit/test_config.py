@@ -204,6 +204,12 @@ def test_a_value_out_of_range_is_named_with_its_key_and_number(section, key, val
 
 
 TASK = {"router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_experts": 1}
+MTL = {**TASK, "share_A": True, "shared_B": 2, "expert_parallel": "weights"}
+MLPS = {"expert_form": "mlp", "top_k": 2, "renormalize": True, "expert_parallel": "auto"}
+SIGMOID = {
+    "router_score": "sigmoid", "top_k": 2, "renormalize": True, "router_bias": False, "balance_weight": 0.0,
+    "expert_parallel": "auto",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -256,6 +262,26 @@ TASK = {"router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_expe
         ({"adapter": {**TASK, "balance_weight": 0.5}}, ["adapter.balance_weight must be 0", "got 0.5"]),
         ({"adapter": {**TASK, "num_experts": 5}}, ["adapter.num_experts is 5", "data.sources has 2"]),
         ({"adapter": {"renormalize": True}}, ["adapter.renormalize", "got 1 and prob"]),
+        (
+            {"adapter": MLPS | {"renormalize": False}},
+            ["expert_form mlp", "adapter.renormalize must be true, got false"],
+        ),
+        ({"adapter": MLPS | {"gate": "straight_through"}}, ["adapter.gate must be prob, got straight_through"]),
+        ({"adapter": MLPS | {"router_scope": "linear"}}, ["router_scope must be block or sample, got linear"]),
+        ({"adapter": MLPS | {"rescale_gate": True}}, ["adapter.rescale_gate must be false, got true"]),
+        ({"adapter": MLPS | {"expert_parallel": "tokens"}}, ["top_k is 2", "weights"]),
+        ({"adapter": {"shared_B": 2}}, ["adapter.shared_B mixes a B for each task", "router_scope must be task"]),
+        ({"adapter": {**TASK, "shared_B": 2}}, ["adapter.share_A must be true, got false"]),
+        ({"adapter": {**MTL, "methods": [{"name": "bora", "tau": 1}]}}, ["shared_B", "adapter.methods must be []"]),
+        (
+            {"adapter": {**SIGMOID, "balance_weight": 0.1}},
+            ["router_score sigmoid", "balance_weight must be 0, got 0.1"],
+        ),
+        ({"adapter": {**SIGMOID, "router_bias": True}}, ["adapter.router_bias must be false"]),
+        (
+            {"adapter": SIGMOID, "monitor": {"alarms": {"reaction": "reseed"}}},
+            ["reaction reseed", "adapter.router_score is sigmoid"],
+        ),
         (
             {"adapter": {"renormalize": True, "top_k": 2, "gate": "none", "expert_parallel": "auto"}},
             ["adapter.renormalize", "got 2 and none"],
@@ -503,6 +529,7 @@ def all_set() -> RunConfig:
             "renormalize": True, "share_A": True, "expert_parallel": "auto", "balance_weight": 1e-7,
             "balance_scope": "model", "z_loss_weight": 1e-22, "router_bias": False, "attention": False,
             "layers": [3, 1], "scaling": "rslora", "methods": [{"name": "any", "option": [0.5, {"x": None}]}],
+            "mix_temperature": 0.2, "score_bias_rate": 1e-4,
         },
         train={
             "schedule_steps": 9, "global_batch_size": 6, "micro_batch_size": 3, "seed": 5, "lr": 1e-4,
@@ -548,8 +575,10 @@ def test_a_dumped_config_loads_equal(config, tmp_path):
 def test_the_all_set_config_leaves_no_field_at_its_default():
     """So that a field that dump or load forgets is seen by the test above."""
     # one value only, or inside a list
-    # sgd does not go with a sharded Adam, nor answers with Transformer Engine
-    left_out = {"method", "router_scope", "rescale_gate", "context", "optimizer", "generate"}
+    # sgd does not go with a sharded Adam, nor answers with Transformer Engine, nor some forms of mixtures with others
+    left_out = {"method", "router_scope", "rescale_gate", "context", "optimizer", "generate"} | {
+        "shared_B", "expert_form", "router_score",
+    }  # fmt: skip
 
     def defaults(node: Any, where: str) -> list[str]:
         found = []

@@ -70,6 +70,18 @@ ADAPTERS = {
     "top 2, renormalized": replace(MOLE, top_k=2, renormalize=True, expert_parallel="weights"),
     "top 2 of many": replace(MOLE, num_experts=9, top_k=2, gate="straight_through", expert_parallel="auto"),
     "dense": replace(MOLE, gate="dense", expert_parallel="weights"),
+    "whole MLPs": replace(MOLE, top_k=2, renormalize=True, expert_form="mlp", expert_parallel="weights"),
+    "ranks by sigmoid": replace(
+        MOLE,
+        num_experts=8,
+        rank=1,
+        top_k=3,
+        renormalize=True,
+        router_score="sigmoid",
+        router_bias=False,
+        balance_weight=0.0,
+        expert_parallel="weights",
+    ),
     "shared A": replace(MOLE, share_A=True, expert_parallel="weights"),
     "lora": replace(MOLE, method="lora"),
     "lora, one layer": replace(MOLE, method="lora", layers=(0,)),
@@ -133,9 +145,9 @@ def train(
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or name.endswith("score_bias"):
                 values = torch.randn(parameter.shape, generator=generator)
-                spread = 0.3 if name.endswith("_B") else 1.0 if "router" in name else 0.1
+                spread = 0.3 if name.endswith("_B") else 1.0 if "router" in name and "score" not in name else 0.1
                 parameter.mul_(0) if zero_B and name.endswith("_B") else parameter.add_(spread * values)
     save_step(model, run, base, folder / "checkpoints" / "step_1")
     return find_trained(folder)
@@ -237,6 +249,7 @@ def ask_ours(trained: Trained, model: LLaVA, inputs: Inputs) -> Answer:
     names = {
         f"{row.module}.{kinds.get(row.kind, row.kind)}": row.ours
         for row in adapter_rows(adapter_of(trained), trained.size)
+        if row.kind != "router_score_bias"  # which has no gradient
     }
     names |= {row.hf[0]: row.ours for row in llava_hf.PROJECTOR}
     parameters = dict(model.named_parameters())
@@ -601,9 +614,13 @@ def test_the_section_names_every_field_that_the_layer_depends_on(exported):
     tree = json.loads((folder / "config.json").read_text())
     training = {
         "dropout", "balance_weight", "balance_scope", "z_loss_weight", "expert_parallel", "rescale_gate", "methods",
+        "score_bias_rate",
     }  # fmt: skip
+    refused = {"shared_B", "mix_temperature"}
     said_otherwise = {"scaling"}  # by alpha
-    assert {*tree["mole"], *training, *said_otherwise} == {field.name for field in dataclasses.fields(AdapterConfig)}
+    assert {*tree["mole"], *training, *said_otherwise, *refused} == {
+        field.name for field in dataclasses.fields(AdapterConfig)
+    }
     assert tree["model_type"] == "llava_mole" and tree["dtype"] == "float32"
 
 

@@ -206,6 +206,18 @@ def test_finished_runs_are_not_repeated_and_changed_ones_are(runs, jobs, capsys)
     assert runs.run_all(some, 1, work)[2]["settings"]["train"]["lr"] == some[2].run.train.lr
 
 
+def test_a_finished_run_stays_valid_when_the_config_gains_a_key_but_not_when_it_loses_one(runs, jobs):
+    job, path = jobs[0], jobs[0].folder / "result.json"
+    path.parent.mkdir(parents=True)
+    older, another, later = job.settings, job.settings, job.settings
+    del older["adapter"]["shared_B"]
+    del another["monitor"]["tensorboard"]  # which is not at its default
+    later["adapter"]["magic"] = 1
+    for settings, is_valid in ((older, True), (another, False), (later, False)):
+        path.write_text(json.dumps({"settings": settings}))
+        assert (runs.finished(job) is not None) == is_valid
+
+
 def test_what_the_claims_need_runs_first_over_all_seeds(runs, settings, tmp_path):
     rows = runs.table_rows(settings["adapter"]["rank"], 3)
     tuned = {row.tuned: {"lr": 0.001} for row in rows}

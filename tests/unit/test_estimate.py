@@ -9,6 +9,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mole_mega.adapters import mixing
+from mole_mega.adapters.methods.lorasculpt import conflict_parts
+from mole_mega.adapters.pairs import gram_matrices
 from mole_mega.adapters.traffic import Traffic as ExpertTraffic
 from mole_mega.config import (
     AdapterConfig,
@@ -22,9 +24,11 @@ from mole_mega.config import (
     TrainConfig,
 )
 from mole_mega.data.collate import Batch
+from mole_mega.estimate import memory
 from mole_mega.estimate.command import main as estimate_command
 from mole_mega.estimate.gpus import GPUS
 from mole_mega.estimate.memory import gathered_bank, in_flight, micro_batch, saved_activations, stage_memory
+from mole_mega.estimate.methods import method_bytes
 from mole_mega.estimate.parameters import stage_parameters
 from mole_mega.estimate.plan import Sample, estimate, misfit
 from mole_mega.estimate.roofline import micro_batch_flops
@@ -133,6 +137,14 @@ KINDS = {
 
 
 STAY = {"expert_parallel": "weights"}
+MIXED_B = STAY | {
+    "router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_experts": 2, "share_A": True, "shared_B": 3,
+}  # fmt: skip
+SIGMOID = STAY | {
+    "num_experts": 16, "rank": 1, "top_k": 4, "renormalize": True, "router_score": "sigmoid", "router_bias": False,
+    "balance_weight": 0.0,
+}  # fmt: skip
+MLPS = STAY | {"top_k": 2, "renormalize": True, "expert_form": "mlp"}
 MIXTURES = {
     "weights travel": {"adapter": STAY},
     "top-2": {"adapter": STAY | {"top_k": 2}},
@@ -148,6 +160,12 @@ MIXTURES = {
     "a router a linear, dense": {"adapter": STAY | {"router_scope": "linear", "gate": "dense"}},
     "a router a sample": {"adapter": {"router_scope": "sample", "balance_weight": 0.0}},
     "an expert a task": {"adapter": {"router_scope": "task", "gate": "none", "balance_weight": 0.0}},
+    "mixed B": {"adapter": MIXED_B},
+    "mixed B, fp32": {"adapter": MIXED_B, "train": {"precision": "fp32"}},
+    "sigmoid": {"adapter": SIGMOID},
+    "a sigmoid a linear, fp32": {"adapter": SIGMOID | {"router_scope": "linear"}, "train": {"precision": "fp32"}},
+    "whole MLPs": {"adapter": MLPS},
+    "whole MLPs, fp32": {"adapter": MLPS, "train": {"precision": "fp32"}},
     "fp8": {"fp8": {"store_base": True}},
     "fp8 by block, fp32": {"fp8": {"store_base": True, "scale": "block"}, "train": {"precision": "fp32"}},
 }
@@ -170,7 +188,10 @@ def test_activations_are_what_autograd_keeps(alone, kind, size):
     assert kept_by_autograd(run, size, alone) == pytest.approx(expected, rel=0.01)
 
 
-BUILT = KINDS | MIXTURES | {"sgd": {"train": {"optimizer": "sgd"}}}
+BUILT = KINDS | MIXTURES | {
+    "sgd": {"train": {"optimizer": "sgd"}},
+    "fp8, but for the ends": {"fp8": {"store_base": True, "first_last_layers_bf16": True}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -178,7 +199,8 @@ BUILT = KINDS | MIXTURES | {"sgd": {"train": {"optimizer": "sgd"}}}
     [
         *((kind, projector) for kind in ("fp32", "bf16", "lora", "one layer of two") for projector in (True, False)),
         *((kind, True) for kind in ("shared A", "a router a linear", "a router a sample", "an expert a task", "sgd")),
-        *((kind, False) for kind in ("fp8", "fp8 by block, fp32")),
+        *((kind, True) for kind in ("mixed B", "sigmoid")),
+        *((kind, False) for kind in ("fp8", "fp8 by block, fp32", "fp8, but for the ends")),
     ],
 )
 def test_weights_gradients_and_optimizer_are_what_is_built(alone, kind, projector):
@@ -205,6 +227,59 @@ def test_weights_gradients_and_optimizer_are_what_is_built(alone, kind, projecto
         if isinstance(tensor, torch.Tensor) and tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in own
     ]
     assert storage_bytes(states) == expected.optimizer
+
+
+RAMPED = {"name": "lorasculpt", "density": 0.5, "prune_step": 1}
+METHODS = {
+    "lorasculpt": {"methods": (RAMPED,)},
+    "lorasculpt, all projections, no attention": {
+        "methods": (RAMPED | {"regularise": ("gate", "up", "down")},), "attention": False,
+    },
+    "lorasculpt over lora": {"method": "lora", "methods": (RAMPED,)},
+    "lorasculpt, shared A": STAY | {"share_A": True, "methods": (RAMPED,)},
+    "bora": {"methods": ({"name": "bora", "tau": 0.1},)},
+    "bora, shared A, one layer": STAY | {"share_A": True, "layers": (1,), "methods": ({"name": "bora", "tau": 0.1},)},
+    "riemannian": {"methods": ({"name": "riemannian"},)},
+    "bora and riemannian": {"methods": ({"name": "bora", "tau": 0.1}, {"name": "riemannian"})},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_what_methods_remember_and_need_is_what_they_hold(alone, kind):
+    run = run_of(adapter=METHODS[kind])
+    _, stepper = build(run, SIZE, alone)
+    held, beside = [], []
+    for method in stepper.methods.values():
+        held += [one.tensor for name, one in method.state().items() if not name.startswith("density.")]
+    set_lr(stepper.optimizer, 1, run.train)
+    stepper.train_step([batch_of(SIZE, micro_batch(run))])
+    for name, method in stepper.methods.items():
+        if name == "bora":
+            beside.append(storage_bytes(method._gaps()[0]))
+        elif name == "riemannian":
+            grams = [gram for both in gram_matrices(stepper.pairs) for gram in both]
+            sizes = [sum(factor.parameter.numel() for factor in pair.factors) * 4 for pair in stepper.pairs]
+            beside.append(storage_bytes(grams) + max(sizes))
+        else:
+            one = torch.ones(())
+            parts = [
+                conflict_parts(pair.A.values, pair.B.values, pair.frozen(), one, 1.0)[1:]
+                for pair in method._regularised
+            ]
+            beside.append(storage_bytes(gradient for both in parts for gradient in both))
+    assert method_bytes(run, SIZE, 0) == (storage_bytes(held), max(beside))
+    assert stage_memory(run, SIZE, 1, 0, micro_batch(run)).methods == storage_bytes(held)
+
+
+def test_a_step_of_methods_that_takes_more_than_the_passes_is_at_the_peak():
+    run = run_of(adapter={"methods": ({"name": "bora", "tau": 0.1},), "num_experts": 256, "rank": 64})
+    without = run_of(adapter={"num_experts": 256, "rank": 64})
+    shape = micro_batch(run)
+    with_methods, alone = (stage_memory(one, SIZE, 1, 0, shape) for one in (run, without))
+    state, beside = method_bytes(run, SIZE, 0)
+    kept = memory._kept_for_good(run, SIZE, 0, shape)
+    assert beside > alone.total - alone.static - kept
+    assert with_methods.total == alone.static + state + kept + beside
 
 
 def test_what_does_not_fit_is_warned_of_with_the_numbers():
@@ -305,6 +380,16 @@ def test_a_shared_A_is_summed_over_tensor_parallel_ranks_once():  # noqa: N802
     assert before - after == 2 * 2 * 3 * 8 * 128 * 4
 
 
+def test_traffic_of_mixed_factors():
+    run = run_of(ParallelConfig(tensor=2), adapter=MIXED_B, train={"precision": "fp32"})
+    plain = run_of(ParallelConfig(tensor=2), adapter=MIXED_B | {"shared_B": 0}, train={"precision": "fp32"})
+    before, after = (stage_traffic(one, SIZE, 2, 0, micro_batch(one)).tensor for one in (plain, run))
+    # of two layers, one B of down more, and each expert's weights and transform for three linears
+    assert after - before == 2 * (8 * SIZE.language.hidden_size + 3 * 2 * (3 + 8 * 8)) * 4
+    moved = stage_traffic(replace(run, parallel=ParallelConfig(expert=2)), SIZE, 2, 0, micro_batch(run))
+    assert moved.expert == 0
+
+
 def test_traffic_of_a_pipeline():
     run = run_of(ParallelConfig(pipeline=2), train={"global_batch_size": 8, "precision": "fp32"})
     shape = micro_batch(run)
@@ -317,7 +402,10 @@ def flops_of_addmm(_, left, right, **__):
     return 2 * left[0] * left[1] * right[1]
 
 
-@pytest.mark.parametrize("kind", ["lora", "one expert", "full", "selective", "top-2", "dense", "shared A"])
+@pytest.mark.parametrize(
+    "kind",
+    ["lora", "one expert", "full", "selective", "top-2", "dense", "shared A", "mixed B", "sigmoid", "whole MLPs"],
+)
 def test_flops_are_what_torch_counts(alone, kind):
     sections = BUILT.get(kind, {"adapter": {"num_experts": 1}})
     if kind in ("full", "selective"):

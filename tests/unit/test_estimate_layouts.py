@@ -14,7 +14,7 @@ from mole_mega.estimate.memory import micro_batch, saved_activations
 from mole_mega.platform import parallel as platform
 
 WORLD = 2
-KINDS = ("top-2", "top-2 of 66", "dense", "shared A", "a router a linear")
+KINDS = ("top-2", "top-2 of 66", "dense", "shared A", "a router a linear", "mixed B", "whole MLPs")
 
 
 def worker(rank, folder):

@@ -174,6 +174,25 @@ def test_logits_of_a_trained_base_move_by_less_than_5_percent(alone, tmp_path):
     assert 0 < moved < 0.05, moved
 
 
+@pytest.mark.parametrize("scale_of", ["channel", "block"])
+def test_pieces_of_any_size_give_the_same(monkeypatch, scale_of):
+    found = []
+    for piece in (1, 2**17, 2**24):
+        monkeypatch.setitem(fp8._PIECE, "cpu", piece)
+        q_OI, scale = fp8.quantise(wide(), scale_of)
+        found.append((q_OI.view(torch.uint8), fp8.dequantise(q_OI, scale, torch.float32)))
+    for codes, weight_OI in found[1:]:
+        assert torch.equal(codes, found[0][0]) and torch.equal(weight_OI, found[0][1])
+
+
+def test_the_ends_can_be_left_as_they_are(run, alone):
+    model = build(run, alone, store_base=True, first_last_layers_bf16=True)
+    kept = {name for name in fp8.kept_in_fp8(model) if name.startswith("language_model.")}
+    layers = {name.split("layers.")[1][0] for name in kept}
+    assert layers == {"1", "2"} and len(kept) == 2 * 4
+    assert any(name.startswith("vision_model.") for name in fp8.kept_in_fp8(model))
+
+
 def test_a_merge_says_what_fp8_would_have_kept():
     weight_OI = torch.randn(64, 256, generator=torch.Generator().manual_seed(5))
     found = {}

@@ -6,7 +6,8 @@ from made_pairs import made_pair, made_run
 
 from mole_mega.adapters.methods import build_methods
 from mole_mega.adapters.methods.base import Step
-from mole_mega.adapters.methods.riemannian import precondition, released_sgd_step, rescale_gate, sgd_step
+from mole_mega.adapters.methods.riemannian import precondition, released_sgd_step, sgd_step
+from mole_mega.adapters.mixing import MaskedGate
 from mole_mega.config import ConfigError
 
 
@@ -68,6 +69,12 @@ def test_the_basis_of_the_factors_does_not_matter():
     assert not torch.allclose(B2 @ gA2 + gB2 @ A2, B @ gA + gB @ A)
 
 
+def rescale_gate(gate_T1, expert_TO):
+    """What a mixture makes of an expert's output and its weight: the expert is x, through identities as factors."""
+    eye = torch.eye(expert_TO.shape[1], dtype=expert_TO.dtype)[None]
+    return MaskedGate(gate_T1, rescaled=True).add_lora(torch.zeros_like(expert_TO), expert_TO, [eye], [eye], 1.0)
+
+
 def test_rescaling_leaves_value_and_gate_gradient_and_roots_the_experts():
     generator = torch.Generator().manual_seed(0)
     gate, expert, pull = (torch.rand(5, w, generator=generator, dtype=torch.float64) for w in (1, 4, 4))
@@ -91,11 +98,11 @@ def test_how_a_gate_attenuates_the_step_of_the_product(gate, values):
     """To the powers 2, 3/2 and 1 of the gate: without rescaling, with it, and with gradients over the gate."""
     A, B, G = made()
     whole = (projection(B) @ G + G @ projection(A.mT)).norm()
-    g = torch.tensor(gate, dtype=torch.float64)
+    g = torch.tensor([[gate]], dtype=torch.float64)
     factors = []
     for weight in (lambda e: g * e, lambda e: rescale_gate(g, e)):
-        expert = torch.ones((), dtype=torch.float64, requires_grad=True)
-        factors.append(torch.autograd.grad(weight(expert), expert)[0])
+        expert = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+        factors.append(torch.autograd.grad(weight(expert).sum(), expert)[0])
     for backward, expected in zip([*factors, 1.0], values, strict=True):
         dA, dB = preconditioned(A, B, backward * G)
         assert float(g * (B @ dA + dB @ A).norm() / whole) == pytest.approx(expected)

@@ -28,11 +28,11 @@ def table():
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("steps", [6, 390])
+@pytest.mark.parametrize("steps", [6, 600])
 def test_every_setting_of_every_row_can_start(table, steps, tmp_path):
     settings = yaml.safe_load((EXAMPLES / "data_conflict" / "settings.yaml").read_text())
     settings["train"] |= {"steps": steps, "router_lr": table.ROUTER_LR}
-    rows = table.methods(settings["adapter"]["rank"], steps)
+    rows = table.methods(table.RANK, steps)
     assert len({row.key for row in rows}) == len(rows) >= 12
     args = argparse.Namespace(out=tmp_path)
     for row in rows:

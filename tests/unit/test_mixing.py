@@ -178,14 +178,14 @@ def test_the_form_follows_the_number_of_experts_for_each_that_is_used():
              (32, 2, torch.bfloat16, "Masked"), (33, 2, torch.bfloat16, "Paired")]  # fmt: skip
     for num_experts, top_k, dtype, expected in cases:
         _, _, weight_TE, chosen_TE, *_ = make_tensors(num_experts, top_k)
-        assert type(make_gate(weight_TE, chosen_TE, top_k, dtype)).__name__ == f"{expected}Gate"
+        assert type(make_gate(weight_TE, chosen_TE, top_k, 32, dtype)).__name__ == f"{expected}Gate"
     assert forms._MASKED_UP_TO == {4: 6, 2: 16}
 
 
 @pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
 def test_no_token_at_all_is_no_error(shared_A):
     base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(13, 2, shared_A=shared_A)
-    gate = make_gate(weight_TE[:0], chosen_TE[:0], 2, torch.float64)
+    gate = make_gate(weight_TE[:0], chosen_TE[:0], 2, 32, torch.float64)
     found = gate.add_lora(base_TO[:0] * 1, x_TI[:0], A_P, B_P, SCALE)
     assert found.shape == (0, base_TO.shape[1])
     assert not any(gradient.any() for gradient in gradients(found, [*A_P, *B_P]))

@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing
 
 from mole_mega import config as run_config
 from mole_mega.checkpoint import base, files
-from mole_mega.checkpoint.store import trainable_entries
+from mole_mega.checkpoint.store import weight_entries
 from mole_mega.checkpoint.trained import Trained, find_trained
 from mole_mega.config import AdapterConfig, DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from mole_mega.models.llava import LLaVA
@@ -47,7 +47,7 @@ def train(base_dir: Path, out: Path, parallel, adapter: AdapterConfig, **options
 def save_step(model: LLaVA, run: RunConfig, base_dir: Path, out: Path) -> None:
     folder = files.incomplete_name(out)
     folder.mkdir(parents=True)
-    dist_checkpointing.save(trainable_entries(model), str(folder), async_sharded_save=False)
+    dist_checkpointing.save(weight_entries(model), str(folder), async_sharded_save=False)
     (folder / "config.yaml").write_text(run_config.dump(run))
     state = {"step": 1, "base_hash": files.folder_hash(base_dir), "applied_steps": 1}
     (folder / "state.json").write_text(json.dumps(state))

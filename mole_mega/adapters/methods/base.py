@@ -46,6 +46,25 @@ class StateTensor(NamedTuple):
     placement: Placement
 
 
+class PairSize(NamedTuple):
+    """One rank's part of a LoRA pair (adapters/pairs.py) in numbers, from which is counted what a method will take
+    before a model is built. `A` and `B` are those of one expert's factors; `experts`, how many the rank holds, is None
+    for plain LoRA; with `shares_A` the A is one for all."""
+
+    projection: str
+    rank: int
+    A: int
+    B: int
+    experts: int | None
+    shares_A: bool
+
+    @property
+    def numbers(self) -> int:
+        """Of both factors, all experts'."""
+        experts = self.experts or 1
+        return self.A * (1 if self.shares_A else experts) + self.B * experts
+
+
 class Method:
     """A method that does nothing: the defaults of the methods. One object a process and run.
 
@@ -69,6 +88,16 @@ class Method:
     def shortened(cls, options: Any, steps: int) -> Any:
         """The options for a run of only so many steps, so that all that the method does happens in it."""
         return options
+
+    @classmethod
+    def state_bytes(cls, options: Any, pairs: Sequence[PairSize]) -> int:
+        """What the tensors of `state` take of the device that computes, over a rank's pairs."""
+        return 0
+
+    @classmethod
+    def workspace_bytes(cls, options: Any, pairs: Sequence[PairSize]) -> int:
+        """What is there at once of a step's own tensors, besides; pieces of a single pair on the way not counted."""
+        return 0
 
     def init(self, pairs: Sequence[Pair]) -> None:
         """Change the adapters that a fresh run begins with; not called where weights come from a checkpoint."""

@@ -28,7 +28,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mole_mega.adapters import sharding
-from mole_mega.adapters.methods.base import Method, StateTensor, Step
+from mole_mega.adapters.methods.base import Method, PairSize, StateTensor, Step
 from mole_mega.adapters.pairs import Factor, Pair, reduce_together, whole_sums
 from mole_mega.config import ConfigError, NonNegative, RunConfig
 
@@ -71,6 +71,20 @@ class BoRA(Method):
                 f"adapter.methods bora with train.weight_decay {run.train.weight_decay}: that is a second prior, at 0; "
                 "set it to 0"
             )
+
+    @classmethod
+    def state_bytes(cls, options: BoRAOptions, pairs: Sequence[PairSize]) -> int:
+        return torch.float32.itemsize * sum(
+            pair.B + (0 if pair.shares_A else pair.A) for pair in pairs if pair.experts is not None
+        )
+
+    @classmethod
+    def workspace_bytes(cls, options: BoRAOptions, pairs: Sequence[PairSize]) -> int:
+        if not options.tau:
+            return 0
+        return torch.float32.itemsize * sum(  # the experts' gaps
+            pair.experts * (pair.B + (0 if pair.shares_A else pair.A)) for pair in pairs if pair.experts is not None
+        )
 
     def init(self, pairs: Sequence[Pair]) -> None:
         if self.options.init_noise is None:

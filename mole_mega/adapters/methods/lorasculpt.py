@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from mole_mega.adapters.methods.base import Method, StateTensor, Step, once_over_experts
+from mole_mega.adapters.methods.base import Method, PairSize, StateTensor, Step, once_over_experts
 from mole_mega.adapters.pairs import Factor, Pair, reduce_together
 from mole_mega.adapters.sharding import Placement
 from mole_mega.config import ConfigError, Count, NonNegative, Positive, PositiveInt, Range, RunConfig
@@ -94,6 +94,17 @@ class LoRASculpt(Method):
     def shortened(cls, options: LoRASculptOptions, steps: int) -> LoRASculptOptions:
         ramp_steps = min(options.ramp_steps, steps // 3)
         return replace(options, prune_step=min(options.prune_step, steps - ramp_steps), ramp_steps=ramp_steps)
+
+    @classmethod
+    def state_bytes(cls, options: LoRASculptOptions, pairs: Sequence[PairSize]) -> int:
+        return torch.bool.itemsize * sum(pair.numbers for pair in pairs)  # the densities lie in the host's memory
+
+    @classmethod
+    def workspace_bytes(cls, options: LoRASculptOptions, pairs: Sequence[PairSize]) -> int:
+        if not options.conflict_weight:
+            return 0
+        # the regulariser's gradients
+        return torch.float32.itemsize * sum(pair.numbers for pair in pairs if pair.projection in options.regularise)
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
         if not self._regularised:

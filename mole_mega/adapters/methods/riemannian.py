@@ -11,7 +11,8 @@ Where this departs from the released code: there B's preconditioner sees A after
 that order, for comparison; one optimizer step cannot be split so), Adam has no bias correction and epsilon 1e-6
 (`train.adam_eps` here), and a failed inverse is passed over, where the damped system here is solved. The gradient is
 clipped after it was preconditioned. With B = 0, A's first step is 0 and its next gradients are up to 1 / delta larger:
-`train.clip_grad` would shrink all other steps with it, so set it to 0 or well above.
+`train.clip_grad` would shrink all other steps with it, so set it to 0 or well above. The paper's rescaling of gates is
+`adapter.rescale_gate` (adapters/mixing.py).
 
 Shape suffixes as in adapters/pairs.py.
 """
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from mole_mega.adapters.methods.base import Method, Step
+from mole_mega.adapters.methods.base import Method, PairSize, Step
 from mole_mega.adapters.pairs import Pair, gram_matrices
 from mole_mega.config import ConfigError, Positive, RunConfig
 
@@ -51,6 +52,12 @@ class Riemannian(Method):
             raise ConfigError(
                 f"adapter.methods riemannian preconditions an expert's A by its B; {shared} has one A for all experts"
             )
+
+    @classmethod
+    def workspace_bytes(cls, options: RiemannianOptions, pairs: Sequence[PairSize]) -> int:
+        """Both Gram matrices of every pair, and (dA, dB) of one."""
+        grams = sum(2 * (pair.experts or 1) * pair.rank**2 for pair in pairs)
+        return torch.float32.itemsize * (grams + max((pair.numbers for pair in pairs), default=0))
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
         for pair, (gram_A, gram_B) in zip(pairs, gram_matrices(pairs), strict=True):
@@ -86,15 +93,3 @@ def released_sgd_step(
     reads A after A's own update."""
     new_A = A - lr * precondition(grad_A, grad_B, A @ A.mT, B.mT @ B, delta)[0]
     return new_A, B - lr * precondition(grad_A, grad_B, new_A @ new_A.mT, B.mT @ B, delta)[1]
-
-
-def rescale_gate(gate: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-    """gate * expert whose gradient to the expert is sqrt(gate), and not gate, times the incoming one; the gradient to
-    the gate stays as it is (the paper's gate rescaling, for mixtures of more than one expert a token).
-
-        out = sg(sqrt g) e + (g - sg(sqrt g)) sg(e)
-
-    Where the gate is 1 (one expert a token and renormalised, or gate `none`) it changes nothing.
-    """
-    root = gate.sqrt().detach()
-    return root * expert + (gate - root) * expert.detach()
