@@ -73,6 +73,10 @@ class ParallelConfig:
     expert: PositiveInt = 1
     context: PositiveInt = 1
 
+    def data(self, world_size: int) -> int:
+        """How many ranks of so many processes read other samples."""
+        return world_size // (self.tensor * self.pipeline * self.context)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -446,10 +450,10 @@ def _validate_parallel(parallel: ParallelConfig, adapter: AdapterConfig) -> None
 def _validate_backend(config: RunConfig) -> None:
     """What only Transformer Engine does, and what it does not do."""
     has_te, in_fp8 = config.model.backend == "transformer_engine", config.train.precision == "fp8"
-    if config.parallel.context != 1:
+    if config.parallel.context != 1 and not has_te:
         raise ConfigError(
-            f"parallel.context is {config.parallel.context}: context parallelism needs Transformer Engine attention, "
-            "which this version does not have; set it to 1"
+            f"parallel.context is {config.parallel.context}: a place attends to those of other ranks in Transformer "
+            "Engine's attention alone; set it to 1, or model.backend to transformer_engine"
         )
     if in_fp8 and not has_te:
         raise ConfigError(

@@ -18,6 +18,7 @@ from typing import Literal
 
 from mole_mega.errors import ConfigError, ExitCode, quiet_libraries, report_errors
 from mole_mega.outputs import check_file
+from mole_mega.platform.recipes import RECIPES
 
 # Everything needs these; how far up is pyproject.toml's to say.
 NEEDED = {
@@ -28,7 +29,7 @@ NEEDED = {
 OPTIONAL = (
     (
         "Transformer Engine", "transformer_engine", "transformer-engine",
-        "FP8 and fused attention, which this version does not offer yet",
+        "model.backend transformer_engine: products in FP8, fused attention, context parallelism",
         "pip install --no-build-isolation 'transformer-engine[pytorch]'",
     ),
     (
@@ -36,7 +37,8 @@ OPTIONAL = (
         "build it: https://github.com/NVIDIA/apex#from-source",
     ),
     (
-        "flash attention", "flash_attn", "flash-attn", "nothing yet: this version's attention keeps its score matrices",
+        "flash attention", "flash_attn", "flash-attn",
+        "one of the kernels of Transformer Engine's attention (cuDNN has others)",
         "pip install --no-build-isolation flash-attn",
     ),
 )  # fmt: skip
@@ -171,8 +173,18 @@ def cuda() -> Finding:
         )
         return Finding("CUDA", "absent", f"torch is built for CUDA {built_for}, no device is seen", off, fix)
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    names = ", ".join(f"{device.name} {device.total_memory / GIB:.0f} GiB" for device in devices)
+    names = ", ".join(
+        f"{device.name} {device.total_memory / GIB:.0f} GiB ({_fp8_recipes((device.major, device.minor), built_for)})"
+        for device in devices
+    )
     return Finding("CUDA", "ok", f"{built_for}: {names}")
+
+
+def _fp8_recipes(capability: tuple[int, int], built_for: str) -> str:
+    """Which values of fp8.recipe a GPU takes, in words."""
+    major, minor = map(int, built_for.split(".")[:2])
+    taken = [name for name, recipe in RECIPES.items() if not recipe.why_not(capability, (major, minor))]
+    return f"fp8.recipe {', '.join(taken)}" if taken else "no FP8"
 
 
 def _optional(name: str, module: str, package: str, off: str, fix: str) -> Finding:

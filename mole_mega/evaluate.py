@@ -58,13 +58,16 @@ def main(argv: list[str] | None = None) -> int:
             check_folder(answers.parent, "--answers")
             if answers.parent.is_dir():
                 check_file(answers, "--answers")
+        from mole_mega.models.backend import on_local_backend
         from mole_mega.platform import parallel as platform
         from mole_mega.platform.meeting import versions
         from mole_mega.training.evaluation import write_answers
         from mole_mega.training.trainer import evaluate_checkpoint
 
         asked = {"--no-generate": str(args.no_generate), "what is evaluated": str(checkpoint or "the base")}
-        parallel = platform.initialize(run.parallel, run.train.seed, facts=versions() | config.flat(run) | asked)
+        facts = versions() | config.flat(run) | asked
+        run = on_local_backend(run)  # answers want a cache, which Transformer Engine's attention has not
+        parallel = platform.initialize(run.parallel, run.train.seed, facts=facts)
         found = evaluate_checkpoint(run, parallel, checkpoint, generate=not args.no_generate)
         if parallel.is_main:
             print(_table(found.scores))

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         run, size = scaled_down(user_run, read_size(Path(user_run.model.base)))
         layouts = standard_layouts(args.max_processes)
         own = user_run.parallel
-        own_world = own.tensor * own.pipeline * own.expert
+        own_world = own.tensor * own.pipeline * own.context * own.expert
         if own_world <= args.max_processes and own_world > 1 and own not in [layout for layout, _ in layouts]:
             layouts.append((own, own_world))
         cases, skipped = [], []

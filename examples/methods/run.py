@@ -24,9 +24,7 @@ import make_conflict_data as scenes  # noqa: E402
 import run as conflict  # noqa: E402
 import runs  # noqa: E402
 
-from mole_mega.checkpoint.base import read_size  # noqa: E402
-from mole_mega.errors import ConfigError, report_errors  # noqa: E402
-from mole_mega.estimate.parameters import stage_parameters  # noqa: E402
+from mole_mega.errors import ConfigError, quiet_libraries, report_errors  # noqa: E402
 
 LRS = (5e-3, 1e-2, 2e-2, 4e-2)
 ROUTER_LR = 1e-2
@@ -200,8 +198,7 @@ def measure(
     figures = runs.read_figures(runs.run_all(jobs, args.processes))
     conflict.say("what a training step costs")
     seconds = conflict.measure_cost(args, jobs, {row.key for row in rows})
-    size = read_size(args.out / "base")
-    runs_by_row = {job.row: job.run for job in jobs}
+    trained = numbers_trained(jobs, args.out / "base")
     accuracy = [f"accuracy {domain}" for domain in (*scenes.DOMAINS, "mean")]
     columns = ["method", "paper", "what was built", "where it departs", *accuracy, "loss mean", "step",
                "numbers trained", "chosen of 4"]  # fmt: skip
@@ -211,13 +208,24 @@ def measure(
         places = [*(("accuracy", domain) for domain in scenes.DOMAINS), ("accuracy", "mean"), ("loss", "mean")]
         cells += [evidence.cell(figures[row.key], metric, name, scenes.DOMAINS) for metric, name in places]
         cells.append(_ratio(seconds, row.key, rows[0].key))
-        cells.append(f"{stage_parameters(runs_by_row[row.key], size, 0).adapters:,}")
+        cells.append(f"{trained[row.key]:,}")
         cells.append(_point_text(row.points[chosen[row.key]]))
         lines.append("| " + " | ".join(cells) + " |")
     note = " A quick run: the figures mean nothing." if args.quick else ""
     steps = settings["train"]["steps"]
     about = f"Test pictures, mean ± standard deviation over {args.seeds} seeds, {steps} steps on the mix"
     return f"{about}; a step as a multiple of the first row's.{note}\n\n" + "\n".join(lines) + "\n"
+
+
+def numbers_trained(jobs: Sequence[runs.Job], base: Path) -> dict[str, int]:
+    """{row: how many numbers its adapters and routers have}."""
+    # not above: the command itself needs no Megatron-Core, whose import warns of what a processor does not have
+    quiet_libraries()
+    from mole_mega.checkpoint.base import read_size
+    from mole_mega.estimate.parameters import stage_parameters
+
+    size = read_size(base)
+    return {job.row: stage_parameters(job.run, size, 0).adapters for job in jobs}
 
 
 def as_row(method: Method, point: int, key: str) -> tuple[runs.Row, dict[str, Any]]:

@@ -137,7 +137,8 @@ class LoRAColumn(torch.nn.Module):
         return [block[start : start + projection.width] for block in blocks]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]  # the linear's
+        return _with_adapters(self, entries, prefix)
 
 
 class LoRARow(torch.nn.Module):
@@ -188,7 +189,8 @@ class LoRARow(torch.nn.Module):
         ]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        return _with_adapters(self, super().sharded_state_dict(prefix, sharded_offsets, metadata), prefix)
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]  # the linear's
+        return _with_adapters(self, entries, prefix)
 
 
 class LoRAColumnParallelLinear(LoRAColumn, ColumnParallelLinear):

@@ -152,14 +152,14 @@ class MixtureExperts(MoLEExperts):
 
     def _whole_factors(self) -> dict[str, torch.Tensor]:
         """The factors of all experts, by the parameters' names."""
-        whole: dict[str, torch.Tensor] = dict(self.named_parameters(recurse=False))
+        whole: dict[str, Any] = dict(self.named_parameters(recurse=False))
         if self.adapter.shared_B:
             return whole | {f"lora_{name}_B": self.mixed_B(name) for name in ("gate", "up", "down")}
         if self._groups.ep.size() == 1:
             return whole
         cut = {name: factor for name, factor in whole.items() if factor.placement.expert_axis is not None}
-        bank, self._on_its_way = self._on_its_way or BankOnItsWay(list(cut.values()), self._groups.ep), None
-        factors = bank.arrive()
+        arriving, self._on_its_way = self._on_its_way or BankOnItsWay(list(cut.values()), self._groups.ep), None
+        factors = arriving.arrive()
         # recomputed layers run from the last to the first
         recomputed = self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled()
         for neighbour in self._before if recomputed else self._after:

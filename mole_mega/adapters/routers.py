@@ -266,9 +266,13 @@ class MoLERouter(MegatronModule):
                 f"{name}.bias", sharding.PLACEMENTS["router.bias"], shape[:1], sharding.zeros, self._groups, **common
             )
         if self.adapter.router_score == "sigmoid":
-            placement = sharding.PLACEMENTS["router.score_bias"]
             self.score_bias = sharding.make_parameter(
-                f"{name}.score_bias", placement, shape[:1], sharding.zeros, self._groups, **common
+                f"{name}.score_bias",
+                sharding.PLACEMENTS["router.score_bias"],
+                shape[:1],
+                sharding.zeros,
+                self._groups,
+                **common,
             )
             self.score_bias.moved_by_load = True  # type: ignore[attr-defined]
 
@@ -503,7 +507,7 @@ def move_score_biases(
     for router in routers:
         load_E = counts_LE[plan.row(router)]
         assert router.score_bias is not None
-        router.score_bias += adapter.score_bias_rate * (load_E.mean() - load_E).sign()
+        router.score_bias.add_((load_E.mean() - load_E).sign(), alpha=adapter.score_bias_rate)
 
 
 def summarize(table: torch.Tensor, plan: RouterPlan, adapter: AdapterConfig) -> RoutingSummary:

@@ -31,6 +31,7 @@ from mole_mega.config import (
     RunConfig,
     TrainConfig,
 )
+from mole_mega.models.backend import on_local_backend
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.platform.parallel import Parallel
@@ -96,7 +97,7 @@ def build_trained(
     that training kept in FP8. A run that trained with Transformer Engine needs none here: its weights are the local
     backend's, whose attention knows a cache.
     """
-    run = replace(_on_any_hardware(trained.run), parallel=layout)
+    run = replace(on_local_backend(trained.run), parallel=layout)
     if precision is not None:
         run = replace(run, train=replace(run.train, precision="fp32" if precision == "stored" else precision))
     if precision == "stored":
@@ -110,17 +111,6 @@ def build_trained(
     elif trained.step is not None:
         load_weights(model, trained.step)
     return model.eval()
-
-
-def _on_any_hardware(run: RunConfig) -> RunConfig:
-    if run.model.backend == "local":
-        return run
-    return replace(
-        run,
-        model=replace(run.model, backend="local"),
-        train=replace(run.train, precision=run.train.dtype),
-        fp8=Fp8Config(),
-    )
 
 
 def _converted(path: Path, base: Path | None) -> Trained:

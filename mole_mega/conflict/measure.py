@@ -27,6 +27,7 @@ from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader
 from mole_mega.errors import CheckFailedError
 from mole_mega.platform.parallel import Parallel, seed_generators
+from mole_mega.platform.te import check_machine
 from mole_mega.training.loss import SCORE_ROWS
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
@@ -113,6 +114,7 @@ class _Laboratory:
     the held-out rows."""
 
     def __init__(self, run: RunConfig, plan: Plan, parallel: Parallel) -> None:
+        check_machine(run)
         self.run, self.plan, self.parallel = run, plan, parallel
         self.sources = tuple(source.name for source in run.data.sources)
         self.size = read_size(Path(run.model.base))

@@ -161,11 +161,13 @@ class MoleMLP(nn.Module):
     def _whole_mlps(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The sum of w_k MLP_k(x) over each token's own experts k, each computed by itself, the frozen part too."""
         output_TH = torch.zeros_like(x_TH)
+        assert routing.weight_N is not None  # of a gate by probabilities
+        weights = routing.weight_N.split(routing.counts_E)
         for k, token_N in enumerate(routing.token_N.split(routing.counts_E)):
             if len(token_N):
                 x_NH = x_TH[token_N]
                 h_NF = self.act_fn(self.gate_proj.of_expert(k, x_NH)) * self.up_proj.of_expert(k, x_NH)
-                weight_N = routing.weight_N.split(routing.counts_E)[k].to(x_NH.dtype)
+                weight_N = weights[k].to(x_NH.dtype)
                 output_NH = weight_N[:, None] * self.down_proj.of_expert(k, h_NF)
                 output_TH = output_TH.index_add(0, token_N, output_NH)
         return output_TH

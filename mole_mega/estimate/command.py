@@ -100,7 +100,7 @@ def describe_search(found: Sequence[Estimate], num_candidates: int, world_size: 
         parallel, train = one.run.parallel, one.run.train
         rows.append((
             str(parallel.tensor), str(parallel.pipeline), str(parallel.expert),
-            str(world_size // (parallel.tensor * parallel.pipeline)), str(train.micro_batch_size), train.recompute,
+            str(parallel.data(world_size)), str(train.micro_batch_size), train.recompute,
             f"{one.memory[one.fullest].total / _GB:.1f}", f"{one.time.total:.3g}", f"{one.tokens_per_second:,.0f}",
         ))  # fmt: skip
     return [

@@ -1,11 +1,12 @@
 """Bytes that one rank holds at the peak of a training step, by part.
 
 Static: weights, fp32 gradients, Adam. Moving: what autograd keeps of the micro-batches in flight (formulas below, by
-Megatron-Core's local attention, which keeps its score matrices), and the largest workspace beside it. Sequences are as
-long as `Shape.length`, so what is counted is the longest that the run may meet.
+Megatron-Core's local attention, which keeps its score matrices; Transformer Engine's keeps none), and the largest
+workspace beside it. Sequences are as long as `Shape.length`, so what is counted is the longest that the run may meet.
 
 Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, NCCL's
-buffers, and what dropout keeps.
+buffers, what dropout keeps, and what Transformer Engine keeps in FP8 beside a base that is in bf16 (a byte or two a
+weight).
 
 Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts, K experts
 that a token uses.
@@ -41,15 +42,18 @@ FP32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A micro-batch: samples, their places (the longest sample's, padded), and images in all of them together."""
+    """A micro-batch: samples, their places (the longest sample's, padded), and images in all of them together.
+    `context` ranks share the places."""
 
     samples: int
     length: int
     images: int
+    context: int = 1
 
     @property
     def tokens(self) -> int:
-        return self.samples * self.length
+        """Places that one of them holds."""
+        return self.samples * self.length // self.context
 
 
 def micro_batch(run: RunConfig, length: int | None = None, images_per_sample: float = 1.0) -> Shape:
@@ -57,7 +61,8 @@ def micro_batch(run: RunConfig, length: int | None = None, images_per_sample: fl
     multiple = sequence_multiple(run)
     length = -(-(length or run.data.max_length) // multiple) * multiple
     samples = run.train.micro_batch_size
-    return Shape(samples=samples, length=length, images=math.ceil(samples * images_per_sample))
+    images = math.ceil(samples * images_per_sample)
+    return Shape(samples=samples, length=length, images=images, context=run.parallel.context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +135,8 @@ def in_flight(run: RunConfig, world_size: int, stage: int) -> int:
 
 def num_micro_batches(run: RunConfig, world_size: int) -> int:
     """Micro-batches of a step, on each data-parallel rank."""
-    data = world_size // (run.parallel.tensor * run.parallel.pipeline)
-    return max(1, run.train.global_batch_size // (run.train.micro_batch_size * data))
+    samples = run.train.micro_batch_size * run.parallel.data(world_size)
+    return max(1, run.train.global_batch_size // samples)
 
 
 def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tuple[int, int, int, int]:
@@ -207,6 +212,8 @@ def _norm(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
 
 def _scores(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """Attention scores of one layer on one rank."""
+    if run.model.backend == "transformer_engine":
+        return 0
     return shape.tokens * shape.length * size.language.num_heads // run.parallel.tensor
 
 

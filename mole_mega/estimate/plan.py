@@ -68,8 +68,11 @@ def estimate(run: RunConfig, size: LlavaSize, world_size: int, gpu: Gpu, sample:
 def layout_words(run: RunConfig, world_size: int) -> str:
     """tensor 4 x pipeline 4 x data 4, experts over 1."""
     parallel = run.parallel
-    data = world_size // (parallel.tensor * parallel.pipeline)
-    return f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data:,}, experts over {parallel.expert}"
+    context = f"context {parallel.context} x " if parallel.context > 1 else ""
+    return (
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x {context}data {parallel.data(world_size):,}, "
+        f"experts over {parallel.expert}"
+    )
 
 
 def misfit(run: RunConfig, size: LlavaSize, world_size: int, device_memory: float) -> str | None:

@@ -20,7 +20,7 @@ def check(run: RunConfig, size: LlavaSize, world_size: int) -> None:
     validate(run)
     check_world(run.parallel, world_size)
     check_layout(run, size)
-    check_batch(run.train, world_size // (run.parallel.tensor * run.parallel.pipeline))
+    check_batch(run.train, run.parallel.data(world_size))
 
 
 def search(run: RunConfig, size: LlavaSize, world_size: int, gpu: Gpu, sample: Sample) -> tuple[list[Estimate], int]:

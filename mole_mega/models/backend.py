@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear
+from mole_mega.config import Fp8Config, RunConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,20 @@ class TorchNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+def on_local_backend(run: RunConfig) -> RunConfig:
+    """The run as any hardware can build it: its model has the same tensors. FP8 and context parallelism, which change
+    no tensor, are left out."""
+    if run.model.backend == "local":
+        return run
+    return replace(
+        run,
+        model=replace(run.model, backend="local"),
+        train=replace(run.train, precision=run.train.dtype),
+        parallel=replace(run.parallel, context=1),
+        fp8=Fp8Config(),
+    )
 
 
 def backend_called(name: Literal["local", "transformer_engine"]) -> Backend:

@@ -14,5 +14,5 @@ def expert_parallel(run: RunConfig, size: LlavaSize) -> ExpertParallel:
         run.parallel,
         size.language.hidden_size,
         size.language.ffn_hidden_size,
-        run.train.micro_batch_size * run.data.max_length,
+        run.train.micro_batch_size * run.data.max_length // run.parallel.context,
     )

@@ -30,6 +30,7 @@ from mole_mega.config import RunConfig
 from mole_mega.models import specs
 from mole_mega.models.backend import backend_called
 from mole_mega.models.cache import KeyValueCache
+from mole_mega.models.context import ContextPart
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.mcore_config import McoreConfigs, build_configs
 from mole_mega.models.sizes import LlavaSize
@@ -195,13 +196,17 @@ class LLaVA(MegatronModule):
         With a `cache` the places stand behind those that it holds of earlier passes (models/decode.py).
 
         Returns, by stage: hidden states for the next one; on the last, logits [B, S, V] (padded vocabulary rows at
-        -inf), or the loss of every place [B, S] when `labels` (each place's next token) are given.
+        -inf), or the loss of every place [B, S] when `labels` (each place's next token) are given. Under context
+        parallelism the places of what is returned are this rank's (context.py).
         """
+        part = ContextPart.of(self.parallel)
+        assert part.size == self.config.context_parallel_size, "attention would see this rank's places alone"
         decoder_input = self._embed(tokens, position_ids, image_mask, pixels) if self.pre_process else None
         routed_padding = ~padding_mask if domains is None else place_groups(domains, image_mask, padding_mask)
         for instructions in self._instructions:
             groups = routed_padding if domains is not None else torch.where(padding_mask, 0, -1)
             routed_padding = number_places(groups, instructions.next_rows(len(tokens)))
+        routed_padding = part.take(routed_padding)
         if self.config.sequence_parallel:
             # MoELayer sees this rank's part of the sequence
             routed_padding = routed_padding.chunk(self.parallel.tp_size, dim=1)[self.parallel.tp_rank]
@@ -211,7 +216,7 @@ class LLaVA(MegatronModule):
             attention_mask=None if cache is None else cache.expect(position_ids),
             inference_context=cache,
             decoder_input=decoder_input,
-            labels=labels,
+            labels=None if labels is None else part.take(labels),
             padding_mask=routed_padding,
             output_processor=self._output,
         )
@@ -227,7 +232,7 @@ class LLaVA(MegatronModule):
             embeddings = splice(embeddings, self.encode_images(pixels), image_mask)
         elif image_mask.any():
             raise ValueError(f"{int(image_mask.sum())} image places in the text, but no images")
-        hidden = embeddings.transpose(0, 1).contiguous()
+        hidden = ContextPart.of(self.parallel).take(embeddings).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.parallel.groups.tp)
         if self.training and self.config.recompute_granularity == "full" and not hidden.requires_grad:

@@ -85,6 +85,7 @@ def build_configs(run: RunConfig, size: LlavaSize) -> McoreConfigs:
             pipeline_model_parallel_size=parallel.pipeline,
             pipeline_dtype=DTYPES[train.dtype],
             sequence_parallel=parallel.tensor > 1,
+            context_parallel_size=parallel.context,
             # micro-batches are padded to their own longest sample
             variable_seq_lengths=True,
             batch_p2p_sync=False,

@@ -62,6 +62,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch("transformer.moe.token_dispatcher", ("torch.cuda.Stream()", "torch.cuda.current_stream()"),
           "device-to-host copies of the split sizes run on a stream of their own"),
     Patch("models.common.embeddings.rotary_pos_embedding", (_DEVICE,), "inverse frequencies"),
+    Patch("models.common.embeddings.rope_utils", ("pin_memory=True",), "the rotations of a context-parallel rank"),
     Patch("models.common.language_module.language_module", (".cuda()",), "embedding tying at pipeline ends"),
     Patch("models.vision.clip_vit_model", (".cuda()",), "position ids"),
     Patch("dist_checkpointing.exchange_utils", (_FACTORY,), "tensors exchanged between ranks on load"),
@@ -232,6 +233,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return make

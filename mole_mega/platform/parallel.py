@@ -59,6 +59,14 @@ class Parallel:
         return self.groups.pp.rank()
 
     @property
+    def cp_size(self) -> int:
+        return self.groups.cp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.groups.cp.rank()
+
+    @property
     def ep_size(self) -> int:
         return self.groups.ep.size()
 
@@ -138,8 +146,10 @@ def initialize(
 
 def seed_generators(seed: int) -> None:
     """Seed the default generators and Megatron-Core's tracker for dropout: the same on tensor-parallel ranks, which
-    share activations, and different where other samples or other layers are."""
-    stage, data = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    share activations, and different where other samples, other places or other layers
+    are."""
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    data = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     offset = 10_000 * stage + 100_000 * data
     tensor_parallel.model_parallel_cuda_manual_seed(seed + offset, force_reset_rng=True)
 

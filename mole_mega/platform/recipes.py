@@ -51,10 +51,10 @@ def recipe_of(run: RunConfig) -> Recipe | None:
 
 
 def sequence_multiple(run: RunConfig) -> int:
-    """What the places of a sequence must be a multiple of: sequence parallelism cuts them into parts, and FP8 takes no
-    odd number of rows of any part."""
-    recipe = recipe_of(run)
-    return math.lcm(_PAD_TO, run.parallel.tensor) if recipe is None else recipe.multiple * run.parallel.tensor
+    """What the places of a sequence must be a multiple of: context and sequence parallelism cut them into parts, the
+    first into two a rank, and FP8 takes no odd number of rows of any part."""
+    tensor, recipe = run.parallel.tensor, recipe_of(run)
+    return run.parallel.context * (math.lcm(_PAD_TO, tensor) if recipe is None else recipe.multiple * tensor)
 
 
 def dotted(version: tuple[int, int]) -> str:

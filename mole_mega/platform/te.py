@@ -24,6 +24,11 @@ def check_machine(run: RunConfig) -> None:
         raise ConfigError(f"{asked} needs a CUDA GPU, and torch sees none; {_INSTEAD}")
     if why := why_unusable():
         raise ConfigError(f"{asked} needs Transformer Engine, which {why}; {_INSTEAD}")
+    if run.parallel.context > 1 and run.train.precision == "fp32":
+        raise ConfigError(
+            f"parallel.context {run.parallel.context}: Transformer Engine's attention over ranks computes in half "
+            "precision alone; train.precision is fp32"
+        )
     recipe = recipe_of(run)
     if recipe is None:
         return

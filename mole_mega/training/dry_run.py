@@ -2,7 +2,8 @@
 before a cluster is booked.
 
 Ranks that differ in nothing but their data-parallel index hold the same part; each part is built once. Not looked at:
-the data, the devices' memory (estimate/), and whether processes can reach one another.
+the data, the devices' memory (estimate/), whether processes can reach one another, and whether the machines that will
+run it have Transformer Engine: built is the local backend's model, which has the same tensors (tests/te).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from mole_mega.config import ConfigError, ParallelConfig, RunConfig
 from mole_mega.errors import CheckFailedError
 from mole_mega.estimate.parameters import Parameters
 from mole_mega.estimate.plan import layout_words
+from mole_mega.models.backend import on_local_backend
 from mole_mega.models.llava import LLaVA
+from mole_mega.models.mcore_config import check_layout
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.platform.parallel import check_world
 from mole_mega.platform.pretend import rank_of
@@ -76,14 +79,16 @@ def dry_run(run: RunConfig, size: LlavaSize, world_size: int, base: Path | None)
     """
     start = time.perf_counter()
     check_world(run.parallel, world_size)
+    check_layout(run, size)
+    buildable = on_local_backend(run)
     tensors, frozen = _Tensors(), _Tensors()
     stages: dict[int, Parameters] = {}
     ranks = list(_one_of_each_part(run.parallel, world_size))
     for rank in ranks:
         with rank_of(run.parallel, rank, world_size) as parallel:
             check_batch(run, parallel)
-            model = LLaVA(run, size, parallel)
-            wrap(model, run)
+            model = LLaVA(buildable, size, parallel)
+            wrap(model, buildable)
             tensors.add(model_entries(model).values())
             frozen.add(model_entries(model, trainable=False).values())
             counted = count_parameters(model)

@@ -94,8 +94,9 @@ def standard_layouts(max_world_size: int) -> list[tuple[ParallelConfig, int]]:
 
 def layout_name(layout: ParallelConfig, world_size: int) -> str:
     """For people: TP 2 + SP x EP 2."""
-    data = world_size // (layout.tensor * layout.pipeline)
+    data = layout.data(world_size)
     parts = [f"TP {layout.tensor} + SP"] * (layout.tensor > 1) + [f"PP {layout.pipeline}"] * (layout.pipeline > 1)
+    parts += [f"CP {layout.context}"] * (layout.context > 1)
     parts += [f"EP {layout.expert}"] * (layout.expert > 1) + [f"DP {data}"] * (data > layout.expert)
     return " x ".join(parts) or "one process"
 

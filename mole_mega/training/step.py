@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from mole_mega.adapters.methods.base import Step
 from mole_mega.adapters.routers import move_score_biases, plan_routers, router_loss_gradients, summarize
 from mole_mega.config import RunConfig
 from mole_mega.data.collate import Batch
+from mole_mega.models.context import ContextPart
 from mole_mega.monitor.metrics import StepResult
 from mole_mega.platform.parallel import Parallel
 from mole_mega.training.loss import LOSS_ROWS, SCORE_ROWS, sum_loss, sum_scores
@@ -53,7 +55,7 @@ class Evaluator:
             **kwargs,
         )
         total = torch.zeros(num_rows, self.num_domains, dtype=torch.float64, device=self.parallel.device)
-        # each sample is counted by one rank: its last stage's first tensor-parallel one
+        # each place is counted by one rank: of its last stage the first tensor-parallel one
         if self.parallel.is_last_stage and self.parallel.tp_rank == 0:
             total += sum(tables)
         dist.all_reduce(total)
@@ -62,8 +64,14 @@ class Evaluator:
     def _score(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch: Batch = next(batches).to(self.parallel.device)
         logits = self._run(model, batch, None)
-        group = self.parallel.groups.tp
-        return logits, partial(sum_scores, batch=batch, num_domains=self.num_domains, tp_group=group)
+        mine, groups = self._part_of(batch), self.parallel.groups
+        return logits, partial(sum_scores, batch=mine, num_domains=self.num_domains, groups=groups)
+
+    def _part_of(self, batch: Batch) -> Batch:
+        """The places that the model's output is of."""
+        part = ContextPart.of(self.parallel)
+        names = ("tokens", "labels", "padding_mask", "position_ids", "image_mask")
+        return replace(batch, **{name: part.take(getattr(batch, name)) for name in names})
 
     @staticmethod
     def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
@@ -162,7 +170,7 @@ class Stepper(Evaluator):
     def _forward(self, batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
         batch: Batch = next(batches).to(self.parallel.device)
         loss = self._run(model, batch, batch.labels)
-        return loss, partial(sum_loss, batch=batch, num_domains=self.num_domains)
+        return loss, partial(sum_loss, batch=self._part_of(batch), num_domains=self.num_domains)
 
     def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
         """Megatron-Core's gradient sync, with the routers' own losses added to their gradients first."""

@@ -57,9 +57,7 @@ from mole_mega.wording import number_of
 
 
 def build_model(run: RunConfig, size: LlavaSize, parallel: Parallel) -> DistributedDataParallel:
-    """This rank's part of the model with the base loaded, wrapped for data parallelism. Raises ConfigError where this
-    machine cannot compute as the run asks."""
-    check_machine(run)
+    """This rank's part of the model with the base loaded, wrapped for data parallelism."""
     model = LLaVA(run, size, parallel)
     load_base(model, Path(run.model.base))
     return wrap(model, run)
@@ -113,7 +111,6 @@ def evaluate_checkpoint(
     size = read_size(base)
     if checkpoint is not None:
         check_trained_with(checkpoint, run, files.folder_hash(base))
-    check_machine(run)
     loader = build_run_loader(run, size, parallel)
     model = LLaVA(run, size, parallel, adapters=checkpoint is not None)
     load_base(model, base)
@@ -171,6 +168,7 @@ class Trainer:
     def __init__(self, run: RunConfig, parallel: Parallel, out: TextIO = sys.stdout) -> None:
         self.run, self.parallel, self._out = run, parallel, out
         check_methods(run)
+        check_machine(run)
         base = Path(run.model.base)
         self.size = read_size(base)
         self.base_hash = files.folder_hash(base)
@@ -441,10 +439,14 @@ class Trainer:
                 f"base kept in FP8: its linears take {kept / 2**20:,.1f} MiB of rank 0 instead of "
                 f"{instead_of / 2**20:,.1f} MiB"
             )
+        if self.run.model.backend == "transformer_engine":
+            how = f"in FP8, recipe {self.run.fp8.recipe}" if self.run.train.precision == "fp8" else self.run.train.dtype
+            self._say(f"base computed by Transformer Engine, {how}")
         p = self.parallel
+        context = f"context {p.cp_size} x " if p.cp_size > 1 else ""
         self._say(
-            f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x data {p.dp_size}, "
-            f"experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
+            f"layout: {p.world_size} processes = tensor {p.tp_size} x pipeline {p.pp_size} x {context}"
+            f"data {p.dp_size}, experts over {p.ep_size}; global batch {self.run.train.global_batch_size}"
         )
         if self.run.adapter.method == "mole":
             chosen = expert_parallel(self.run, self.size)

@@ -1,8 +1,9 @@
-"""A block's bank that is gathered while the block before it computes is the bank that it would have gathered itself: the
-same losses, gradients and weights, bit for bit, also where layers are recomputed and over the stages of a pipeline."""
+"""A bank gathered while the block before it computes is the bank that its own block would have gathered: the same
+losses, gradients and weights, bit for bit, also where layers are recomputed and over the stages of a pipeline."""
 
 import os
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ RUNS = {recompute: replace(TOP_2, train=replace(RUN.train, recompute=recompute))
 class Watched(mixture.BankOnItsWay):
     """Notes which bank is sent for and which arrives."""
 
-    seen: list[tuple[str, int]] = []
+    seen: ClassVar[list[tuple[str, int]]] = []
 
     def __init__(self, factors, group):
         super().__init__(factors, group)
@@ -37,7 +38,7 @@ def worker(rank, folder):
     os.environ["WORLD_SIZE"] = str(WORLD)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     parallel = platform.initialize(PP_EP, seed=0)
-    make_base(RUN, SIZE, parallel, folder / "base")
+    make_base(TOP_2, SIZE, parallel, folder / "base")
     mixture.BankOnItsWay = Watched
     for name, run in RUNS.items():
         run = replace(run, model=replace(run.model, base=str(folder / "base")))

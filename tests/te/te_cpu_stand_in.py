@@ -92,12 +92,41 @@ def linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None, 
             y = reduce_scatter_to_sequence_parallel_region(y, group=self.tp_group)
         else:
             y = reduce_from_tensor_model_parallel_region(y, group=self.tp_group)
+    y = _ViewOfAFunction.apply(y)
     return (y, self.bias) if self.return_bias else y
+
+
+class _ViewOfAFunction(torch.autograd.Function):
+    """What the real linears return, on which torch allows no work in place."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.flatten(0, -2).clone().view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
 
 
 def attention(self: Any, query_SBHD: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
               attn_mask_type: str | None = None, **_: Any) -> torch.Tensor:  # fmt: skip
     assert attention_mask is None and self.qkv_format == "sbhd" and attn_mask_type in ("causal", "no_mask")
+    group, length = self.cp_group, query_SBHD.shape[0]
+    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    # the places of all ranks, in the order in which they are gathered: rank r has chunks r and 2 size - 1 - r
+    chunk = length * size // (2 * size)
+    chunks = [(r, 2 * size - 1 - r) for r in range(size)]
+    places = torch.cat([torch.arange(chunk) + c * chunk for pair in chunks for c in pair]) if size > 1 else None
+    if size > 1:
+        key, value = (
+            gather_from_sequence_parallel_region(part, tensor_parallel_output_grad=True, group=group)
+            for part in (key, value)
+        )
     q, k, v = (part.permute(1, 2, 0, 3) for part in (query_SBHD, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=attn_mask_type == "causal", enable_gqa=True)
+    if places is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=attn_mask_type == "causal", enable_gqa=True)
+    else:
+        assert attn_mask_type == "causal"
+        own = places[rank * length : (rank + 1) * length]
+        out = F.scaled_dot_product_attention(q, k, v, places <= own[:, None], enable_gqa=True)
     return out.permute(2, 0, 1, 3).flatten(2)

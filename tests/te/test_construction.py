@@ -3,6 +3,7 @@ shape, placement and whether they are trained."""
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.extensions import transformer_engine as extension
@@ -121,6 +122,19 @@ def test_a_base_of_one_backend_loads_under_the_other(alone, tmp_path, writer, re
     assert expected.keys() == found.keys()
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(LOCAL, TE), (TE, LOCAL)])
+@pytest.mark.parametrize("adapter", ["mole", "lora"])
+def test_adapters_of_one_backend_load_under_the_other(alone, tmp_path, writer, reader, adapter):
+    written, read = (build(backend, ADAPTERS[adapter], alone) for backend in (writer, reader))
+    fill(written)
+    dist_checkpointing.save(model_entries(written, trainable=True), str(tmp_path), async_sharded_save=False)
+    loaded = dist_checkpointing.load(model_entries(read, trainable=True), str(tmp_path), strict="raise_all")
+    expected = dict(written.named_parameters())
+    assert loaded
+    for name, weight in loaded.items():
+        assert torch.equal(weight, expected[name]), name
 
 
 LAYOUTS = [{"tensor": 2, "expert": 2}, {"pipeline": 2, "tensor": 2}]

@@ -22,6 +22,7 @@ RUN = replace(
     _RUN, model=replace(_RUN.model, backend="transformer_engine"), adapter=replace(_RUN.adapter, num_experts=4)
 )
 ONE, TP, EP = ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(expert=2)
+CP, CP_EP = ParallelConfig(context=2), ParallelConfig(context=2, expert=2)
 
 
 def case(layout: ParallelConfig, world: int, adapter: dict | None = None) -> Case:
@@ -36,6 +37,9 @@ CASES = [
     *(case(layout, 1 if layout == ONE else 2) for layout in (ONE, TP, EP)),
     # Transformer Engine's own gathers around plain linears, and norms that linears hold
     case(TP, 2, {"layers": (1, 2), "attention": False}),
+    # the sequence over two ranks; experts over them too
+    case(CP, 2),
+    case(CP_EP, 2),
 ]
 
 

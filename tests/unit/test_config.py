@@ -215,7 +215,10 @@ SIGMOID = {
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"parallel": {"context": 2}}, ["parallel.context is 2"]),
+        (
+            {"parallel": {"context": 2}},
+            ["parallel.context is 2", "Transformer Engine's attention alone", "model.backend"],
+        ),
         ({"train": {"precision": "fp8"}}, ["train.precision fp8", "model.backend", "fp8.store_base true"]),
         (
             {"model": {"backend": "transformer_engine"}, "fp8": {"store_base": True}},

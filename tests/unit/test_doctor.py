@@ -84,3 +84,9 @@ def test_an_interface_that_is_down_is_not_named(tmp_path):
         "lo",
         "other",
     ]
+
+
+def test_a_gpu_is_told_with_the_fp8_recipes_that_it_takes():
+    assert doctor._fp8_recipes((9, 0), "13.0") == "fp8.recipe delayed, tensorwise, blockwise"
+    assert doctor._fp8_recipes((8, 9), "12.8") == "fp8.recipe delayed, tensorwise"
+    assert doctor._fp8_recipes((8, 0), "13.0") == "no FP8"

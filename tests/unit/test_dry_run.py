@@ -224,3 +224,18 @@ def test_the_command_says_what_it_checked(tmp_path, capsys):
     ):
         assert train.main([str(run), "--debug", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_with_transformer_engine_is_built_without_it():
+    """The local backend's model has the same tensors (tests/te); what the layout cannot hold is said all the same."""
+    layout = ParallelConfig(tensor=2, context=2, expert=2)
+    run = run_of(layout, train={"precision": "fp8"})
+    run = replace(run, model=replace(run.model, backend="transformer_engine"))
+    size = SIZES["tiny"]
+    built = dry_run(run, size, 8, None)
+    local = dry_run(run_of(replace(layout, context=1)), size, 8, None)
+    assert (built.stages, built.num_tensors) == (local.stages, local.num_tensors)
+    assert "context 2" in built.describe()[0]
+    narrow = replace(size, language=replace(size.language, ffn_hidden_size=72))
+    with pytest.raises(ConfigError, match=r"fp8.recipe tensorwise .* feed-forward width is 36"):
+        dry_run(run, narrow, 8, None)

@@ -151,7 +151,7 @@ def test_scores_are_what_a_reader_would_count(alone, scored):
         expected["correct"][domain] += sum(hits)
         expected["samples"][domain] += bool(places)
         expected["exact"][domain] += bool(places) and all(hits)
-    loss, tokens, table = sum_scores(logits_BSV, make_batch(labels, domains), DOMAINS, alone.groups.tp)
+    loss, tokens, table = sum_scores(logits_BSV, make_batch(labels, domains), DOMAINS, alone.groups)
     for row, values in zip(SCORE_ROWS, table.tolist(), strict=True):
         assert values == pytest.approx(expected[row], rel=1e-5, abs=1e-6), row
     assert float(loss) == pytest.approx(sum(expected["loss"]), rel=1e-5) and int(tokens) == sum(expected["tokens"])
@@ -160,9 +160,9 @@ def test_scores_are_what_a_reader_would_count(alone, scored):
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 def test_the_scores_of_micro_batches_add_up(alone, scored, cuts):
-    _, _, whole = sum_scores(scored[0], make_batch(*scored[1:]), DOMAINS, alone.groups.tp)
+    _, _, whole = sum_scores(scored[0], make_batch(*scored[1:]), DOMAINS, alone.groups)
     tables = [
-        sum_scores(logits, make_batch(labels, domains), DOMAINS, alone.groups.tp)[2]
+        sum_scores(logits, make_batch(labels, domains), DOMAINS, alone.groups)[2]
         for logits, labels, domains in zip(*(t.split(cuts) for t in scored), strict=True)
     ]
     torch.testing.assert_close(sum(tables), whole, rtol=1e-6, atol=0)
@@ -172,5 +172,5 @@ def test_the_loss_of_an_evaluation_is_the_loss_of_a_step(alone, scored):
     logits_BSV, labels, domains = scored
     loss_BS = F.cross_entropy(logits_BSV.transpose(1, 2), labels.clamp(min=0), reduction="none")
     _, _, of_step = sum_loss(loss_BS, make_batch(labels, domains), DOMAINS)
-    _, _, of_evaluation = sum_scores(logits_BSV, make_batch(labels, domains), DOMAINS, alone.groups.tp)
+    _, _, of_evaluation = sum_scores(logits_BSV, make_batch(labels, domains), DOMAINS, alone.groups)
     torch.testing.assert_close(of_evaluation[:2], of_step[:2], rtol=1e-5, atol=1e-6)

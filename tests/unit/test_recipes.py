@@ -120,6 +120,12 @@ def test_bf16_on_an_old_gpu_asks_for_no_recipe(gpu):
     te.check_machine(make_run("bf16"))
 
 
+def test_attention_over_ranks_in_fp32_is_refused(gpu):
+    gpu((9, 0))
+    assert refusal(make_run("fp32", context=2)).startswith("parallel.context 2")
+    te.check_machine(make_run("bf16", context=2))
+
+
 WIDE = replace(
     SIZE,
     language=replace(SIZE.language, hidden_size=512, num_heads=16, num_kv_heads=4, ffn_hidden_size=1024),
@@ -175,6 +181,8 @@ def test_megatron_core_gets_the_recipe_for_the_decoder_alone(recipe, store_base)
         (make_run(), 16),
         (make_run(tensor=2), 32),
         (make_run(fp8={"recipe": "mxfp8"}, tensor=2), 64),
+        (make_run("bf16", context=2), 16),
+        (make_run(context=2, tensor=2), 64),
     ],
 )
 def test_sequences_are_padded_so_that_every_part_has_rows_that_fp8_takes(run, multiple):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,19 @@ def test_a_base_is_built_without_adapters(base, alone):
     assert {name for name, _ in model.named_parameters()} == {
         name for name, _ in build_ours(bases.read_size(base), alone).named_parameters()
     }
+
+
+def test_what_was_trained_with_transformer_engine_is_built_without_it(run, alone):
+    """Evaluation, conversion and answers run on any hardware."""
+    trained = find_trained(run)
+    asked = trained.run
+    with_te = replace(
+        asked,
+        model=replace(asked.model, backend="transformer_engine"),
+        train=replace(asked.train, precision="fp8"),
+        fp8=replace(asked.fp8, store_base=True),
+    )
+    weights = dict(build_trained(trained, alone, ParallelConfig(), "bf16").named_parameters())
+    built = build_trained(replace(trained, run=with_te), alone, ParallelConfig())
+    for name, weight in built.named_parameters():
+        assert torch.equal(weight, weights[name]), name
