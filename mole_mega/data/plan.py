@@ -178,8 +178,8 @@ def _size_factor(config: DataConfig, size: int, places: Places | None) -> float:
     if exponent * math.log(max(amount, 1.0)) > _LARGEST_EXPONENT:
         least = math.log(amount) / _LARGEST_EXPONENT
         raise ConfigError(
-            f"data.temperature {config.temperature:g} takes {amount:.0f} {config.weights_in} of a source to the power of "
-            f"{exponent:g}, more than numbers hold; it must be at least {least:.2g} here"
+            f"data.temperature {config.temperature:g} takes a source of {amount:.0f} {config.weights_in} to the power "
+            f"of {exponent:g}, more than numbers hold; it must be at least {least:.2g} here"
         )
     # Rounded, as the last bit of a power is the C library's own affair and all hosts of a run must agree on the stream.
     return float(f"{amount**exponent:.12g}")

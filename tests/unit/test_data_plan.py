@@ -126,7 +126,9 @@ def test_temperature_is_the_usual_one(temperature, expected):
 
 
 def test_a_temperature_whose_powers_no_number_holds_is_refused_with_the_least_that_will_do():
-    with pytest.raises(ConfigError, match=r"data.temperature 0.001 .* 64 samples .* power of 1000.* at least 0.01 "):
+    with pytest.raises(
+        ConfigError, match=r"data.temperature 0.001 .* 64 samples to the power of 1000.* at least 0.01 "
+    ):
         plan_of([SHORT, LONG], temperature=0.001)
     plan_of([SHORT, LONG], temperature=0.011)
 
