@@ -43,6 +43,9 @@ class Range:
         return f"in {'(' if self.low_open else '['}{self.low}, {self.high}{')' if self.high_open else ']'}"
 
 
+# of a source, so that sums of weights times sizes stay finite
+_LARGEST_WEIGHT = 1e100
+
 Count = Annotated[int, Range(0)]
 PositiveInt = Annotated[int, Range(1)]
 NonNegative = Annotated[float, Range(0)]
@@ -642,6 +645,11 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
         )
     if alarms.reaction == "raise_balance" and adapter.balance_weight == 0:
         raise ConfigError("monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0")
+    if alarms.reaction == "raise_balance" and alarms.max_balance_weight <= adapter.balance_weight:
+        raise ConfigError(
+            f"monitor.alarms.reaction raise_balance stops at max_balance_weight {alarms.max_balance_weight:g}, and "
+            f"adapter.balance_weight is {adapter.balance_weight:g} already: it would never raise anything"
+        )
 
 
 def _validate_name(name: str, where: str) -> None:
@@ -665,6 +673,8 @@ def _validate_weight(source: SourceConfig, where: str) -> None:
     weights = [weight for _, weight in source.points]
     if any(not weight >= 0 for weight in weights):  # `not >=` so that NaN fails too
         raise ConfigError(f"{where}: a weight must be at least 0, got {min(weights)}")
+    if max(weights) > _LARGEST_WEIGHT:
+        raise ConfigError(f"{where}: a weight must be at most {_LARGEST_WEIGHT:g}, got {max(weights):g}")
     if source.epochs is not None and source.epochs < 1:
         raise ConfigError(f"{where}: epochs must be at least 1, got {source.epochs}")
 

@@ -154,7 +154,9 @@ def reason(error: BaseException) -> str:
         if not error.failures:
             return "another rank could not"  # only the coordinator is told which one, and why
         error = error.failures[min(error.failures)][0]
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(text.split())[:500]
 
 

@@ -16,6 +16,8 @@ from mole_mega.data.sources import BadSample, Source
 _ROWS_MEASURED = 512
 # A slope of a schedule becomes so many stretches of level weights at most, each as high as the slope's mean over it.
 _STAIRS = 256
+# of e, so that sums of sizes to a power times weights stay finite
+_LARGEST_EXPONENT = 400.0
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,13 @@ def plan_mixture(
     """Measure what has to be measured and build the mixture. The same files, config and seed give the same one.
 
     `batch`: samples a step; None will do where no weight changes over the steps. Raises ConfigError for a source whose
-    weight is in tokens and of whose rows none can be used.
+    weight is above 0 and of whose rows none can be used.
     """
     sizes = tuple(len(source) for source in sources)
     in_tokens = config.weights_in == "tokens"
+    for index, (source, asked) in enumerate(zip(sources, config.sources, strict=True)):
+        if len(source) and any(w for _, w in asked.points):
+            _check_usable(source, encoder, seed, index)
     places = tuple(
         measure_places(source, encoder, seed, index) if in_tokens and any(w for _, w in asked.points) else None
         for index, (source, asked) in enumerate(zip(sources, config.sources, strict=True))
@@ -134,16 +139,26 @@ def plan_mixture(
 
 def measure_places(source: Source, encoder: Encoder, seed: int, index: int) -> Places:
     """The mean places of a source's usable rows: of all if they are few, else of those that the first epoch of the
-    source with that index begins with. Opens no image. Raises ConfigError if no row can be used."""
+    source with that index begins with. Opens no image. At least one row can be used."""
+    lengths = list(_lengths(source, encoder, _first_rows(source, seed, index)))
     measured = min(_ROWS_MEASURED, len(source))
-    lengths = list(_lengths(source, encoder, (shuffled_row(len(source), n, index, seed) for n in range(measured))))
-    if not lengths:
-        raise ConfigError(f"source {source.name!r}: none of the {measured} rows that were looked at can be used")
     mean = math.fsum(lengths) / len(lengths)
     if measured == len(source):
         return Places(mean, 0.0, len(lengths))
     variance = math.fsum((length - mean) ** 2 for length in lengths) / max(1, len(lengths) - 1)
     return Places(mean, math.sqrt(variance / len(lengths)), len(lengths))
+
+
+def _check_usable(source: Source, encoder: Encoder, seed: int, index: int) -> None:
+    """Raise ConfigError if none of the rows that the source begins with can be used: others would take its place in the
+    mixture. As a rule the first one can. Opens no image."""
+    if next(_lengths(source, encoder, _first_rows(source, seed, index)), None) is None:
+        measured = min(_ROWS_MEASURED, len(source))
+        raise ConfigError(f"source {source.name!r}: none of the {measured} rows that were looked at can be used")
+
+
+def _first_rows(source: Source, seed: int, index: int) -> Iterator[int]:
+    return (shuffled_row(len(source), n, index, seed) for n in range(min(_ROWS_MEASURED, len(source))))
 
 
 def _lengths(source: Source, encoder: Encoder, rows: Iterable[int]) -> Iterator[int]:
@@ -158,8 +173,16 @@ def _size_factor(config: DataConfig, size: int, places: Places | None) -> float:
     """size ** (1 / temperature), the size in the unit of the weights; 1 where sizes do not count."""
     if config.temperature is None:
         return 1.0
+    amount = size * (places.mean if places else 1.0)
+    exponent = 1 / config.temperature
+    if exponent * math.log(max(amount, 1.0)) > _LARGEST_EXPONENT:
+        least = math.log(amount) / _LARGEST_EXPONENT
+        raise ConfigError(
+            f"data.temperature {config.temperature:g} takes a source of {amount:.0f} {config.weights_in} to the power "
+            f"of {exponent:g}, more than numbers hold; it must be at least {least:.2g} here"
+        )
     # Rounded, as the last bit of a power is the C library's own affair and all hosts of a run must agree on the stream.
-    return float(f"{(size * (places.mean if places else 1.0)) ** (1 / config.temperature):.12g}")
+    return float(f"{amount**exponent:.12g}")
 
 
 def _stretches(config: DataConfig) -> list[tuple[int, float]]:

@@ -95,7 +95,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         """Opens the file for a run that goes on after `resume_step`: later rows, and a half-written last one, are
-        dropped, since they are about to be computed again."""
+        dropped, since they are about to be computed again. Raises OSError, naming the line, for a file of which
+        anything else cannot be read: nothing of it is dropped then."""
         kept = [row for row in read_rows(path) if row["step"] <= resume_step] if path.exists() else []
         beside = path.with_name(f".{path.name}.new")
         beside.write_text("".join(_line(row) for row in kept))
@@ -111,14 +112,19 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics file, in order."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # a kill can leave half a line at the end
-    return rows
+    """The complete rows of a metrics file, in order. Raises OSError, naming the line, for one that is no row."""
+    *lines, _ = path.read_bytes().split(b"\n")  # a kill can leave half a line at the end
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1) if line]
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:  # neither UTF-8 nor JSON
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise OSError(f"line {number} of {path} is no row with a step; mend the file or move it away")
+    return row
 
 
 def _line(row: Mapping[str, Any]) -> str:

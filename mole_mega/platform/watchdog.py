@@ -156,8 +156,11 @@ def _join_store(timeout_seconds: float) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    # an attempt that torchrun starts again has nothing to do with the places of the one before
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    # An attempt that torchrun starts again has nothing to do with the places of the one before. Where its agent keeps
+    # the store, that is told by the count of restarts, as torch does; elsewhere the store is new, and the count of a
+    # host that only joined again is not the others'.
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0", store)
 
 
 def _names(places: Sequence[Place]) -> str:

@@ -102,6 +102,8 @@ def speed_cases(run: RunConfig, size: LlavaSize, devices: Sequence[Device], te_e
         size = fitting(run, size, devices[0].memory)
     cases = []
     for setting in SETTINGS[1:]:
+        if setting.processes > 1:
+            continue
         why_not = setting.why_not(devices, te_error)
         computed = run
         try:

@@ -71,7 +71,8 @@ class Evaluator:
         """The places that the model's output is of."""
         part = ContextPart.of(self.parallel)
         names = ("tokens", "labels", "padding_mask", "position_ids", "image_mask")
-        return replace(batch, **{name: part.take(getattr(batch, name)) for name in names})
+        taken: dict[str, Any] = {name: part.take(getattr(batch, name)) for name in names}
+        return replace(batch, **taken)
 
     @staticmethod
     def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:

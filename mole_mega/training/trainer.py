@@ -420,7 +420,8 @@ class Trainer:
         if with_pictures:
             assert routing is not None
             logs.pictures(routing, step)
-        if step % monitor.every == 0 or not result.applied or alarms or with_experts:
+        is_last = step == self.run.train.steps
+        if step % monitor.every == 0 or is_last or not result.applied or alarms or with_experts:
             logs.row(row)
             self._say(progress_line(row, self.run.train.steps, progress_note(alarms)))
 

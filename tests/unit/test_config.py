@@ -379,6 +379,7 @@ def test_weights_are_not_negative_and_not_all_zero(kind, weights, parts):
         ({"weight": [[0, float("nan")]]}, "weight[0][1] must be a finite number, got nan"),
         ({"weight": float("nan")}, "weight must be a finite number, got nan"),
         ({"weight": "much"}, "weight must be float, got 'much'"),
+        ({"weight": 1e308}, "data.sources 'a': a weight must be at most 1e+100, got 1e+308"),
         ({"weight": [[0, 1], [8, 0]]}, "all weights are 0 at step 8"),
         ({"weight": [[0, 0], [8, 1]]}, "data.sources: all weights are 0"),
         ({"epochs": 0}, "data.sources 'a': epochs must be at least 1, got 0"),
@@ -660,6 +661,9 @@ def test_an_unknown_alarm_or_reaction_is_named():
 def test_a_balance_weight_of_zero_cannot_be_raised():
     message = refused(monitor={"alarms": {"reaction": "raise_balance"}}, adapter={"balance_weight": 0})
     assert message == "monitor.alarms.reaction raise_balance multiplies adapter.balance_weight, which is 0"
+    alarms = {"reaction": "raise_balance", "max_balance_weight": 0.01}
+    message = refused(monitor={"alarms": alarms}, adapter={"balance_weight": 0.03})
+    assert "stops at max_balance_weight 0.01, and adapter.balance_weight is 0.03 already" in message
     make(monitor={"alarms": {"reaction": "raise_balance"}}, adapter={"balance_weight": 0, "method": "lora"})
 
 

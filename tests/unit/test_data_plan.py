@@ -97,8 +97,14 @@ def test_mean_places_are_those_of_the_rows_that_can_be_used(monkeypatch):
     assert measured.rows == 60
     assert 1 < measured.error < 10 and abs(measured.mean - math.fsum(every) / len(every)) < 3 * measured.error
     assert measure_places(many, encoder, seed=0, index=1) == measured != measure_places(many, encoder, seed=9, index=1)
+
+
+@pytest.mark.parametrize("weights_in", ["samples", "tokens"])
+def test_a_source_of_which_no_row_can_be_used_is_refused(weights_in):
+    nothing = Texts("few", 40, [1], bad=range(40))
     with pytest.raises(ConfigError, match=r"source 'few': none of the 40 rows that were looked at can be used"):
-        measure_places(Texts("few", 40, [1], bad=range(40)), encoder, seed=0, index=0)
+        plan_of([SHORT, nothing], weights_in=weights_in)
+    plan_of([SHORT, Texts("few", 40, [1], bad=range(39))], weights_in=weights_in)
 
 
 def test_a_source_that_is_switched_off_is_not_measured():
@@ -117,6 +123,14 @@ def test_temperature_is_the_usual_one(temperature, expected):
     assert plan.mixture.counts(2000) == pytest.approx([2000 * share for share in wanted], abs=2)
     twice = plan_of([SHORT, LONG], temperature=temperature, settings=[(2.0, None)])
     assert twice.asked_shares(1)[0] / twice.asked_shares(1)[1] == pytest.approx(2 * wanted[0] / wanted[1])
+
+
+def test_a_temperature_whose_powers_no_number_holds_is_refused_with_the_least_that_will_do():
+    with pytest.raises(
+        ConfigError, match=r"data.temperature 0.001 .* 64 samples to the power of 1000.* at least 0.01 "
+    ):
+        plan_of([SHORT, LONG], temperature=0.001)
+    plan_of([SHORT, LONG], temperature=0.011)
 
 
 def test_temperature_counts_sizes_in_the_unit_of_the_weights():

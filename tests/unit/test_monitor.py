@@ -82,6 +82,17 @@ def test_half_a_last_line_is_dropped(tmp_path, half):
     assert strict_rows(tmp_path / "m") == rows(1, 2, 3)
 
 
+@pytest.mark.parametrize("line", [b"{broken", b'{"loss": 1}', b"[1, 2]", b"null", b'{"step": "2"}', b"\xff\xfe"])
+def test_a_whole_line_that_is_no_row_is_named_and_nothing_is_dropped(tmp_path, line):
+    write_rows(tmp_path / "m", 0, rows(1, 2, 3))
+    first, *others = (tmp_path / "m").read_bytes().splitlines(keepends=True)
+    (tmp_path / "m").write_bytes(b"".join([first, line + b"\n", *others]))
+    before = (tmp_path / "m").read_bytes()
+    with pytest.raises(OSError, match=r"line 2 of .*m is no row with a step"):
+        MetricsFile(tmp_path / "m", 3)
+    assert (tmp_path / "m").read_bytes() == before
+
+
 def test_a_validation_row_of_the_resumed_step_is_kept(tmp_path):
     validation = {"step": 2, "validation/a": 0.5}
     write_rows(tmp_path / "m", 0, [*rows(1, 2), validation, *rows(3)])
