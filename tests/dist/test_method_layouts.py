@@ -1,11 +1,11 @@
-"""Every method, alone and together, does under every layout what it does in one process: to the loss, the gradient norm,
-the weights and what it remembers, after three steps (DESIGN 6.1)."""
+"""Every method, alone and together, does under every layout what it does in one process: to the loss, the gradient
+norm, the weights and what it remembers, after three steps (DESIGN 6.1)."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from test_layouts import DP, EP, PP, PP_EP, RUN, SIZE, TP, TP_EP, TP_PP, check, record_all
+from test_layouts import DP, EP, PP, PP_EP, RUN, TP, TP_EP, TP_PP, check, record_all
 
 from mole_mega.adapters.methods import check_methods
 from mole_mega.config import validate
