@@ -1,6 +1,6 @@
 """A worker of `mole_mega.training.parity` that does one thing wrong, which the case names in its `run_dir`: it gives
-one mark of every adapter tensor a wrong value, leaves the gradients of experts that were gathered with who computed them,
-or has methods that forget what is summed over ranks."""
+one mark of every adapter tensor a wrong value, leaves the gradients of experts that were gathered with who computed
+them, or has methods that forget what is summed over ranks."""
 
 import sys
 
