@@ -200,7 +200,7 @@ class _Laboratory:
             usable = sum(bool(chunk[source]) for chunk in places)
             if usable < 2:
                 raise ConfigError(
-                    f"data.validation {name!r}: of {len(places)} batches of {batch} held-out rows {usable} can be "
+                    f"data.validation {name!r}: {usable} of {len(places)} batches of {batch} held-out rows can be "
                     "scored, an uncertainty needs 2; give it more rows or lower train.global_batch_size"
                 )
             lines += _left_out(skipped, "held-out rows")

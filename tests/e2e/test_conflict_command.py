@@ -202,8 +202,8 @@ def some_unusable(make_run, answers, tmp_path_factory):
     ("asks", "rows", "message"),
     [
         (16, 16, "data.validation 'green' has no sample that can be scored: 16 no assistant turn"),
-        (8, 16, "data.validation 'green': of 2 batches of 8 held-out rows 1 can be scored, an uncertainty needs 2"),
-        (0, 8, "data.validation 'green': of 1 batches of 8 held-out rows 1 can be scored, an uncertainty needs 2"),
+        (8, 16, "data.validation 'green': 1 of 2 batches of 8 held-out rows can be scored, an uncertainty needs 2"),
+        (0, 8, "data.validation 'green': 1 of 1 batches of 8 held-out rows can be scored, an uncertainty needs 2"),
     ],
 )
 def test_held_out_rows_that_cannot_be_scored_are_named_before_anything_is_trained(some_unusable, asks, rows, message):
