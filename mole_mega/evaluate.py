@@ -26,7 +26,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a step_<n> folder, instead of the run's newest")
     parser.add_argument("--base", action="store_true", help="the frozen base alone, without adapters")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("--answers", type=Path, help="where the answers go (default: RUN_DIR/eval/step_<n>.jsonl)")
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        help="where the answers go (default: RUN_DIR/eval/step_<n>_eval.jsonl; of another run's checkpoint, beside "
+        "--json)",
+    )
     parser.add_argument("--max-new-tokens", type=int, help="default: the run's validation.max_new_tokens")
     parser.add_argument("--no-generate", action="store_true", help="score without writing answers, which is faster")
     parser.add_argument("--debug", action="store_true", help="show warnings and tracebacks")
@@ -51,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = None if args.base else args.checkpoint or _newest(run)
         if not run.data.validation:
             raise ConfigError("data.validation is empty: there is nothing to evaluate on")
-        answers = args.answers or Path(run.run_dir) / "eval" / f"{checkpoint.name if checkpoint else 'base'}.jsonl"
+        answers = None if args.no_generate else args.answers or _answers_file(run, checkpoint, args.json)
         if args.json:
             check_file(args.json, "--json")
-        if not args.no_generate:
+        if answers:
             check_folder(answers.parent, "--answers")
             if answers.parent.is_dir():
                 check_file(answers, "--answers")
@@ -70,30 +75,53 @@ def main(argv: list[str] | None = None) -> int:
         parallel = platform.initialize(run.parallel, run.train.seed, facts=facts)
         found = evaluate_checkpoint(run, parallel, checkpoint, generate=not args.no_generate)
         if parallel.is_main:
+            print(f"evaluated {checkpoint or f'the base alone, {run.model.base}'}")
             print(_table(found.scores))
             for line in found.left_out:
                 print(line)
             if args.json:
-                args.json.write_text(json.dumps(found.scores, indent=1) + "\n")
+                args.json.write_text(json.dumps(_facts(checkpoint) | found.scores, indent=1) + "\n")
             if not args.no_generate:
-                write_answers(found.answers, answers)
                 for source in run.data.validation:
                     own = [answer for answer in found.answers if answer.source == source.name]
                     if cut := sum(answer.cut for answer in own):
                         limit = run.validation.max_new_tokens
                         print(f"{cut} of {len(own)} answers of {source.name} were cut off at {limit} tokens")
-                print(f"answers: {answers}")
+                if answers:
+                    write_answers(found.answers, answers)
+                    print(f"answers: {answers}")
+                else:
+                    print(f"answers: not written, {checkpoint} is no checkpoint of {run.run_dir} (--answers FILE)")
         platform.shutdown()
     return outcome.code
 
 
 def _newest(run: RunConfig) -> Path:
-    from mole_mega.checkpoint.store import complete_checkpoints
+    from mole_mega.checkpoint.store import latest_checkpoint
 
-    found = complete_checkpoints(Path(run.run_dir) / "checkpoints")
-    if not found:
+    found = latest_checkpoint(Path(run.run_dir) / "checkpoints")
+    if found is None:
         raise ConfigError(f"{run.run_dir} has no complete checkpoint; --base evaluates the base alone")
-    return found[-1]
+    return found
+
+
+def _answers_file(run: RunConfig, checkpoint: Path | None, figures: Path | None) -> Path | None:
+    """Where answers go that no one named a file for. In the run's folder only its own may lie, apart from those that
+    training wrote, of other settings maybe: the report shows them. None: nowhere."""
+    folder = Path(run.run_dir)
+    if checkpoint is None:
+        return folder / "eval" / "base.jsonl"
+    if checkpoint.resolve().parent == (folder / "checkpoints").resolve():
+        return folder / "eval" / f"{checkpoint.resolve().name}_eval.jsonl"
+    return figures and figures.with_name(f"{figures.stem}_answers.jsonl")
+
+
+def _facts(checkpoint: Path | None) -> dict[str, str | int | None]:
+    """What was evaluated, for the file of figures; both None: the base alone."""
+    if checkpoint is None:
+        return {"checkpoint": None, "step": None}
+    state = json.loads((checkpoint / "state.json").read_text())
+    return {"checkpoint": str(checkpoint), "step": state["step"]}
 
 
 def _table(row: dict[str, int | float]) -> str:

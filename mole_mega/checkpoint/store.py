@@ -131,15 +131,7 @@ class CheckpointStore:
         Raises CheckpointError when the one that `latest` names is not complete: going on from an older one, or anew,
         would quietly repeat what was trained already.
         """
-        found, pointer = self.complete(), self.folder / LATEST
-        if pointer.exists():
-            named = self.folder / pointer.read_text().strip()
-            if named not in found:
-                raise files.CheckpointError(
-                    f"{named} is not a complete checkpoint, yet {pointer} names it; restore it, or remove {pointer} to "
-                    f"{f'go on from {found[-1].name}' if found else 'start anew'}"
-                )
-        return found[-1] if found else None
+        return latest_checkpoint(self.folder)
 
     def load(
         self,
@@ -203,6 +195,19 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints below a `checkpoints` folder, oldest first."""
     found = [p for p in folder.glob("step_*") if _STEP.fullmatch(p.name) and (p / files.MANIFEST).exists()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint below a `checkpoints` folder. Raises as `CheckpointStore.latest` does."""
+    found, pointer = complete_checkpoints(folder), folder / LATEST
+    if pointer.exists():
+        named = folder / pointer.read_text().strip()
+        if named not in found:
+            raise files.CheckpointError(
+                f"{named} is not a complete checkpoint, yet {pointer} names it; restore it, or remove {pointer} to "
+                f"{f'go on from {found[-1].name}' if found else 'start anew'}"
+            )
+    return found[-1] if found else None
 
 
 def check_trained_with(path: Path, run: RunConfig, base_hash: str) -> None:

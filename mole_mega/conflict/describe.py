@@ -87,7 +87,7 @@ def explain(measured: Measurement, rule: Rule) -> list[str]:
 
 def warnings(measured: Measurement) -> list[str]:
     """What makes the figures less sure than they look."""
-    found = []
+    found = list(measured.left_out)
     for source, share in zip(measured.sources, measured.repeated, strict=True):
         if share > 0.01:
             found.append(

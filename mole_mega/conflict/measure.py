@@ -23,15 +23,17 @@ from mole_mega.checkpoint.base import read_size
 from mole_mega.checkpoint.store import trainable_entries
 from mole_mega.config import ConfigError, RunConfig, SourceConfig
 from mole_mega.conflict.statistics import KINDS, Measurement, Place
+from mole_mega.data import tally
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader
 from mole_mega.errors import CheckFailedError
 from mole_mega.platform.parallel import Parallel, seed_generators
 from mole_mega.platform.te import check_machine
+from mole_mega.training.evaluation import labelled_places
 from mole_mega.training.loss import SCORE_ROWS
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
-from mole_mega.training.trainer import build_model, build_run_loader
+from mole_mega.training.trainer import build_model, build_run_loader, check_scorable, skipped_samples
 from mole_mega.wording import number_of
 
 _LAYER = re.compile(r"language_model\.decoder\.layers\.(\d+)\.(self_attention|mlp)\.")
@@ -120,6 +122,7 @@ class _Laboratory:
         self.size = read_size(Path(run.model.base))
         self.alone = [self._loader(name) for name in self.sources]
         self._check_shares()
+        self.left_out = self._check_held_out()
         self.model = build_model(run, self.size, parallel)
         self.entries = trainable_entries(self.model)
         parameters = dict(self.model.module.named_parameters())
@@ -137,13 +140,14 @@ class _Laboratory:
         losses: dict[str, list[list[np.ndarray]]] = {kind: [] for kind in KINDS}
         for repeat in range(plan.repeats):
             mix = self._loader(None, repeat)
-            _, tables = self._run(mix, plan.steps, repeat)
-            losses["mix"].append(tables)
             found, tables = self._run(mix, mix_steps, repeat)
             losses["mix_samples"].append(tables)
             if samples is None:
+                # before the shorter run, which reads some of these rows again
+                self.left_out += _left_out(skipped_samples(mix, self.parallel), f"{mix_steps} steps on the mix")
                 samples = [int(count) for count in found]
                 own_steps = [max(1, round(count / self.run.train.global_batch_size)) for count in samples]
+            losses["mix"].append(self._run(mix, plan.steps, repeat)[1])
             say(f"the mix, repeat {repeat + 1} of {plan.repeats}: {plan.steps} and {mix_steps} steps")
             alone, alone_samples = [], []
             for source, own in enumerate(own_steps):
@@ -169,6 +173,7 @@ class _Laboratory:
             held_out="data.validation" if self.run.data.validation else "rows of the training stream further on",
             seen=self._share_seen(),
             repeated=repeated,
+            left_out=self.left_out,
         )
 
     def _check_shares(self) -> None:
@@ -182,6 +187,24 @@ class _Laboratory:
                     f"data.sources {source!r}: {self.run.train.steps} steps on the mix read {samples} of its samples, "
                     f"less than half a batch of {batch}; raise --steps or its weight"
                 )
+
+    def _check_held_out(self) -> tuple[str, ...]:
+        """Which rows of `data.validation` are left out, in words. Raises ConfigError, before anything is trained, for a
+        source whose rows cannot give a loss with an uncertainty."""
+        lines: tuple[str, ...] = ()
+        for source, loader in enumerate(self.alone if self.run.data.validation else ()):
+            name, batch = self.sources[source], self.run.train.global_batch_size
+            places = [labelled_places(chunk, len(loader.domains), self.parallel) for chunk in self._chunks(source)]
+            skipped = skipped_samples(loader, self.parallel)
+            check_scorable([name], sum(places, torch.zeros(len(loader.domains))), loader, skipped)
+            usable = sum(bool(chunk[source]) for chunk in places)
+            if usable < 2:
+                raise ConfigError(
+                    f"data.validation {name!r}: {usable} of {len(places)} batches of {batch} held-out rows can be "
+                    "scored, an uncertainty needs 2; give it more rows or lower train.global_batch_size"
+                )
+            lines += _left_out(skipped, "held-out rows")
+        return lines
 
     def _loader(self, only: str | None, repeat: int = 0) -> Loader:
         """The mix (None), or one source's stream alone: its rows in the order in which the mix brings them."""
@@ -299,6 +322,14 @@ class _Laboratory:
         parts: list[list[tuple[int, str]]] = [[] for _ in range(self.parallel.dp_size)]
         dist.all_gather_object(parts, list(ids), group=self.parallel.groups.dp)
         return [pair for part in parts for pair in part]
+
+
+def _left_out(skipped: tally.Tally, where: str) -> tuple[str, ...]:
+    return tuple(
+        f"{source}: {number_of(count, 'sample')} left out of the {where}: {kind}"
+        for source, kinds in skipped.items()
+        for kind, count in kinds.items()
+    )
 
 
 def _ids_in_order(batch: Batch) -> list[tuple[int, str]]:

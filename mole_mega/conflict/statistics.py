@@ -35,6 +35,7 @@ class Measurement:
     mix_steps, which read mix_samples[s] of them).
     held_out: where held-out rows come from; seen: of each source's, the share that training had read too.
     repeated: of each source's rows in `products`, the share that is not new.
+    left_out: which samples could not be used, in words.
     """
 
     sources: tuple[str, ...]
@@ -49,6 +50,7 @@ class Measurement:
     held_out: str
     seen: tuple[float, ...]
     repeated: tuple[float, ...]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -343,6 +343,8 @@ def answers(run: RunFolder) -> list[Block]:
                 scores = [float(row[measure]) for row in found if row.get(measure) is not None]
                 cells.append(f"{sum(scores) / len(scores):.3f} of {len(scores):,}" if scores else "not recorded")
             rows.append((evaluation.name, source, *cells))
+    if not rows:
+        return [Missing("not recorded: no file in eval/ holds an answer")]
     blocks: list[Block] = [Table(("file", "source", *measures), rows, text_columns=2)]
     last = run.answers[-1]
     picked: dict[str, dict[str, Any]] = {}

@@ -21,6 +21,7 @@ from mole_mega.models.decode import Prompts, greedy, pad_prompts
 from mole_mega.models.llava import LLaVA
 from mole_mega.monitor import scores
 from mole_mega.monitor.metrics import Row
+from mole_mega.platform.parallel import Parallel
 from mole_mega.training.step import Evaluator
 
 
@@ -57,6 +58,16 @@ class Answer:
     contains: bool
     anls: float
     cut: bool
+
+
+def labelled_places(batches: Sequence[Batch], num_domains: int, parallel: Parallel) -> torch.Tensor:
+    """How many places of each domain have a label in all ranks' batches, int64 [D]. All ranks call it."""
+    places = torch.zeros(num_domains, dtype=torch.int64, device=parallel.device)
+    for batch in batches:
+        counts = (batch.labels != IGNORE_INDEX).sum(dim=1)
+        places.index_add_(0, batch.domains.to(places.device), counts.to(places.device))
+    dist.all_reduce(places, group=parallel.groups.dp)
+    return places.cpu()
 
 
 def evaluation_row(evaluator: Evaluator, batches: Sequence[Batch], domains: Sequence[str]) -> Row:

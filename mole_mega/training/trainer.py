@@ -33,6 +33,7 @@ from mole_mega.checkpoint.store import (
 )
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data import tally
+from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
 from mole_mega.errors import STOP_SIGNALS, CheckFailedError, ExitCode
 from mole_mega.estimate.plan import misfit
@@ -49,7 +50,14 @@ from mole_mega.platform.parallel import Parallel
 from mole_mega.platform.recipes import sequence_multiple
 from mole_mega.platform.te import check_machine
 from mole_mega.platform.watchdog import Watchdog
-from mole_mega.training.evaluation import Answer, answer_questions, answer_row, evaluation_row, write_answers
+from mole_mega.training.evaluation import (
+    Answer,
+    answer_questions,
+    answer_row,
+    evaluation_row,
+    labelled_places,
+    write_answers,
+)
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.reseed import Reseed, reseed_expert
 from mole_mega.training.step import Evaluator, Stepper
@@ -112,29 +120,40 @@ def evaluate_checkpoint(
     if checkpoint is not None:
         check_trained_with(checkpoint, run, files.folder_hash(base))
     loader = build_run_loader(run, size, parallel)
+    batches = _validation_batches(run, loader, parallel)
+    skipped = skipped_samples(loader, parallel)
+    places = labelled_places(batches, len(loader.domains), parallel)
+    check_scorable([source.name for source in run.data.validation], places, loader, skipped)
     model = LLaVA(run, size, parallel, adapters=checkpoint is not None)
     load_base(model, base)
     if checkpoint is not None:
         load_weights(model, checkpoint)
     evaluator = Evaluator(run, model, parallel, len(loader.domains))
-    scores, answers = _validate(run, evaluator, model, loader, generate=generate)
-    skipped = skipped_samples(loader, parallel)
-    for source in run.data.validation:
-        if f"loss/{source.name}" not in scores:
-            why = ", ".join(f"{count} {kind}" for kind, count in skipped.get(source.name, {}).items())
-            raise ConfigError(f"data.validation {source.name!r} has no sample that can be scored: {why}")
+    scores, answers = _validate(run, evaluator, model, loader, batches, generate=generate)
     return Evaluation(scores, answers, _skipped_lines(skipped, loader))
 
 
+def check_scorable(names: Sequence[str], places: torch.Tensor, loader: Loader, skipped: tally.Tally) -> None:
+    """Raise ConfigError, with the reasons in `skipped`, for a validation source without one of the labelled `places`,
+    [D]: before a model is run, which on the other sources may take long."""
+    for name in names:
+        if not places[loader.domains.index(name)]:
+            why = ", ".join(f"{count} {kind}" for kind, count in skipped.get(name, {}).items())
+            raise ConfigError(f"data.validation {name!r} has no sample that can be scored: {why}")
+
+
+def _validation_batches(run: RunConfig, loader: Loader, parallel: Parallel) -> list[Batch]:
+    rows = run.train.micro_batch_size
+    return list(loader.validation_batches(run.validation.samples, rows, parallel.dp_rank, parallel.dp_size))
+
+
 def _validate(
-    run: RunConfig, evaluator: Evaluator, model: LLaVA, loader: Loader, *, generate: bool
+    run: RunConfig, evaluator: Evaluator, model: LLaVA, loader: Loader, batches: Sequence[Batch], *, generate: bool
 ) -> tuple[Row, list[Answer]]:
-    parallel, rows = evaluator.parallel, run.train.micro_batch_size
-    batches = list(loader.validation_batches(run.validation.samples, rows, parallel.dp_rank, parallel.dp_size))
     scores = evaluation_row(evaluator, batches, loader.domains)
     answers: list[Answer] = []
     if generate:
-        base, longest = Path(run.model.base), run.validation.max_new_tokens
+        base, rows, longest = Path(run.model.base), run.train.micro_batch_size, run.validation.max_new_tokens
         answers = answer_questions(model, batches, loader.domains, loader.encoder, base, rows, longest)
     return scores | answer_row(answers), answers
 
@@ -259,17 +278,16 @@ class Trainer:
         return code
 
     def validate(self) -> Row:
-        """Scores of each validation source's first samples; the answers, if the model writes them, go to a file."""
-        run = self.run
-        scores, answers = _validate(run, self.stepper, self.model.module, self.loader, generate=run.validation.generate)
-        if run.validation.generate:
+        """Scores of each validation source's first samples, without sources of which none can be scored; the answers,
+        if the model writes any, go to a file."""
+        run, model = self.run, self.model.module
+        batches = _validation_batches(run, self.loader, self.parallel)
+        scores, answers = _validate(run, self.stepper, model, self.loader, batches, generate=run.validation.generate)
+        if answers:  # every rank has those of all
             path = Path(run.run_dir) / "eval" / f"step_{self.state.step}.jsonl"
             with files.shared_disk_errors("writing", path):
                 if self.parallel.is_main:
                     write_answers(answers, path)
-        for source in run.data.validation:
-            if f"loss/{source.name}" not in scores:
-                self._say(f"validation: no sample of {source.name} can be scored")
         return scores
 
     def _step(self, step: int) -> tuple[Row, StepResult]:
@@ -427,9 +445,12 @@ class Trainer:
 
     def _log_validation(self, step: int, logs: RunLogs | None) -> None:
         scores = self.validate()
-        if logs is not None:
+        if logs is not None and scores:
             logs.row({"step": step} | {f"validation_{key}": value for key, value in scores.items()})
-        self._say(f"validation after step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+        parts = [f"{key} {value:.4f}" for key, value in scores.items()]
+        if unscored := [source.name for source in self.run.data.validation if f"loss/{source.name}" not in scores]:
+            parts.append(f"not scored, for want of a sample that can be: {', '.join(unscored)}")
+        self._say(f"validation after step {step}: {'  '.join(parts)}")
 
     def _announce(self) -> None:
         for line in describe_trainable(self.model, self.parallel):

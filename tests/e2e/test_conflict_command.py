@@ -5,6 +5,7 @@ import json
 import math
 import random
 from functools import partial
+from pathlib import Path
 
 import commands
 import pytest
@@ -168,6 +169,53 @@ def test_a_source_that_the_mix_would_hardly_read_is_named_before_anything_is_tra
     assert (
         code == 2 and "data.sources 'green': 4 steps on the mix read 1 of its samples" in text and text.count("\n") == 1
     )
+
+
+@pytest.fixture(scope="module")
+def some_unusable(make_run, answers, tmp_path_factory):
+    """some_unusable(asks, rows) -> (code, text) of a meter whose source green has `rows` held-out rows, of which the
+    first `asks` have no answer, and one such row among those to train on."""
+    folder = tmp_path_factory.mktemp("unusable")
+    red, green = (json.loads((answers / f"{name}.json").read_text()) for name in ("red", "green"))
+
+    def without_answers(rows, count):
+        return [row | {"conversations": row["conversations"][:1]} for row in rows[:count]] + rows[count:]
+
+    def run(asks, rows):
+        files = {"red": red[:64], "green": without_answers(green[:64], 1)}
+        held_out = {"red": red[64:80], "green": without_answers(green[64 : 64 + rows], asks)}
+        data = {}
+        for key, tables in (("sources", files), ("validation", held_out)):
+            data[key] = [{"name": name, "path": str(folder / f"{key}_{name}.json")} for name in tables]
+            for source in data[key]:
+                Path(source["path"]).write_text(json.dumps(tables[source["name"]]))
+        train = {"global_batch_size": 8, "micro_batch_size": 4, "lr": 0.005, "warmup_steps": 0}
+        path = make_run(folder, data=data, train=train, adapter={"dropout": 0})
+        # 8 steps on the mix read every row once
+        arguments = [path, "--steps", 8, "--warm", 1, "--repeats", 1, "--batches", 3, "--chunks", 2]
+        return commands.run(arguments, folder / "log", module="mole_mega.conflict.command")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("asks", "rows", "message"),
+    [
+        (16, 16, "data.validation 'green' has no sample that can be scored: 16 no assistant turn"),
+        (8, 16, "data.validation 'green': 1 of 2 batches of 8 held-out rows can be scored, an uncertainty needs 2"),
+        (0, 8, "data.validation 'green': 1 of 1 batches of 8 held-out rows can be scored, an uncertainty needs 2"),
+    ],
+)
+def test_held_out_rows_that_cannot_be_scored_are_named_before_anything_is_trained(some_unusable, asks, rows, message):
+    code, text = some_unusable(asks, rows)
+    assert code == 2 and message in text and text.count("\n") == 1
+
+
+def test_samples_that_are_left_out_are_told(some_unusable):
+    code, text = some_unusable(asks=3, rows=16)
+    assert code == 0 and "nan" not in text, text
+    assert "WARNING: green: 3 samples left out of the held-out rows: no assistant turn" in text
+    assert "WARNING: green: 1 sample left out of the 16 steps on the mix: no assistant turn" in text
 
 
 def test_a_mixture_of_one_source_is_refused(make_run, answers, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import fields
 
 import commands
@@ -10,6 +11,7 @@ import pytest
 from mole_mega.training.evaluation import Answer
 
 INPUT_ERROR = 2
+FACTS = ("checkpoint", "step")
 KINDS = ("loss", "token_accuracy", "accuracy", "exact_match", "contains", "anls")
 
 
@@ -59,6 +61,7 @@ def evaluate(trained, tmp_path):
         ]
         code, text = commands.run([trained[0], *own, *arguments], tmp_path / "log", nproc, module="mole_mega.evaluate")
         figures = json.loads(out.read_text()) if code == 0 else {}
+        figures = {key: value for key, value in figures.items() if key not in FACTS}
         lines = answers.read_text().splitlines() if code == 0 and answers.exists() else []
         return code, text, figures, [json.loads(line) for line in lines]
 
@@ -133,3 +136,85 @@ def test_what_cannot_be_scored_or_written_is_one_line(evaluate, rows, tmp_path):
     assert "file" in error_of(evaluate("--answers", tmp_path / "file" / "answers.jsonl"))
     assert "exclude each other" in error_of(evaluate("--answers", tmp_path / "a", "--no-generate"))
     assert "validation.max_new_tokens must be at least 1, got 0" in error_of(evaluate("--max-new-tokens", "0"))
+
+
+def fail_scoring(rank):
+    """For `prepare`: a model that is run at all."""
+    from mole_mega.training.step import Evaluator
+
+    def evaluate(self, micro_batches):
+        raise RuntimeError("the model was run")
+
+    Evaluator.evaluate = evaluate
+
+
+def test_a_source_that_cannot_be_scored_is_named_before_the_others_are(trained, rows, tmp_path):
+    asks = f"data.validation=[{json.dumps(rows['text'])}, {json.dumps(rows['asks'])}]"
+    for arguments, message in (([asks], "data.validation 'asks' has no sample"), ([], "the model was run")):
+        code, text = commands.run(
+            [trained[0], *arguments, "--no-generate"], tmp_path / "log", 1, fail_scoring, module="mole_mega.evaluate"
+        )
+        assert code and message in text, text
+
+
+@pytest.fixture
+def plain_eval(trained, tmp_path):
+    """plain_eval(*arguments) -> (exit code, what was printed), of an eval of one row without --json and --answers."""
+
+    def run(*arguments):
+        arguments = [trained[0], "validation.samples=1", *arguments]
+        return commands.run(arguments, tmp_path / "log", module="mole_mega.evaluate")
+
+    return run
+
+
+def test_what_was_scored_is_said_and_training_keeps_its_own_answers(trained, plain_eval, tmp_path):
+    folder = trained[1] / "eval"
+    before, out = (folder / "step_2.jsonl").read_bytes(), tmp_path / "figures.json"
+    code, text = plain_eval("--json", out)
+    checkpoint = trained[1] / "checkpoints" / "step_2"
+    assert code == 0 and f"evaluated {checkpoint}\n" in text, text
+    figures = json.loads(out.read_text())
+    assert {key: figures[key] for key in FACTS} == {"checkpoint": str(checkpoint), "step": 2}
+    assert (folder / "step_2.jsonl").read_bytes() == before
+    assert len((folder / "step_2_eval.jsonl").read_text().splitlines()) == 2 < len(before.splitlines())
+    assert f"answers: {folder / 'step_2_eval.jsonl'}" in text
+    code, text = plain_eval("--base", "--no-generate", "--json", out)
+    assert code == 0 and "evaluated the base alone" in text
+    assert {json.loads(out.read_text())[key] for key in FACTS} == {None}
+
+
+def test_answers_of_another_run_do_not_lie_in_this_one(trained, plain_eval, tmp_path):
+    other, mine = tmp_path / "other", tmp_path / "mine"
+    shutil.copytree(trained[1], other, ignore=shutil.ignore_patterns("eval"))
+    checkpoint = other / "checkpoints" / "step_2"
+    arguments = [f"run_dir={mine}", "--checkpoint", checkpoint]
+    code, text = plain_eval(*arguments)
+    assert code == 0 and f"answers: not written, {checkpoint} is no checkpoint of {mine} (--answers FILE)" in text, text
+    code, text = plain_eval(*arguments, "--json", tmp_path / "figures.json")
+    beside = tmp_path / "figures_answers.jsonl"
+    assert code == 0 and f"answers: {beside}" in text and len(beside.read_text().splitlines()) == 2, text
+    assert not mine.exists() and not (other / "eval").exists()
+
+
+def test_an_older_checkpoint_does_not_stand_in_for_the_latest(trained, plain_eval, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained[1], copy)
+    shutil.copytree(copy / "checkpoints" / "step_2", copy / "checkpoints" / "step_1")
+    (copy / "checkpoints" / "step_2" / "manifest.json").unlink()
+    line = error_of(plain_eval(f"run_dir={copy}"))
+    assert "step_2 is not a complete checkpoint, yet" in line and "latest names it" in line
+
+
+def test_a_validation_that_scores_nothing_leaves_nothing(make_run, data, rows, tmp_path):
+    text_rows = [{"name": "text", "path": str(data / "text.json")}]
+    run = make_run(
+        tmp_path,
+        train={"steps": 1},
+        data={"sources": text_rows, "validation": [rows["asks"]]},
+        validation={"every": 1, "generate": True, "max_new_tokens": 2},
+    )
+    code, text = commands.run([run], tmp_path / "log")
+    assert code == 0 and "validation after step 1: not scored, for want of a sample that can be: asks" in text, text
+    assert [len(row) > 1 for row in commands.read_rows(tmp_path / "run")] == [True]
+    assert not (tmp_path / "run" / "eval").exists()

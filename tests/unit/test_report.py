@@ -279,6 +279,12 @@ def test_a_file_that_is_not_there_is_said(run_dir, section, name):
     assert blocks_of(run_dir, section)[0] == ["Missing"]
 
 
+def test_answers_of_which_there_is_none_are_not_recorded(run_dir):
+    (run_dir / "eval" / "step_20.jsonl").write_text("")
+    blocks, text = blocks_of(run_dir, sections.answers)
+    assert blocks == ["Missing"] and "not recorded: no file in eval/ holds an answer" in text
+
+
 def test_a_run_of_plain_lora_has_no_experts_to_show(run_dir):
     (run_dir / "config.yaml").write_text("adapter: {method: lora, rank: 4}")
     write_lines(run_dir / "metrics.jsonl", [{"step": 1, "loss": 2.0, "loss/a": 2.0}])
