@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.backends import LocalSpecProvider
 from torch import Tensor, nn
 
 from mole_mega.adapters.routers import MoLERouter
 from mole_mega.config import AdapterConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from mole_mega.models import specs
+from mole_mega.models.backend import backend_called
 from mole_mega.models.mcore_config import DTYPES, build_configs
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
@@ -262,7 +262,7 @@ def build_mlp(
         image_token_id=0,
     )  # fmt: skip
     config = build_configs(run, size).language
-    plan = specs.AdapterPlan(adapter, SEED, parallel, LocalSpecProvider())
+    plan = specs.AdapterPlan(adapter, SEED, parallel, backend_called("local"))
     block = specs.decoder_block(config, range(1), plan)
     assert block.layer_specs is not None
     build = block.layer_specs[0].submodules.mlp

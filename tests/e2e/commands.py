@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mole_mega.monitor.metrics import TIMING_KEYS
 
+EXAMPLE_BASE = Path(__file__).parents[2] / "examples" / "tiny_cpu" / "base_hf"
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["mole_mega.train", "mole_mega.training.trainer", "transformers.models.llama", "torch.utils.tensorboard"]

@@ -3,21 +3,18 @@
 import json
 import random
 from functools import partial
-from pathlib import Path
 
 import commands
 import pytest
 import yaml
 from PIL import Image
 
-EXAMPLE_BASE = Path(__file__).parents[2] / "examples" / "tiny_cpu" / "base_hf"
-
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The tiny example's model as a base checkpoint."""
     folder = tmp_path_factory.mktemp("model")
-    arguments = ["hf-to-megatron", "--hf", EXAMPLE_BASE, "--out", folder / "base"]
+    arguments = ["hf-to-megatron", "--hf", commands.EXAMPLE_BASE, "--out", folder / "base"]
     code, text = commands.run(arguments, folder / "log", module="mole_mega.convert.command")
     assert code == 0, text
     return folder / "base"

@@ -13,7 +13,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
-from conftest import EXAMPLE_BASE
+from commands import EXAMPLE_BASE
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]

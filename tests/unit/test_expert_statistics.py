@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core.models.backends import LocalSpecProvider
 
 from mole_mega.adapters.mole import MoLELayer
 from mole_mega.adapters.routing import RouterMemory
 from mole_mega.config import AdapterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from mole_mega.models import specs
+from mole_mega.models.backend import backend_called
 from mole_mega.models.mcore_config import build_configs
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.monitor.experts import ExpertStatistics, expert_row, measure_experts
@@ -33,7 +33,7 @@ def block(alone) -> MoLELayer:
         data=DataConfig(sources=(), max_length=8),
     )  # fmt: skip
     config = build_configs(run, SIZE).language
-    plan = specs.AdapterPlan(ADAPTER, 0, alone, LocalSpecProvider())
+    plan = specs.AdapterPlan(ADAPTER, 0, alone, backend_called("local"))
     (spec,) = specs.decoder_block(config, range(1), plan).layer_specs
     layer = spec.submodules.mlp(config=config, pg_collection=alone.groups, is_mtp_layer=False)
     layer.set_layer_number(3)

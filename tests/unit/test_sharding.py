@@ -11,7 +11,7 @@ import torch
 from mole_mega.adapters import sharding
 from mole_mega.adapters.sharding import PLACEMENTS, Placement
 
-EXPERTS, RANK, IN, OUT = 4, 2, 8, 12
+EXPERTS, RANK, IN, OUT, SHARED = 4, 2, 8, 12, 3
 SHAPES = {
     "router.row.weight": (EXPERTS, IN),
     "router.weight": (EXPERTS, IN),
@@ -24,6 +24,11 @@ SHAPES = {
     "experts.column.B": (EXPERTS, OUT, RANK),
     "experts.row.A": (EXPERTS, RANK, IN),
     "experts.row.B": (EXPERTS, OUT, RANK),
+    "router.score_bias": (EXPERTS,),
+    "shared.column.B": (SHARED, OUT, RANK),
+    "shared.row.B": (SHARED, OUT, RANK),
+    "shared.mix": (EXPERTS, SHARED),
+    "shared.transform": (EXPERTS, RANK, RANK),
 }
 # The axes that DESIGN section 2 says are cut: (over expert-parallel, over tensor-parallel ranks)
 CUT = {
@@ -38,6 +43,11 @@ CUT = {
     "experts.column.B": (0, 1),
     "experts.row.A": (0, 2),
     "experts.row.B": (0, None),
+    "router.score_bias": (None, None),
+    "shared.column.B": (None, 1),
+    "shared.row.B": (None, None),
+    "shared.mix": (None, None),
+    "shared.transform": (None, None),
 }
 LAYOUTS = [(tp, ep, dp) for tp in (1, 2, 4) for ep in (1, 2, 4) for dp in (ep, 2 * ep)]
 
