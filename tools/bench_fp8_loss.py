@@ -108,12 +108,13 @@ def describe(rows: list[dict[str, Any]]) -> list[str]:
         plain = [row[figure] for row in rows if row["case"] == "none"]
         lines.append(f"{figure} loss without FP8 {statistics.fmean(plain):.4f} (mean of {len(plain)} seeds)")
         for one in compare(rows, figure):
+            verdict = f"  {one['case']:8} {one['mean']:+.2%}  {'met' if one['met'] else 'MISSED':6}  "
+            if one["seeds"] == 1:
+                lines.append(f"{verdict}one seed: chance cannot be told from cost")
+                continue
             chance = "within two standard errors of 0" if one["is_chance"] else "not chance alone"
             own = "  ".join(f"{value:+.1%}" for value in one["apart"])
-            lines.append(
-                f"  {one['case']:8} {one['mean']:+.2%} +- {one['error']:.2%}  {'met' if one['met'] else 'MISSED':6}  "
-                f"{chance}; by seed: {own}"
-            )
+            lines.append(f"{verdict}+- {one['error']:.2%}, {chance}; by seed: {own}")
     return lines
 
 

@@ -61,12 +61,12 @@ Precision = Literal["fp32", "bf16", "fp8"]
 # and 0.22).
 TOLERANCES: dict[tuple[Precision, bool], Tolerance] = {
     ("fp32", False): Tolerance(loss=1e-5, gradient=1e-4, gain=1e-4, weight=1e-3),
+    ("fp32", True): Tolerance(loss=1e-5, gradient=1e-4, gain=1e-4, weight=1e-3),
     ("bf16", False): Tolerance(loss=0.01, gradient=0.15, gain=0.05, weight=0.01),
     ("bf16", True): Tolerance(loss=0.02, gradient=0.6, gain=0.2, weight=0.02),
     ("fp8", False): Tolerance(loss=0.03, gradient=0.9, gain=0.25, weight=0.02),
     ("fp8", True): Tolerance(loss=0.05, gradient=1.5, gain=0.5, weight=0.03),
 }
-TOLERANCES["fp32", True] = TOLERANCES["fp32", False]
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,12 @@ def test_sigterm_to_any_rank_saves_and_exits_75_and_the_same_command_goes_on(tra
     assert_same_tensors(tmp_path / "split/checkpoints/step_6", tmp_path / "straight/checkpoints/step_6")
 
 
+def test_the_last_step_is_logged_whatever_the_interval(train, tmp_path):
+    sections = {"adapter": {"method": "lora"}, "train": {"steps": 3}, "checkpoint": {"every": 0}}
+    assert train("run", **sections, monitor={"every": 2})[0] == 0
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [2, 3]
+
+
 def test_a_finished_run_that_is_started_again_does_nothing(train, tmp_path):
     sections = {"train": {"steps": 2}, "checkpoint": {"every": 0}}
     assert train("run", **sections)[0] == 0
