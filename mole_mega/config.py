@@ -536,7 +536,7 @@ def _validate_forms(adapter: AdapterConfig) -> None:
     })  # fmt: skip
     _want(adapter, adapter.router_score == "sigmoid", "adapter.router_score sigmoid balances by its own bias", {
         "gate": ("prob",), "renormalize": (True,), "router_scope": ("block", "linear"), "router_bias": (False,),
-        "balance_weight": (0,), "z_loss_weight": (0,),
+        "rescale_gate": (False,), "balance_weight": (0,), "z_loss_weight": (0,),
     })  # fmt: skip
 
 

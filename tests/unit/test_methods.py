@@ -16,7 +16,10 @@ from mole_mega.adapters.sharding import Placement
 from mole_mega.config import ConfigError, DataConfig, ModelConfig, PositiveInt, RunConfig, SourceConfig, TrainConfig
 from mole_mega.models.llava import LLaVA
 from mole_mega.training import parity
+from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.parity import scaled_down
+from mole_mega.training.step import Stepper
+from mole_mega.training.trainer import build_model
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"bora": {"tau": 1.0}}
@@ -111,13 +114,48 @@ def test_a_new_method_needs_nothing_but_its_line(monkeypatch, alone, run):
     assert measured[name].norm() < 0.2 * plain[name].norm()
 
 
+class Spoiler(Method):
+    """Makes the gradient infinite at its second call, and counts what follows."""
+
+    Options = ToyOptions
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.before, self.after = [], []
+
+    def before_step(self, pairs, step):
+        self.before.append(step.number)
+        if len(self.before) == 2:
+            pairs[0].B.gradient[..., 0, 0] = float("inf")
+
+    def after_step(self, pairs, step):
+        self.after.append(step.number)
+
+
+def test_a_step_whose_gradient_a_method_spoils_is_skipped(monkeypatch, alone, run):
+    monkeypatch.setitem(METHODS, "spoiler", Spoiler)
+    run = with_methods(run, {"name": "spoiler"})
+    model = build_model(run, SIZE, alone)
+    stepper = Stepper(run, model, build_optimizer(model, run.train), alone, num_domains=2)
+    applied, weights = [], []
+    for step in range(3):
+        set_lr(stepper.optimizer, step + 1, run.train)
+        applied.append(stepper.train_step(parity.batches(SIZE, step, 0, 1)).applied)
+        weights.append([p.detach().clone() for p in model.module.parameters() if p.requires_grad])
+    assert applied == [True, False, True] and stepper.applied_steps == 2
+    assert all(torch.equal(new, old) for new, old in zip(weights[1], weights[0], strict=True))
+    assert all(new.isfinite().all() for new in weights[2]) and not torch.equal(weights[2][0], weights[1][0])
+    spoiler = stepper.methods["spoiler"]
+    assert (spoiler.before, spoiler.after) == ([1, 2, 2], [1, 2])
+
+
 # what is refused
 
 
 @pytest.mark.parametrize(
     ("asked", "change", "message"),
     [
-        ([{"name": "nonsense"}], {}, r"methods\[0\].name must be one of bora, lorasculpt, riemannian; got 'nonsense'"),
+        ([{"name": "nonsense"}], {}, rf"methods\[0\].name must be one of {', '.join(METHODS)}; got 'nonsense'"),
         ([{"delta": 1}], {}, r"adapter.methods\[0\] must be a mapping of keys with a name"),
         (["riemannian"], {}, r"adapter.methods\[0\] must be a mapping of keys with a name, got 'riemannian'"),
         ([{"name": "riemannian", "detla": 1}], {}, r"config key adapter.methods\[0\].detla; the nearest .*.delta"),
@@ -253,7 +291,7 @@ def test_a_part_is_cut_as_the_placement_says():
 @pytest.mark.parametrize(
     "off",
     [
-        {"name": "lorasculpt", "density": 1.0, "conflict_weight": 0.0},
+        {"name": "lorasculpt", "density": 1.0, "conflict_weight": 0.0, "prune_step": 1},
         {"name": "bora", "tau": 0.0},
     ],
     ids=lambda tree: tree["name"],
