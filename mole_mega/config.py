@@ -633,6 +633,13 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
             f"{math.log(adapter.num_experts):.4g} with adapter.num_experts {adapter.num_experts}, got "
             f"{alarms.entropy_floor}: no load has more entropy, so the alarm would never be silent"
         )
+    most = adapter.num_experts / adapter.num_choices  # every token at the same experts
+    if adapter.num_experts > 1 and alarms.collapse > most:
+        raise ConfigError(
+            f"monitor.alarms.collapse must be at most {adapter.num_experts} / {adapter.num_choices} = {most:.4g} with "
+            f"adapter.num_experts {adapter.num_experts} and adapter.top_k {adapter.top_k}, got {alarms.collapse}: no "
+            "load is more uneven, so the alarm would never sound"
+        )
     if alarms.reaction == "reseed" and adapter.router_scope != "block":
         raise ConfigError(
             "monitor.alarms.reaction reseed copies an expert with its row of the block's router; adapter.router_scope "
