@@ -29,6 +29,8 @@ _MLP = (
     ("mlp.linear_fc2", "down", "mlp.down_proj"),
 )
 ROUTER = "mlp.router"
+# those of a layer, the same modules on both sides, by `adapter.router_scope`
+_ROUTERS = {"block": (ROUTER,), "linear": tuple(f"{ROUTER}.{name}" for name in ("gate", "up", "down"))}
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow
             own_A = has_experts and not adapter.share_A
             yield AdapterRow(f"{ours}{holder}.lora_{projection}_A", theirs + target, "lora_A", own_A)
             yield AdapterRow(f"{ours}{holder}.lora_{projection}_B", theirs + target, "lora_B", has_experts)
-        if has_mlp and is_mole and adapter.router_scope == "block":
-            yield AdapterRow(f"{ours}{ROUTER}.weight", theirs + ROUTER, "router_weight")
+        for router in _ROUTERS.get(adapter.router_scope, ()) if has_mlp and is_mole else ():
+            yield AdapterRow(f"{ours}{router}.weight", theirs + router, "router_weight")
             if adapter.router_bias:
-                yield AdapterRow(f"{ours}{ROUTER}.bias", theirs + ROUTER, "router_bias")
+                yield AdapterRow(f"{ours}{router}.bias", theirs + router, "router_bias")
             if adapter.router_score == "sigmoid":
-                yield AdapterRow(f"{ours}{ROUTER}.score_bias", theirs + ROUTER, "router_score_bias")
+                yield AdapterRow(f"{ours}{router}.score_bias", theirs + router, "router_score_bias")

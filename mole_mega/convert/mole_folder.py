@@ -35,10 +35,10 @@ def export_mole(trained: Trained, out: Path, base_reference: str | None = None) 
     """
     if trained.adapter is None:
         raise ConfigError(f"{trained.base} is a base: it has no adapters to export")
-    if trained.adapter.method == "mole" and trained.adapter.router_scope != "block":
+    if trained.adapter.method == "mole" and trained.adapter.router_scope in ("sample", "task"):
         raise ConfigError(
             f"{trained.step} was trained with adapter.router_scope {trained.adapter.router_scope}: the exported "
-            "model's code knows one router a block, and no task"
+            "model's code knows routers of a block and of a linear, and neither a sample's instruction nor its task"
         )
     tensors = mole_tensors(trained, with_base=base_reference is None)
     if base_reference is not None and Path(base_reference).is_dir():

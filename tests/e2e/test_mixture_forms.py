@@ -75,7 +75,7 @@ def test_an_export_that_cannot_express_it_is_refused_with_the_reason(runs, tmp_p
     trained = find_trained(straight)
     refusals = {
         "mixed B": [(export_mole, "router_scope task"), (export_peft, "shared_B is 3"), (export_merged, "2 experts")],
-        "sigmoid": [(export_mole, "router_scope linear"), (export_peft, "router_scope linear")],
+        "sigmoid": [(export_peft, "router_scope linear")],
         "whole MLPs": [(export_merged, "4 experts")],
     }
     for export, reason in refusals[form]:
