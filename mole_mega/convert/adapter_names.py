@@ -43,13 +43,14 @@ class AdapterRow:
     has_experts: bool = False
 
 
-def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow]:
+def adapter_rows(adapter: AdapterConfig, size: LlavaSize, *, mixed: bool = False) -> Iterator[AdapterRow]:
     """Every adapter tensor of a model, once. LoRA A is [R, in] and B [out, R], with a leading [E] for
-    experts, but for an A that they share. Raises ConfigError for adapters that have no such form."""
-    if adapter.method == "mole" and adapter.shared_B:
+    experts, but for an A that they share. Where experts mix common B (`adapter.shared_B`), B is what each makes of them
+    if the caller puts it together (`mixed`), and else there is no such form: ConfigError."""
+    if adapter.method == "mole" and adapter.shared_B and not mixed:
         raise ConfigError(
             f"adapter.shared_B is {adapter.shared_B}: each expert's B is a mixture of common ones behind a transform, "
-            "for which Hugging Face's formats have no place"
+            "for which this format has no place; --format peft puts each together"
         )
     is_mole = adapter.method == "mole"
     for layer in range(size.language.num_layers):
