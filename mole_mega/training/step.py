@@ -198,8 +198,10 @@ class Stepper(Evaluator):
         finalize_model_grads(models, num_tokens, **kwargs)
 
     def _gradients_are_finite(self) -> bool:
-        sums = [buffer.grad_data.sum() for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers)]
-        finite = torch.isfinite(torch.stack(sums)).all() if sums else torch.tensor(True)
+        """With their squares: where these overflow, clipping makes the step 0, and Adam's second moments are lost."""
+        buffers = (*self.model.buffers, *self.model.expert_parallel_buffers)
+        norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
+        finite = torch.isfinite(torch.stack(norms)).all() if norms else torch.tensor(True)
         flag = finite.to(self.parallel.device, torch.int)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)

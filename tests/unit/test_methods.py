@@ -114,10 +114,15 @@ def test_a_new_method_needs_nothing_but_its_line(monkeypatch, alone, run):
     assert measured[name].norm() < 0.2 * plain[name].norm()
 
 
-class Spoiler(Method):
-    """Makes the gradient infinite at its second call, and counts what follows."""
+@dataclass(frozen=True, kw_only=True)
+class SpoilerOptions:
+    value: float
 
-    Options = ToyOptions
+
+class Spoiler(Method):
+    """Puts a value into the gradient at its second call, and counts what follows."""
+
+    Options = SpoilerOptions
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -126,17 +131,21 @@ class Spoiler(Method):
     def before_step(self, pairs, step):
         self.before.append(step.number)
         if len(self.before) == 2:
-            pairs[0].B.gradient[..., 0, 0] = float("inf")
+            pairs[0].B.gradient[..., 0, 0] = self.options.value
 
     def after_step(self, pairs, step):
         self.after.append(step.number)
 
 
-def test_a_step_whose_gradient_a_method_spoils_is_skipped(monkeypatch, alone, run):
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_a_step_whose_gradient_a_method_spoils_is_skipped(monkeypatch, alone, run, value):
+    """Also where the gradient is finite and its square is not."""
     monkeypatch.setitem(METHODS, "spoiler", Spoiler)
-    run = with_methods(run, {"name": "spoiler"})
+    run = with_methods(run, {"name": "spoiler", "value": 1.0})
     model = build_model(run, SIZE, alone)
     stepper = Stepper(run, model, build_optimizer(model, run.train), alone, num_domains=2)
+    # a config holds finite numbers alone
+    stepper.methods["spoiler"].options = SpoilerOptions(value=value)
     applied, weights = [], []
     for step in range(3):
         set_lr(stepper.optimizer, step + 1, run.train)
