@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mole_mega import config as run_config
-from mole_mega.adapters.methods import METHODS, build_methods, check_methods
+from mole_mega.adapters.methods import METHODS, build_methods, check_methods, shorten_methods
 from mole_mega.adapters.methods.base import Method, StateTensor
 from mole_mega.adapters.sharding import Placement
 from mole_mega.config import ConfigError, DataConfig, ModelConfig, PositiveInt, RunConfig, SourceConfig, TrainConfig
@@ -22,7 +22,6 @@ from mole_mega.training.step import Stepper
 from mole_mega.training.trainer import build_model
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {"bora": {"tau": 1.0}}
 
 _RUN, SIZE = scaled_down(
     RunConfig(
@@ -316,8 +315,8 @@ def test_switched_off_a_method_is_bit_for_bit_the_plain_run(alone, run, off):
 @pytest.mark.parametrize("name", METHODS)
 def test_switched_on_it_is_another_run(alone, run, name):
     plain = parity.record(run, SIZE, alone)
-    options = OPTIONS.get(name, {}) | ({"prune_step": 2} if name == "lorasculpt" else {})
-    measured = parity.record(with_methods(run, {"name": name, **options}), SIZE, alone)
+    example = run_config.load(ROOT / "examples" / name / "run.yaml").adapter.methods
+    measured = parity.record(shorten_methods(with_methods(run, *example), parity.STEPS), SIZE, alone)
     moved = [key for key, tensor in plain.items() if not torch.equal(measured[key], tensor)]
     assert any(key.startswith("weight/") and "lora_gate_B" in key for key in moved)
     assert not any(key.startswith("gradient/") for key in moved)
