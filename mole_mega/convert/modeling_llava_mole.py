@@ -137,6 +137,7 @@ class MoleMLP(nn.Module):
         self.down_proj = LoraLinear(mlp.down_proj, mole, num_experts)
         self.act_fn = mlp.act_fn
         hidden_size, ffn_size = mlp.gate_proj.in_features, mlp.down_proj.in_features
+        self.router: MoleRouter | nn.ModuleDict
         if mole["router_scope"] == "linear":
             widths = {"gate": hidden_size, "up": hidden_size, "down": ffn_size}
             self.router = nn.ModuleDict({name: MoleRouter(width, mole) for name, width in widths.items()})

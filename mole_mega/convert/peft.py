@@ -223,10 +223,10 @@ def _stored(step: StoredTensors, ours: str, expert: int | None = None) -> LazyTe
 def _mixed(step: StoredTensors, common_B: str, expert: int, temperature: float) -> LazyTensor:
     """The B that one expert makes of the common ones."""
     stem = common_B.removesuffix("_B")
-    names = (common_B, f"{stem}_mix", f"{stem}_transform")
 
     def put_together() -> torch.Tensor:
-        return mix_factors(*map(step.read, names), temperature)[expert].contiguous()
+        B_NOR, weight_EN, transform_ERR = map(step.read, (common_B, f"{stem}_mix", f"{stem}_transform"))
+        return mix_factors(B_NOR, weight_EN, transform_ERR, temperature)[expert].contiguous()
 
     return LazyTensor(step.shape(common_B)[1:], step.dtype(common_B), put_together)
 
