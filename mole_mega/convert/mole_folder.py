@@ -120,9 +120,11 @@ def _model_card(adapter: AdapterConfig, base_reference: str | None) -> str:
     if adapter.method == "lora":
         what = f"LLaVA with LoRA of rank {adapter.rank}."
     else:
+        router = "a router a linear" if adapter.router_scope == "linear" else "a router"
+        used = "all of them" if adapter.gate == "dense" else f"{adapter.top_k} of them"
         what = (
-            f"LLaVA with {adapter.num_experts} LoRA experts of rank {adapter.rank} behind a router in the MLPs of its "
-            f"decoder (LLaVA-MoLE, arXiv 2401.16160), gate `{adapter.gate}`."
+            f"LLaVA with {adapter.num_experts} LoRA experts of rank {adapter.rank} behind {router} in the MLPs of its "
+            f"decoder, {used} for a token (LLaVA-MoLE, arXiv 2401.16160, and its kin), gate `{adapter.gate}`."
         )
     base = "" if base_reference is None else f"\nThe weights of its base are loaded from `{base_reference}`.\n"
     return f"""---
