@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from ctypes import CDLL
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 
+from mole_mega.adapters.cpu_kernels import CompiledProducts, library
 from mole_mega.platform.processor import multiplies_bf16
 
 # torch.nn.functional.grouped_mm refuses rows that do not start on a multiple of this many bytes, and other dtypes.
@@ -78,14 +80,14 @@ class _PlainProducts:
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
         return x_TI @ M_EIR[0]
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
         return z_TR @ M_ERO[0]
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
         out_TO.addmm_(z_TR, M_ERO[0])
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        return (a_TM.t() @ b_TN)[None]
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        return (wide_TW.t() @ z_TR if rank_last else z_TR.t() @ wide_TW)[None]
 
 
 class _GroupedProducts:
@@ -100,12 +102,12 @@ class _GroupedProducts:
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
         return grouped_mm(x_TI, M_EIR, offs=self.ends_E)
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
         return grouped_mm(z_TR, M_ERO, offs=self.ends_E)
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
         if self.counts is None:
-            out_TO.add_(self.from_rank(z_TR, M_ERO))
+            out_TO.add_(self.from_rank(z_TR, M_ERO, len(out_TO)))
             return
         # On the CPU grouped_mm is this loop too, but cannot add in the GEMM itself: that spares a pass over [T, O].
         start = 0
@@ -114,7 +116,8 @@ class _GroupedProducts:
             out_TO[rows].addmm_(z_TR[rows], M_ERO[expert])
             start += count
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        a_TM, b_TN = (wide_TW, z_TR) if rank_last else (z_TR, wide_TW)
         grad_EMN = grouped_mm(a_TM.t(), b_TN, offs=self.ends_E)
         # Blackwell kernels leave the slab of an empty group unwritten (pytorch issue 172439); the CPU writes zeros.
         return grad_EMN.masked_fill_(self.empty_E11, 0) if grad_EMN.is_cuda else grad_EMN
@@ -161,7 +164,7 @@ class _WindowProducts:
             torch.mm(x_TI[rows], M_IR, out=out)
         return z_WR.index_select(0, self.place_T)
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
         # Windows from the first own row on: whose rows one reaches over comes after it, and the last ones reach past T.
         end = max(start + length for start, length in zip(self.starts, self.lengths, strict=True))
         out_TO = z_TR.new_empty(end, M_ERO.shape[2])
@@ -174,16 +177,13 @@ class _WindowProducts:
         for rows, z_NR, M_RO in zip(self.windows, self._own(z_TR), self._of_busy(M_ERO), strict=True):
             out_TO[rows].addmm_(z_NR, M_RO)
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        grad_EMN = a_TM.new_empty(self.num_experts, a_TM.shape[1], b_TN.shape[1])
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        rank, width = z_TR.shape[1], wide_TW.shape[1]
+        grad_EMN = z_TR.new_empty(self.num_experts, *((width, rank) if rank_last else (rank, width)))
         for expert in set(range(self.num_experts)).difference(self.busy):
             grad_EMN[expert].zero_()
-        if a_TM.shape[1] <= b_TN.shape[1]:  # set the thin side to 0: it is the one in rank space
-            for rows, a_NM, out in zip(self.windows, self._own(a_TM), self._of_busy(grad_EMN), strict=True):
-                torch.mm(a_NM.t(), b_TN[rows], out=out)
-        else:
-            for rows, b_NN, out in zip(self.windows, self._own(b_TN), self._of_busy(grad_EMN), strict=True):
-                torch.mm(a_TM[rows].t(), b_NN, out=out)
+        for rows, z_NR, out in zip(self.windows, self._own(z_TR), self._of_busy(grad_EMN), strict=True):
+            torch.mm(*((wide_TW[rows].t(), z_NR) if rank_last else (z_NR.t(), wide_TW[rows])), out=out)
         return grad_EMN
 
     def _own(self, z_TR: Tensor) -> Sequence[Tensor]:
@@ -211,14 +211,14 @@ class _Fp32Products:
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
         return self._grouped.to_rank(x_TI.float(), M_EIR.float()).to(x_TI.dtype)
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
-        return self._grouped.from_rank(z_TR.float(), M_ERO.float()).to(z_TR.dtype)
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
+        return self._grouped.from_rank(z_TR.float(), M_ERO.float(), num_tokens).to(z_TR.dtype)
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
-        out_TO.add_(self._grouped.from_rank(z_TR.float(), M_ERO.float()))
+        out_TO.add_(self._grouped.from_rank(z_TR.float(), M_ERO.float(), len(out_TO)))
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        return self._grouped.outer(a_TM.float(), b_TN.float()).to(a_TM.dtype)
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        return self._grouped.outer(z_TR.float(), wide_TW.float(), rank_last=rank_last).to(z_TR.dtype)
 
 
 class _MaskedProducts:
@@ -237,22 +237,21 @@ class _MaskedProducts:
         z_TER = torch.einsum("ti,eir->ter", x_TI, M_EIR)
         return torch.where(self.own_TE1, z_TER, 0).sum(1)
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
         return torch.einsum("ter,ero->to", self._spread(z_TR), M_ERO)
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
-        out_TO.add_(self.from_rank(z_TR, M_ERO))
+        out_TO.add_(self.from_rank(z_TR, M_ERO, len(out_TO)))
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        if a_TM.shape[1] <= b_TN.shape[1]:  # spread the thin side: it is the one in rank space
-            return torch.einsum("tem,tn->emn", self._spread(a_TM), b_TN)
-        return torch.einsum("tm,ten->emn", a_TM, self._spread(b_TN))
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        z_TER = self._spread(z_TR)
+        return torch.einsum("tw,ter->ewr" if rank_last else "tw,ter->erw", wide_TW, z_TER)
 
     def _spread(self, z_TR: Tensor) -> Tensor:
         return torch.where(self.own_TE1, z_TR[:, None, :], 0)
 
 
-_Products = _PlainProducts | _GroupedProducts | _WindowProducts | _Fp32Products | _MaskedProducts
+_Products = _PlainProducts | _GroupedProducts | CompiledProducts | _WindowProducts | _Fp32Products | _MaskedProducts
 
 
 def add_projections(
@@ -282,7 +281,10 @@ def add_projections(
         row = _ALIGN_BYTES // dtype.itemsize
         wide_dims = [x_TI.shape[1], *(B.shape[1] for B in B_P)]
         half_on_cpu = x_TI.device.type == "cpu" and dtype.itemsize == 2
-        if half_on_cpu and num_tokens > 0 and multiplies_bf16():
+        compiled = half_on_cpu and dtype == torch.bfloat16 and _compiled([*wide_dims, A_P[0].shape[1]])
+        if compiled:
+            products = CompiledProducts(compiled, tokens_per_expert_E)
+        elif half_on_cpu and num_tokens > 0 and multiplies_bf16():
             products = _WindowProducts(tokens_per_expert_E, num_tokens)
         elif dtype in _GROUPED_DTYPES and num_tokens > 0 and all(dim % row == 0 for dim in wide_dims):
             products = (_Fp32Products if half_on_cpu else _GroupedProducts)(tokens_per_expert_E)
@@ -295,11 +297,47 @@ def add_projections(
     # rewritten too, and its backward would copy the whole gradient once more).
     if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad):
         base_TO = base_TO.clone()
-    return _AddLoRA.apply(products, scale, base_TO, x_TI, weight_T, *A_P, *B_P)
+    return _AddLoRA.apply(products, scale, False, base_TO, x_TI, weight_T, *A_P, *B_P)
+
+
+def add_projections_of_pairs(
+    base_TO: Tensor,
+    x_TI: Tensor,
+    A_P: Sequence[Tensor],
+    B_P: Sequence[Tensor],
+    tokens_per_expert_E: Tensor,
+    token_N: Tensor,
+    scale: float,
+    weight_N: Tensor,
+    *,
+    rescaled: bool = False,
+) -> Tensor | None:
+    """`add_projections` for N pairs of a token and an expert that it uses, sorted by expert; token_N says which token
+    each is of. None where no kernel here takes rows from where they lie.
+
+    `rescaled`: backward, the experts get sqrt(weight) in the place of weight.
+    """
+    dtype = base_TO.dtype
+    compiled = None
+    if base_TO.device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
+        compiled = _compiled([x_TI.shape[1], *(B.shape[1] for B in B_P), A_P[0].shape[1]])
+    if compiled is None:
+        return None
+    products = CompiledProducts(compiled, tokens_per_expert_E, token_N)
+    if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad):
+        base_TO = base_TO.clone()
+    factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
+    return _AddLoRA.apply(products, scale, rescaled, base_TO, x_TI.to(dtype).contiguous(), weight_N, *factors)
+
+
+def _compiled(dims: Sequence[int]) -> CDLL | None:
+    """The compiled products, where this processor has them, for these sizes."""
+    return library() if all(dim % 2 == 0 for dim in dims) else None
 
 
 class _AddLoRA(torch.autograd.Function):
-    """out = base + concat_p(zw_p B_p^T) with z_p = x A_p^T, zw_p = scale * weight * z_p; per expert.
+    """out = base + concat_p(zw_p B_p^T) with z_p = x A_p^T, zw_p = scale * weight * z_p; per expert. (T in the names of
+    what lies in rank space: sorted rows, which the products may take from other rows of x and add to those of out.)
 
     With g = d loss / d out and u_p = g_p B_p (rank space, so that no second [T, O] tensor is made):
         d base = g      d weight = scale * sum_p <u_p, z_p>      dz_p = scale * weight * u_p
@@ -311,6 +349,7 @@ class _AddLoRA(torch.autograd.Function):
         ctx: Any,
         products: _Products,
         scale: float,
+        rescaled: bool,
         base_TO: Tensor,
         x_TI: Tensor,
         weight_T: Tensor | None,
@@ -322,7 +361,7 @@ class _AddLoRA(torch.autograd.Function):
         for out_TO, zw_TR, B_EOR in _by_projection(base_TO, zw_TPR, B_P):
             products.add_from_rank_(out_TO, zw_TR, B_EOR.transpose(1, 2))
         ctx.mark_dirty(base_TO)
-        ctx.products, ctx.scale = products, scale
+        ctx.products, ctx.scale, ctx.rescaled = products, scale, rescaled
         ctx.save_for_backward(x_TI, z_TPR, weight_T, *factors)
         return base_TO
 
@@ -332,24 +371,26 @@ class _AddLoRA(torch.autograd.Function):
         products: _Products = ctx.products
         x_TI, z_TPR, weight_T, *factors = ctx.saved_tensors
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        _, _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
         grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
 
+        if ctx.rescaled:
+            weight_T = weight_T.sqrt()
         zw_TPR = _weigh(z_TPR, ctx.scale, weight_T)
         u_P, dB_P = [], []
         for g_TO, zw_TR, B_EOR in _by_projection(grad_TO, zw_TPR, B_P):
             u_P.append(products.to_rank(g_TO, B_EOR))
-            dB_P.append(products.outer(g_TO, zw_TR) if any(needs_factors) else None)
+            dB_P.append(products.outer(zw_TR, g_TO, rank_last=True) if any(needs_factors) else None)
         u_TPR = torch.cat(u_P, dim=1) if len(u_P) > 1 else u_P[0]
         dz_TPR = _weigh(u_TPR, ctx.scale, weight_T)
         dweight_T = None
         if needs_weight:
             dweight_T = ctx.scale * (u_TPR.to(weight_T.dtype) * z_TPR).sum(1)
-        dx_TI = products.from_rank(dz_TPR, _stack_ranks(A_P)) if needs_x else None
+        dx_TI = products.from_rank(dz_TPR, _stack_ranks(A_P), len(x_TI)) if needs_x else None
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
-            dA_P = products.outer(dz_TPR, x_TI).chunk(len(A_P), dim=1)
-        return None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
+            dA_P = products.outer(dz_TPR, x_TI, rank_last=False).chunk(len(A_P), dim=1)
+        return None, None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
 
 
 def _stack_ranks(A_P: Sequence[Tensor]) -> Tensor:

@@ -59,9 +59,15 @@ class PairedGate:
         """See `Gate`."""
         num_experts = len(self.tokens_per_expert_E)
         A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
+        token_N = self.order_N // (len(self.order_N) // len(x_TI))
+        counts_E, weight_N = self.tokens_per_expert_E, self.weight_N
+        output_TO = bank.add_projections_of_pairs(
+            base_TO, x_TI, A_P, B_P, counts_E, token_N, scale, weight_N, rescaled=self.rescaled
+        )
+        if output_TO is not None:
+            return output_TO
         if _goes_expert_by_expert(base_TO):
             dtype = base_TO.dtype
-            token_N = self.order_N // (len(self.order_N) // len(x_TI))
             tokens_E = token_N.split(self.tokens_per_expert_E.tolist())
             factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
             x_TI = x_TI.to(dtype).contiguous()

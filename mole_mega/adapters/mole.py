@@ -10,6 +10,7 @@ they chose; only the thin factors know about experts.
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters import bank, sharding
+from mole_mega.adapters import bank, cpu_kernels, sharding
 from mole_mega.adapters.mixed_factors import mix_factors
 from mole_mega.adapters.pairs import Pair, make_pair
 from mole_mega.config import AdapterConfig
@@ -122,6 +123,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused_T2F: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(fused_T2F)
+        if kernels := _kernels_for(fused_T2F):
+            return cpu_kernels.swiglu(kernels, fused_T2F.contiguous())
         gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
         return F.silu(gate_TF).mul_(up_TF)
 
@@ -129,12 +132,18 @@ class SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TF: torch.Tensor) -> torch.Tensor:
         (fused_T2F,) = ctx.saved_tensors
+        if kernels := _kernels_for(fused_T2F):
+            return cpu_kernels.swiglu_backward(kernels, grad_TF.contiguous(), fused_T2F.contiguous())
         gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
         grad_T2F = torch.empty_like(fused_T2F)
         grad_gate_TF, grad_up_TF = grad_T2F.chunk(2, dim=-1)
         torch.mul(grad_TF, F.silu(gate_TF), out=grad_up_TF)
         torch.ops.aten.silu_backward.grad_input(grad_TF * up_TF, gate_TF, grad_input=grad_gate_TF)
         return grad_T2F
+
+
+def _kernels_for(x: torch.Tensor) -> CDLL | None:
+    return cpu_kernels.library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
 
 
 class MoLEExperts(MLP):
