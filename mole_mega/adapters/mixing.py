@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank
+from mole_mega.adapters.bank import InputGradient
 from mole_mega.adapters.forms import computes_all
 
 
@@ -33,14 +34,15 @@ class MaskedGate:
     weight: Tensor
     rescaled: bool = False
 
-    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor],
-                 scale: float) -> Tensor:  # fmt: skip
+    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float,
+                 gradient: InputGradient | None = None) -> Tensor:  # fmt: skip
         """See `Gate`."""
         dtype = base_TO.dtype
         x_TI = x_TI.to(dtype).contiguous()
         factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
         weight = self.weight if self.weight.dim() == 3 else self.weight[:, None]
-        return _AddMasked.apply(scale, self.rescaled, _overwritable(base_TO), x_TI, weight, *factors)
+        x_TI = x_TI if gradient is None else x_TI.detach()
+        return _AddMasked.apply(scale, self.rescaled, gradient, _overwritable(base_TO), x_TI, weight, *factors)
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,15 @@ class PairedGate:
     weight_N: Tensor
     rescaled: bool = False
 
-    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor],
-                 scale: float) -> Tensor:  # fmt: skip
+    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float,
+                 gradient: InputGradient | None = None) -> Tensor:  # fmt: skip
         """See `Gate`."""
         num_experts = len(self.tokens_per_expert_E)
         A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
         token_N = self.order_N // (len(self.order_N) // len(x_TI))
         counts_E, weight_N = self.tokens_per_expert_E, self.weight_N
         output_TO = bank.add_projections_of_pairs(
-            base_TO, x_TI, A_P, B_P, counts_E, token_N, scale, weight_N, rescaled=self.rescaled
+            base_TO, x_TI, A_P, B_P, counts_E, token_N, scale, weight_N, gradient, rescaled=self.rescaled
         )
         if output_TO is not None:
             return output_TO
@@ -99,7 +101,8 @@ Gate = MaskedGate | PairedGate
 """Who uses which expert, and how much, for T tokens. One gate serves every linear of a block.
 
 `add_lora(base, x, A_P, B_P, scale)` gives y_t = base_t + scale * concat_p(sum_e w_te B_pe A_pe x_t), [T, O]; A_P are
-[E, R, I], or [R, I] where the experts share it; B_P are [E, O_p, R] and fill O side by side. base is consumed. The
+[E, R, I], or [R, I] where the experts share it; B_P are [E, O_p, R] and fill O side by side. base is consumed.
+`gradient`: as `bank.add_expert_lora` takes it; a form that leaves it alone gives x its gradient itself. The
 products run in its dtype. Double backward is not supported.
 
 `rescaled`: backward the experts get sqrt(w) where w stood, and the gate what it always gets (MoE-LoRA with Riemannian
@@ -142,7 +145,14 @@ class _AddMasked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scale: float, rescaled: bool, base_TO: Tensor, x_TI: Tensor, weight_TPE: Tensor, *factors: Tensor
+        ctx: Any,
+        scale: float,
+        rescaled: bool,
+        gradient: InputGradient | None,
+        base_TO: Tensor,
+        x_TI: Tensor,
+        weight_TPE: Tensor,
+        *factors: Tensor,
     ) -> Tensor:
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
         z = x_TI @ _read_rows(A_P).t()
@@ -152,7 +162,7 @@ class _AddMasked(torch.autograd.Function):
         for p, (out_TO, B_EOR) in enumerate(zip(_columns(base_TO, B_P), B_P, strict=True)):
             out_TO.addmm_(zw_TPER[:, p].flatten(1), _write_rows(B_EOR))
         ctx.mark_dirty(base_TO)
-        ctx.scale, ctx.rescaled = scale, rescaled
+        ctx.scale, ctx.rescaled, ctx.gradient = scale, rescaled, gradient
         ctx.save_for_backward(x_TI, z_TPER, weight_TPE, *factors)
         return base_TO
 
@@ -161,7 +171,7 @@ class _AddMasked(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, z_TPER, weight_TPE, *factors = ctx.saved_tensors
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        _, _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
         grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
 
         weight_TPE = weight_TPE.sqrt() if ctx.rescaled else weight_TPE
@@ -181,11 +191,15 @@ class _AddMasked(torch.autograd.Function):
         if z_TPER.shape[2] < dz_TPER.shape[2]:  # one A for all experts
             dz_TPER = dz_TPER.sum(2, keepdim=True)
         dz = dz_TPER.flatten(1)
-        dx_TI = dz @ _read_rows(A_P) if needs_x else None
+        dx_TI, A_RI = None, _read_rows(A_P)
+        if ctx.gradient is not None:
+            ctx.gradient.add_later(lambda grad_TI: grad_TI.addmm_(dz, A_RI))
+        elif needs_x:
+            dx_TI = dz @ A_RI
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
             dA_P = [dA.view_as(A) for dA, A in zip((dz.t() @ x_TI).chunk(len(A_P)), A_P, strict=True)]
-        return None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
+        return None, None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
 
 
 class _AddByExpert(torch.autograd.Function):

@@ -225,10 +225,12 @@ class MoLEExperts(MLP):
         scale = adapter.scale
         # w = 1 throughout: leave the multiplication out, so that it stays bit for bit plain LoRA
         weight = None if adapter.gate == "none" else weight_T
+        drops = adapter.dropout > 0 and self.training
+        dispatched_TH, gradient = bank.share_input(dispatched_TH)
         fc1_T2F = self._base(self.linear_fc1, dispatched_TH)
         fc1_T2F = bank.add_gated_expert_lora(
             fc1_T2F,
-            F.dropout(dispatched_TH, adapter.dropout, self.training),
+            F.dropout(dispatched_TH, adapter.dropout) if drops else dispatched_TH,
             self.lora_gate_A,
             self.lora_gate_B,
             self.lora_up_A,
@@ -236,11 +238,19 @@ class MoLEExperts(MLP):
             tokens_per_expert_E,
             scale,
             weight,
+            None if drops else gradient,
         )
-        h_TF = SwiGLU.apply(fc1_T2F)
+        h_TF, gradient = bank.share_input(SwiGLU.apply(fc1_T2F))
         output_TH = self._base(self.linear_fc2, h_TF)
         output_TH = bank.add_expert_lora(
-            output_TH, self._dropout_split(h_TF), self.lora_down_A, self.lora_down_B, tokens_per_expert_E, scale, weight
+            output_TH,
+            self._dropout_split(h_TF),
+            self.lora_down_A,
+            self.lora_down_B,
+            tokens_per_expert_E,
+            scale,
+            weight,
+            None if drops else gradient,
         )
         return output_TH, None
 
