@@ -11,7 +11,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <omp.h>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -26,7 +26,7 @@ namespace {
 namespace blas = at::native::cpublas;
 
 constexpr int64_t kRows = 32;      // of a block of sorted rows
-constexpr int64_t kColumns = 256;  // of a wide tensor at a time
+constexpr int64_t kColumns = 128;   // of a wide tensor at a time: what they make must stay in the first cache
 constexpr int64_t kDepth = 64;     // rows that are summed over in one product
 constexpr int64_t kChunk = 512;    // rows of an expert that one thread takes
 
@@ -77,29 +77,71 @@ inline void put(const float* __restrict__ sums, T* __restrict__ out, int64_t n) 
   for (; i < n; ++i) narrow(add ? widen(out[i]) + sums[i] : sums[i], out[i]);
 }
 
+// out[c, r] = in[r, c], numbers of four bytes.
+template <typename Word>
+void transpose(const Word* in, int64_t ldi, int64_t rows, int64_t columns, Word* out, int64_t ldo) {
+  static_assert(sizeof(Word) == 4);
+  int64_t done_rows = 0, done_columns = 0;
+#ifdef __AVX512F__
+  done_rows = rows / 16 * 16, done_columns = columns / 16 * 16;
+  for (int64_t row = 0; row < done_rows; row += 16)
+    for (int64_t column = 0; column < done_columns; column += 16) {
+      // Pairs of words, pairs of those, then the four quarters of a register against each other.
+      __m512i a[16], b[16];
+      for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + (row + i) * ldi + column);
+      for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+      }
+      for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+          a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+          a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+      for (int j = 0; j < 4; ++j) {
+        const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const __m512i even_below = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const __m512i odd_below = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+        Word* to = out + (column + j) * ldo + row;
+        _mm512_storeu_si512(to, _mm512_shuffle_i32x4(even, even_below, 0x88));
+        _mm512_storeu_si512(to + 4 * ldo, _mm512_shuffle_i32x4(odd, odd_below, 0x88));
+        _mm512_storeu_si512(to + 8 * ldo, _mm512_shuffle_i32x4(even, even_below, 0xdd));
+        _mm512_storeu_si512(to + 12 * ldo, _mm512_shuffle_i32x4(odd, odd_below, 0xdd));
+      }
+    }
+#endif
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = row < done_rows ? done_columns : 0; column < columns; ++column)
+      out[column * ldo + row] = in[row * ldi + column];
+}
+
 inline uint32_t join(at::BFloat16 low, at::BFloat16 high) { return low.x | uint32_t(high.x) << 16; }
+
+// Have n numbers on their way to the cache: pieces of rows are too short for the processor to see them coming.
+template <typename T>
+inline void fetch(const T* numbers, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(numbers + i);
+}
 
 // [K, N] with any strides -> [ceil(K / pair), N, pair], 0 beyond K.
 template <typename T>
 void interleave(const T* in, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* out) {
-  constexpr int64_t pair = kPair<T>, line = 64 / (pair * sizeof(T));
-  const int64_t whole = K / pair;
+  constexpr int64_t pair = kPair<T>;
   using Word = std::conditional_t<pair == 2, uint32_t, T>;
+  const int64_t whole = K / pair;
   Word* words = reinterpret_cast<Word*>(out);
-  const auto word_at = [&](int64_t k, int64_t n) {
-    const T* first = in + k * pair * stride_k + n * stride_n;
-    if constexpr (pair == 2)
-      return join(first[0], first[stride_k]);
-    else
-      return first[0];
-  };
-  if (stride_n == 1) {
-    for (int64_t k = 0; k < whole; ++k)
-      for (int64_t n = 0; n < N; ++n) words[k * N + n] = word_at(k, n);
-  } else {  // a line of the cache at a time
-    for (int64_t from = 0; from < whole; from += line)
-      for (int64_t n = 0; n < N; ++n)
-        for (int64_t k = from; k < std::min(from + line, whole); ++k) words[k * N + n] = word_at(k, n);
+  if (stride_k == 1 && stride_n % pair == 0) {
+    transpose(reinterpret_cast<const Word*>(in), stride_n / pair, N, whole, words, N);
+  } else {
+    for (int64_t k = 0; k < whole; ++k) {
+      const T* first = in + k * pair * stride_k;
+      for (int64_t n = 0; n < N; ++n) {
+        if constexpr (pair == 2)
+          words[k * N + n] = join(first[n * stride_n], first[stride_k + n * stride_n]);
+        else
+          words[k * N + n] = first[n * stride_n];
+      }
+    }
   }
   if constexpr (pair == 2)
     if (K % pair)
@@ -172,13 +214,16 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
         const int64_t width = std::min(kColumns, to - column);
         interleave(M + e * stride_e + column * stride_o, stride_r, stride_o, R, width, packed);
         for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
+          const int64_t count = std::min(kRows, starts[e + 1] - first);
+          const auto out_row = [&](int64_t i) { return out + (rows ? rows[first + i] : first + i) * ldo + column; };
+          if (add)
+            for (int64_t i = 0; i < count; ++i) fetch(out_row(i), width);
           int64_t leading = ldz;
           const T* block = block_of(z, leading, nullptr, first, starts[e + 1], R, of_rows);
           blas::brgemm(kRows, width, R, leading, width, width, false, block, packed, sums, kPair<T> > 1);
-          for (int64_t i = 0; i < std::min(kRows, starts[e + 1] - first); ++i) {
-            T* to_row = out + (rows ? rows[first + i] : first + i) * ldo + column;
+          for (int64_t i = 0; i < count; ++i) {
             const float* sum = sums + i * width;
-            add ? put<true>(sum, to_row, width) : put<false>(sum, to_row, width);
+            add ? put<true>(sum, out_row(i), width) : put<false>(sum, out_row(i), width);
           }
         }
       }
@@ -228,11 +273,12 @@ void store(const float* sums, int64_t R, int64_t width, T* grad, int64_t stride_
           narrow(sums[(r + 1) * width + w], high);
           words[r / 2 * width + w] = join(low, high);
         }
-      for (int64_t w = 0; w < width; ++w)
-        for (int64_t r = 0; r < R; r += 2)
-          std::memcpy(static_cast<void*>(grad + w * stride_w + r), words + r / 2 * width + w, sizeof(uint32_t));
+      transpose(words, width, R / 2, width, reinterpret_cast<uint32_t*>(grad), stride_w / 2);
       return;
     }
+  } else if (stride_r == 1) {
+    transpose(sums, width, R, width, grad, stride_w);
+    return;
   }
   for (int64_t w = 0; w < width; ++w)
     for (int64_t r = 0; r < R; ++r) narrow(sums[r * width + w], grad[r * stride_r + w * stride_w]);
