@@ -206,24 +206,27 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
   for (int64_t part = 0; part < threads; ++part) {
     const int64_t from = blocks * part / threads * kColumns, to = std::min(blocks * (part + 1) / threads * kColumns, O);
     std::vector<uint8_t> of_matrix, of_rows, of_sums;
-    T* packed = scratch<T>(of_matrix, (R + 1) * kColumns);
+    const int64_t packed_rows = (R + kPair<T> - 1) / kPair<T> * kPair<T>;
+    T* packed = scratch<T>(of_matrix, packed_rows * (to - from));
     float* sums = scratch<float>(of_sums, kRows * kColumns);
     for (int64_t e = 0; e < E; ++e) {
       if (starts[e] == starts[e + 1]) continue;
-      for (int64_t column = from; column < to; column += kColumns) {
-        const int64_t width = std::min(kColumns, to - column);
-        interleave(M + e * stride_e + column * stride_o, stride_r, stride_o, R, width, packed);
-        for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
-          const int64_t count = std::min(kRows, starts[e + 1] - first);
-          const auto out_row = [&](int64_t i) { return out + (rows ? rows[first + i] : first + i) * ldo + column; };
-          if (add)
-            for (int64_t i = 0; i < count; ++i) fetch(out_row(i), width);
-          int64_t leading = ldz;
-          const T* block = block_of(z, leading, nullptr, first, starts[e + 1], R, of_rows);
-          blas::brgemm(kRows, width, R, leading, width, width, false, block, packed, sums, kPair<T> > 1);
+      for (int64_t column = from; column < to; column += kColumns)
+        interleave(M + e * stride_e + column * stride_o, stride_r, stride_o, R, std::min(kColumns, to - column),
+                   packed + packed_rows * (column - from));
+      for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
+        const int64_t count = std::min(kRows, starts[e + 1] - first);
+        int64_t leading = ldz;
+        const T* block = block_of(z, leading, nullptr, first, starts[e + 1], R, of_rows);
+        for (int64_t column = from; column < to; column += kColumns) {
+          const int64_t width = std::min(kColumns, to - column);
+          blas::brgemm(kRows, width, R, leading, width, width, false, block, packed + packed_rows * (column - from),
+                       sums, kPair<T> > 1);
           for (int64_t i = 0; i < count; ++i) {
+            T* out_row = out + (rows ? rows[first + i] : first + i) * ldo + column;
             const float* sum = sums + i * width;
-            add ? put<true>(sum, out_row(i), width) : put<false>(sum, out_row(i), width);
+            if (add && column + kColumns < to) fetch(out_row + kColumns, kColumns);
+            add ? put<true>(sum, out_row, width) : put<false>(sum, out_row, width);
           }
         }
       }
