@@ -28,6 +28,7 @@ namespace blas = at::native::cpublas;
 constexpr int64_t kRows = 32;      // of a block of sorted rows
 constexpr int64_t kColumns = 128;   // of a wide tensor at a time: what they make must stay in the first cache
 constexpr int64_t kDepth = 64;     // rows that are summed over in one product
+constexpr int64_t kAhead = 8;      // rows between one that is read and one that is sent for
 constexpr int64_t kChunk = 512;    // rows of an expert that one thread takes
 
 template <typename T>
@@ -248,6 +249,7 @@ void pack_rows(const T* wide, int64_t ldw, const int64_t* rows, int64_t first, i
     } else {
       uint32_t* words = reinterpret_cast<uint32_t*>(out);
       const T* low = row_of(k);
+      for (int64_t ahead = k + kAhead; ahead < std::min(k + kAhead + pair, count); ++ahead) fetch(row_of(ahead), width);
       if (k + 1 < count) {
         const T* high = row_of(k + 1);
         for (int64_t w = 0; w < width; ++w) words[w] = join(low[w], high[w]);
