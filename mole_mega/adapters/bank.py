@@ -9,9 +9,7 @@ their ranks side by side). A [E, R, I] reads the input, B [E, O, R] writes the o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from ctypes import CDLL
 from typing import Any
 
 import torch
@@ -19,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 
-from mole_mega.adapters.cpu_kernels import CompiledProducts, library
+from mole_mega.adapters import cpu_kernels
+from mole_mega.adapters.cpu_kernels import CompiledProducts
 from mole_mega.platform.processor import multiplies_bf16
 
 # torch.nn.functional.grouped_mm refuses rows that do not start on a multiple of this many bytes, and other dtypes.
@@ -179,84 +178,6 @@ class _GroupedProducts:
         return grad_EMN.masked_fill_(self.empty_E11, 0) if grad_EMN.is_cuda else grad_EMN
 
 
-class _WindowProducts:
-    """The same for half precision on the CPU, in windows of few different lengths.
-
-    There oneDNN compiles and keeps a kernel for each shape of a product (measured: 0.2 ms and 0.2 MB each), and the
-    number of an expert's tokens is hardly ever the same twice. So each expert takes a window a little longer than its
-    own rows, 4 lengths an octave. What it holds of other experts' rows is set to 0 in rank space where it would be
-    added to something, and written over by its owner where it would not.
-
-    Here W counts the rows of all windows, one after another; lists are of the experts that have tokens.
-    """
-
-    def __init__(self, tokens_per_expert_E: Tensor, num_tokens: int) -> None:
-        counts_E = tokens_per_expert_E.tolist()
-        self.num_experts = len(counts_E)
-        self.busy = [expert for expert, count in enumerate(counts_E) if count > 0]
-        counts = [counts_E[expert] for expert in self.busy]
-        self.starts = [0, *itertools.accumulate(counts)][:-1]
-        self.lengths = [min(_window_length(count), num_tokens) for count in counts]
-        firsts = [min(start, num_tokens - length) for start, length in zip(self.starts, self.lengths, strict=True)]
-        self.windows = [slice(first, first + length) for first, length in zip(firsts, self.lengths, strict=True)]
-
-        def over_windows(numbers: Sequence[int]) -> Tensor:
-            return torch.tensor(numbers).repeat_interleave(lengths)
-
-        lengths, tokens = torch.tensor(self.lengths), torch.tensor(counts)
-        offsets = [0, *itertools.accumulate(self.lengths)][:-1]
-        place_W = torch.arange(sum(self.lengths)) - over_windows(offsets)  # in its window
-        start_W, first_W = over_windows(self.starts), over_windows(firsts)
-        self.row_W = first_W + place_W
-        self.ahead_W = (start_W + place_W).clamp_(max=num_tokens - 1)
-        foreign_W = (self.row_W < start_W) | (self.row_W >= start_W + over_windows(counts))
-        self.foreign_W1 = foreign_W[:, None]
-        shift = torch.tensor([offset - first for offset, first in zip(offsets, firsts, strict=True)])
-        self.place_T = torch.arange(num_tokens) + shift.repeat_interleave(tokens)
-
-    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
-        z_WR = x_TI.new_empty(len(self.row_W), M_EIR.shape[2])
-        for rows, M_IR, out in zip(self.windows, self._of_busy(M_EIR), z_WR.split(self.lengths), strict=True):
-            torch.mm(x_TI[rows], M_IR, out=out)
-        return z_WR.index_select(0, self.place_T)
-
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
-        # Windows from the first own row on: whose rows one reaches over comes after it, and the last ones reach past T.
-        end = max(start + length for start, length in zip(self.starts, self.lengths, strict=True))
-        out_TO = z_TR.new_empty(end, M_ERO.shape[2])
-        z_W = z_TR.index_select(0, self.ahead_W).split(self.lengths)
-        for start, z_NR, M_RO in zip(self.starts, z_W, self._of_busy(M_ERO), strict=True):
-            torch.mm(z_NR, M_RO, out=out_TO[start : start + len(z_NR)])
-        return out_TO[: len(z_TR)]
-
-    def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
-        for rows, z_NR, M_RO in zip(self.windows, self._own(z_TR), self._of_busy(M_ERO), strict=True):
-            out_TO[rows].addmm_(z_NR, M_RO)
-
-    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
-        rank, width = z_TR.shape[1], wide_TW.shape[1]
-        grad_EMN = z_TR.new_empty(self.num_experts, *((width, rank) if rank_last else (rank, width)))
-        for expert in set(range(self.num_experts)).difference(self.busy):
-            grad_EMN[expert].zero_()
-        for rows, z_NR, out in zip(self.windows, self._own(z_TR), self._of_busy(grad_EMN), strict=True):
-            torch.mm(*((wide_TW[rows].t(), z_NR) if rank_last else (z_NR.t(), wide_TW[rows])), out=out)
-        return grad_EMN
-
-    def _own(self, z_TR: Tensor) -> Sequence[Tensor]:
-        """The windows of z, 0 where a row is another expert's."""
-        return z_TR.index_select(0, self.row_W).masked_fill_(self.foreign_W1, 0).split(self.lengths)
-
-    def _of_busy(self, M_EMN: Tensor) -> list[Tensor]:
-        every = M_EMN.unbind()
-        return [every[expert] for expert in self.busy]
-
-
-def _window_length(count: int) -> int:
-    """The next of 4 lengths an octave, in steps of 16 at least."""
-    step = max(16, 2 ** count.bit_length() // 8)
-    return -(-count // step) * step
-
-
 class _Fp32Products:
     """Half precision where the processor multiplies none: each wide tensor is taken for fp32 once and not once an
     expert, and what comes out is rounded once."""
@@ -307,7 +228,7 @@ class _MaskedProducts:
         return torch.where(self.own_TE1, z_TR[:, None, :], 0)
 
 
-_Products = _PlainProducts | _GroupedProducts | CompiledProducts | _WindowProducts | _Fp32Products | _MaskedProducts
+_Products = _PlainProducts | CompiledProducts | _GroupedProducts | _Fp32Products | _MaskedProducts
 
 
 def add_projections(
@@ -337,25 +258,22 @@ def add_projections(
         tokens_per_expert_E = tokens_per_expert_E.to(x_TI.device, non_blocking=True)
         row = _ALIGN_BYTES // dtype.itemsize
         wide_dims = [x_TI.shape[1], *(B.shape[1] for B in B_P)]
-        half_on_cpu = x_TI.device.type == "cpu" and dtype.itemsize == 2
-        compiled = half_on_cpu and dtype == torch.bfloat16 and _compiled([*wide_dims, A_P[0].shape[1]])
-        if compiled:
-            products = CompiledProducts(compiled, tokens_per_expert_E)
-        elif half_on_cpu and num_tokens > 0 and multiplies_bf16():
-            products = _WindowProducts(tokens_per_expert_E, num_tokens)
+        kernels = None
+        if dtype == torch.bfloat16:  # in fp32, where all this time goes into sums, torch's are as fast (1.07 and 1.06)
+            kernels = cpu_kernels.library_for(x_TI, [*wide_dims, A_P[0].shape[1]])
+        if kernels is not None:
+            products = CompiledProducts(kernels, tokens_per_expert_E)
         elif dtype in _GROUPED_DTYPES and num_tokens > 0 and all(dim % row == 0 for dim in wide_dims):
-            products = (_Fp32Products if half_on_cpu else _GroupedProducts)(tokens_per_expert_E)
+            half_on_cpu = x_TI.device.type == "cpu" and dtype.itemsize == 2
+            slow = half_on_cpu and not multiplies_bf16()
+            products = (_Fp32Products if slow else _GroupedProducts)(tokens_per_expert_E)
             missing = -A_P[0].shape[1] % row
             if missing:  # a rank of zeros more adds 0 to every product
                 A_P, B_P = [pad(A, (0, 0, 0, missing)) for A in A_P], [pad(B, (0, missing)) for B in B_P]
         else:
             products = _MaskedProducts(tokens_per_expert_E, num_tokens)
-    # In place needs a tensor that autograd may overwrite: no leaf that wants a gradient, and no view (its base would be
-    # rewritten too, and its backward would copy the whole gradient once more).
-    if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad):
-        base_TO = base_TO.clone()
     x_TI = x_TI if gradient is None else x_TI.detach()
-    return _AddLoRA.apply(products, scale, False, gradient, base_TO, x_TI, weight_T, *A_P, *B_P)
+    return _AddLoRA.apply(products, scale, False, gradient, overwritable(base_TO), x_TI, weight_T, *A_P, *B_P)
 
 
 def add_projections_of_pairs(
@@ -377,23 +295,20 @@ def add_projections_of_pairs(
     `rescaled`: backward, the experts get sqrt(weight) in the place of weight.
     """
     dtype = base_TO.dtype
-    compiled = None
-    if base_TO.device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
-        compiled = _compiled([x_TI.shape[1], *(B.shape[1] for B in B_P), A_P[0].shape[1]])
-    if compiled is None:
-        return None
-    products = CompiledProducts(compiled, tokens_per_expert_E, token_N)
-    if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad):
-        base_TO = base_TO.clone()
-    factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
     x_TI = x_TI.to(dtype).contiguous()
+    kernels = cpu_kernels.library_for(x_TI, [x_TI.shape[1], *(B.shape[1] for B in B_P), A_P[0].shape[1]])
+    if kernels is None:
+        return None
+    products = CompiledProducts(kernels, tokens_per_expert_E, token_N)
+    factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
     x_TI = x_TI if gradient is None else x_TI.detach()
-    return _AddLoRA.apply(products, scale, rescaled, gradient, base_TO, x_TI, weight_N, *factors)
+    return _AddLoRA.apply(products, scale, rescaled, gradient, overwritable(base_TO), x_TI, weight_N, *factors)
 
 
-def _compiled(dims: Sequence[int]) -> CDLL | None:
-    """The compiled products, where this processor has them, for these sizes."""
-    return library() if all(dim % 2 == 0 for dim in dims) else None
+def overwritable(base_TO: Tensor) -> Tensor:
+    """A tensor that autograd may overwrite: no leaf that wants a gradient, and no view (its base would be rewritten too,
+    and its backward would copy the whole gradient once more)."""
+    return base_TO.clone() if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad) else base_TO
 
 
 class _AddLoRA(torch.autograd.Function):

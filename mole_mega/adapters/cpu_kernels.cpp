@@ -6,7 +6,7 @@
 // starts [E + 1]: expert e has the sorted rows starts[e] to starts[e + 1]. rows: which row of the wide tensor each sorted
 // row is, null where they are the same. Sums are fp32.
 //
-// SwiGLU in bf16: of 65,536 numbers there is a table, so that it is the same bits as torch's.
+// SwiGLU in bf16: of 65,536 numbers there is a table, so that it gives the bits that torch gives.
 
 #include <ATen/native/CPUBlas.h>
 #include <omp.h>

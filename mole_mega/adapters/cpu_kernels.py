@@ -1,5 +1,5 @@
-"""What a MoLE layer does in half precision on the CPU, compiled (cpu_kernels.cpp): the thin products of a bank, in one
-pass over the wide rows whatever the number of experts, and SwiGLU.
+"""What a MoLE layer does on the CPU, compiled (cpu_kernels.cpp): the thin products of a bank, in one
+pass over the wide rows whatever the number of experts, and SwiGLU in bf16.
 
 Shape suffixes as in bank.py; N sorted rows, T rows of a wide tensor.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,22 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mole_mega.platform import compiler
-from mole_mega.platform.processor import multiplies_bf16
 
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had (a warning says why, once)."""
-    if not multiplies_bf16():
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels, which are compiled when they are first asked for; None where they cannot be had for this dtype."""
+    if dtype not in _SUFFIXES or (found := _load()) is None:
         return None
+    return found if getattr(found, f"available_{_SUFFIXES[dtype]}")() else None
+
+
+def library_for(x: Tensor, sizes: Sequence[int] = ()) -> ctypes.CDLL | None:
+    """The kernels for x and others like it; None for a device, dtype or sizes that they do not take (numbers in half
+    precision are multiplied by pairs)."""
+    return library(x.dtype) if x.device.type == "cpu" and all(size % 2 == 0 for size in sizes) else None
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
     try:
-        found = compiler.load(Path(__file__).with_suffix(".cpp"))
+        return compiler.load(Path(__file__).with_suffix(".cpp"))
     except compiler.CannotCompileError as problem:
-        warnings.warn(f"bf16 experts go through torch's own products, which are slower: {problem}", stacklevel=2)
+        warnings.warn(f"experts go through torch's own products, which are slower: {problem}", stacklevel=2)
         return None
-    return found if all(getattr(found, f"available_{suffix}")() for suffix in _SUFFIXES.values()) else None
 
 
 class CompiledProducts:
@@ -96,7 +106,8 @@ def _silu_tables() -> tuple[Tensor, Tensor]:
 
 
 def swiglu(found: ctypes.CDLL, fused_T2F: Tensor) -> Tensor:
-    """silu(gate) * up of [gate | up] side by side, bf16: [T, F], the bits that torch's operators give."""
+    """silu(gate) * up of [gate | up] side by side, bf16: [T, F], the bits that torch's operators give (but that
+    what is below 1.2e-38 may be 0)."""
     rows, width = len(fused_T2F), fused_T2F.shape[1] // 2
     out_TF = fused_T2F.new_empty(rows, width)
     _call(found, "swiglu_bf16", fused_T2F, _silu_tables()[0], rows, width, out_TF)

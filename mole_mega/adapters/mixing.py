@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters import bank
+from mole_mega.adapters import bank, cpu_kernels
 from mole_mega.adapters.bank import InputGradient
 from mole_mega.adapters.forms import computes_all
 
@@ -42,7 +42,7 @@ class MaskedGate:
         factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
         weight = self.weight if self.weight.dim() == 3 else self.weight[:, None]
         x_TI = x_TI if gradient is None else x_TI.detach()
-        return _AddMasked.apply(scale, self.rescaled, gradient, _overwritable(base_TO), x_TI, weight, *factors)
+        return _AddMasked.apply(scale, self.rescaled, gradient, bank.overwritable(base_TO), x_TI, weight, *factors)
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,6 @@ class PairedGate:
         )
         if output_TO is not None:
             return output_TO
-        if _goes_expert_by_expert(base_TO):
-            dtype = base_TO.dtype
-            tokens_E = token_N.split(self.tokens_per_expert_E.tolist())
-            factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
-            x_TI = x_TI.to(dtype).contiguous()
-            return _AddByExpert.apply(
-                tokens_E, scale, self.rescaled, _overwritable(base_TO), x_TI, self.weight_N, *factors
-            )
         x_NI = self.to_pairs(x_TI.to(base_TO.dtype))
         delta_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
         weight_N = self.weight_N
@@ -117,7 +109,8 @@ def make_gate(
 ) -> Gate:
     """The faster form, in this dtype, for tokens that use `top_k` of E experts each: those that `chosen` marks."""
     num_tokens, num_experts = weight_TE.shape
-    if computes_all(num_experts, top_k, rank, dtype.itemsize) or num_tokens == 0:
+    in_place = weight_TE.device.type == "cpu" and cpu_kernels.library(dtype) is not None
+    if computes_all(num_experts, top_k, rank, dtype.itemsize, in_place=in_place) or num_tokens == 0:
         return MaskedGate(weight_TE, rescaled)
     return paired(weight_TE, chosen_TE, top_k, rescaled=rescaled)
 
@@ -202,68 +195,6 @@ class _AddMasked(torch.autograd.Function):
         return None, None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
 
 
-class _AddByExpert(torch.autograd.Function):
-    """`_AddMasked` for each expert's own tokens, one expert after the other: the wide rows of one are gathered, used
-    and put back while they are in the processor's cache. `tokens_E`: which tokens use each, [N_e]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tokens_E: Sequence[Tensor],
-        scale: float,
-        rescaled: bool,
-        base_TO: Tensor,
-        x_TI: Tensor,
-        weight_N: Tensor,
-        *factors: Tensor,
-    ) -> Tensor:
-        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        weights_E = weight_N.split([len(tokens) for tokens in tokens_E])
-        z_E = []
-        for e, (tokens_N, weight) in enumerate(zip(tokens_E, weights_E, strict=True)):
-            z_NPR = x_TI.index_select(0, tokens_N) @ _read_rows([A[e] for A in A_P]).t()
-            zw_P = (z_NPR * (scale * weight)[:, None]).to(z_NPR.dtype).chunk(len(A_P), dim=1)
-            out_NO = base_TO.index_select(0, tokens_N)
-            for columns_NO, zw_NR, B_EOR in zip(_columns(out_NO, B_P), zw_P, B_P, strict=True):
-                columns_NO.addmm_(zw_NR, B_EOR[e].t())
-            base_TO.index_copy_(0, tokens_N, out_NO)
-            z_E.append(z_NPR)
-        ctx.mark_dirty(base_TO)
-        ctx.tokens_E, ctx.scale, ctx.rescaled = tokens_E, scale, rescaled
-        ctx.save_for_backward(x_TI, torch.cat(z_E), weight_N, *factors)
-        return base_TO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, z_NPR, weight_N, *factors = ctx.saved_tensors
-        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        counts_E = [len(tokens) for tokens in ctx.tokens_E]
-        grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
-        dx_TI, dweight_N = torch.zeros_like(x_TI), torch.empty_like(weight_N)
-        dfactors = [torch.empty_like(factor) for factor in factors]
-        dA_P, dB_P = dfactors[: len(A_P)], dfactors[len(A_P) :]
-        parts = zip(
-            ctx.tokens_E, z_NPR.split(counts_E), weight_N.split(counts_E), dweight_N.split(counts_E), strict=True
-        )
-        for e, (tokens_N, z, weight, dweight) in enumerate(parts):
-            g_NO, x_NI = grad_TO.index_select(0, tokens_N), x_TI.index_select(0, tokens_N)
-            weight = (ctx.scale * (weight.sqrt() if ctx.rescaled else weight))[:, None]
-            zw_P = (z * weight).to(z.dtype).chunk(len(A_P), dim=1)
-            u_P = []
-            for g, zw, B_EOR, dB_EOR in zip(_columns(g_NO, B_P), zw_P, B_P, dB_P, strict=True):
-                u_P.append(g @ B_EOR[e])
-                torch.mm(g.t(), zw, out=dB_EOR[e])
-            u = torch.cat(u_P, dim=1)
-            dweight.copy_(ctx.scale * (u.to(weight.dtype) * z).sum(1))
-            dz = (u * weight).to(z.dtype)
-            A_RI = _read_rows([A[e] for A in A_P])
-            dx_TI.index_copy_(0, tokens_N, dx_TI.index_select(0, tokens_N).addmm_(dz, A_RI))
-            for dA_EIR, dz_NR in zip(dA_P, dz.chunk(len(A_P), dim=1), strict=True):
-                torch.mm(dz_NR.t(), x_NI, out=dA_EIR[e])
-        return None, None, None, grad_TO, dx_TI, dweight_N, *dfactors
-
-
 class _ToPairs(torch.autograd.Function):
     """Each token's row for each of its pairs, in sorted order: [T, I] -> [N, I]. Its gradient sums a token's pairs in a
     fixed order: an atomic scatter would not give the same bits twice."""
@@ -302,16 +233,6 @@ def _to_pairs(rows_T: Tensor, order_N: Tensor) -> Tensor:
 
 def _from_pairs(rows_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:
     return rows_N.index_select(0, inverse_N).unflatten(0, (num_tokens, -1)).sum(1)
-
-
-def _goes_expert_by_expert(base_TO: Tensor) -> bool:
-    """On the CPU grouped products are such a loop anyway; but in half precision its many shapes cost (bank.py)."""
-    return base_TO.device.type == "cpu" and base_TO.dtype.itemsize > 2
-
-
-def _overwritable(base_TO: Tensor) -> Tensor:
-    """As in bank.py: what autograd may not overwrite is copied."""
-    return base_TO.clone() if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad) else base_TO
 
 
 def _weigh(z_TPER: Tensor, scale: float, weight_TPE: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ they chose; only the thin factors know about experts.
 
 from __future__ import annotations
 
-from ctypes import CDLL
 from typing import Any
 
 import torch
@@ -123,7 +122,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused_T2F: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(fused_T2F)
-        if kernels := _kernels_for(fused_T2F):
+        kernels = cpu_kernels.library_for(fused_T2F) if fused_T2F.dtype == torch.bfloat16 else None
+        if kernels is not None:
             return cpu_kernels.swiglu(kernels, fused_T2F.contiguous())
         gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
         return F.silu(gate_TF).mul_(up_TF)
@@ -132,7 +132,8 @@ class SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TF: torch.Tensor) -> torch.Tensor:
         (fused_T2F,) = ctx.saved_tensors
-        if kernels := _kernels_for(fused_T2F):
+        kernels = cpu_kernels.library_for(fused_T2F) if fused_T2F.dtype == torch.bfloat16 else None
+        if kernels is not None:
             return cpu_kernels.swiglu_backward(kernels, grad_TF.contiguous(), fused_T2F.contiguous())
         gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
         grad_T2F = torch.empty_like(fused_T2F)
@@ -140,10 +141,6 @@ class SwiGLU(torch.autograd.Function):
         torch.mul(grad_TF, F.silu(gate_TF), out=grad_up_TF)
         torch.ops.aten.silu_backward.grad_input(grad_TF * up_TF, gate_TF, grad_input=grad_gate_TF)
         return grad_T2F
-
-
-def _kernels_for(x: torch.Tensor) -> CDLL | None:
-    return cpu_kernels.library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
 
 
 class MoLEExperts(MLP):
