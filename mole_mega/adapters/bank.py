@@ -306,8 +306,8 @@ def add_projections_of_pairs(
 
 
 def overwritable(base_TO: Tensor) -> Tensor:
-    """A tensor that autograd may overwrite: no leaf that wants a gradient, and no view (its base would be rewritten too,
-    and its backward would copy the whole gradient once more)."""
+    """base, or a copy that autograd may overwrite: no leaf that wants a gradient, and no view (its base would be
+    rewritten too, and its backward would copy the whole gradient once more)."""
     return base_TO.clone() if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad) else base_TO
 
 

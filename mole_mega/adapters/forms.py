@@ -5,8 +5,8 @@ from __future__ import annotations
 # Up to so many experts for each one that a token uses, computing them all is the faster form, by the bytes of a number
 # (measured with tools/bench_mole.py on 2 cores that multiply bf16 matrices: there products cost little, and rows much).
 _MASKED_UP_TO = {4: 6, 2: 16}
-# ... and where rows stay where they are (4 experts of which 2 are used, rows and all: 1.11 and 1.12 of one expert's time
-# in bf16, 1.03 and 1.11 in fp32).
+# ... and where rows stay where they are (of 4 experts 2 used, as rows or all of them: 1.11 and 1.12 of one expert's
+# time in bf16, 1.03 and 1.11 in fp32).
 _MASKED_UP_TO_IN_PLACE = 1.5
 # Experts of a rank or a few cost little even all of them, while a row is as wide as ever: up to so many ranks for each
 # expert that a token uses. (Of 64 experts of rank 1, 8 used: computing all took a twelfth of the rows' time in fp32 and
