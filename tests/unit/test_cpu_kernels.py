@@ -250,11 +250,14 @@ print(before - resident())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_for_the_next_tensor():
+def test_freed_memory_is_kept_for_the_next_tensor(monkeypatch):
     def given_back(call):
         done = subprocess.run([sys.executable, "-c", KEPT.format(call=call)], capture_output=True, text=True)
         assert not done.returncode, done.stderr
         return int(done.stdout)
 
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     assert given_back("") >= 30 << 20
     assert given_back("cpu._keep_freed_memory()") < 1 << 20
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    assert given_back("cpu._keep_freed_memory()") >= 30 << 20
