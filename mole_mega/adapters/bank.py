@@ -258,9 +258,7 @@ def add_projections(
         tokens_per_expert_E = tokens_per_expert_E.to(x_TI.device, non_blocking=True)
         row = _ALIGN_BYTES // dtype.itemsize
         wide_dims = [x_TI.shape[1], *(B.shape[1] for B in B_P)]
-        kernels = None
-        if dtype == torch.bfloat16:  # in fp32, where all this time goes into sums, torch's are as fast (1.07 and 1.06)
-            kernels = cpu_kernels.library_for(x_TI, [*wide_dims, A_P[0].shape[1]])
+        kernels = cpu_kernels.library_for(x_TI, [*wide_dims, A_P[0].shape[1]])
         if kernels is not None:
             products = CompiledProducts(kernels, tokens_per_expert_E)
         elif dtype in _GROUPED_DTYPES and num_tokens > 0 and all(dim % row == 0 for dim in wide_dims):
