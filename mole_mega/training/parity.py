@@ -292,20 +292,19 @@ def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, 
 
 
 def norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
-    """A tensor's own norm; of a gradient whose terms cancel, if that is more, about the root of the sum of their squares.
+    """A tensor's own norm; of a gradient whose terms cancel about the root of the sum of their squares, if more.
 
     Rounding errors are as large as the terms of a sum, so the norm of one that cancels says nothing of them. Two do:
 
     A router's bias sums g_t over tokens. A softmax sends each token's pull both ways, and balanced experts leave little
     over. Its weight sums the same g_t, each times the token's normalised input, whose norm is sqrt(H) and whose
-    directions keep terms from cancelling: norm / sqrt(H) is about the root of sum |g_t|^2. Projector biases are measured
-    by their own norm like all else: their inputs are not normalised.
+    directions keep terms from cancelling: norm / sqrt(H) is about the root of sum |g_t|^2. Projector biases are
+    measured by their own norm like all else: their inputs are not normalised.
 
-    A weight with which a task mixes common B_n (adapters/mixed_factors.py) gets (u_n - p_n sum_m u_m) / T, where
-    u_n = p_n <C, B_n> sums over B's entries, p is the softmax and C the gradient of the mixture. At a temperature of
-    0.1 a share p_n is soon all but 1, and the two are all but equal. Over tasks the terms of u_n add up to
-    dL/dB_n * B_n, entry by entry. 1 / T is left out, which measures by less; B is the one after the steps, which moved it
-    little.
+    A weight by which a task mixes common B_n (adapters/mixed_factors.py) gets (u_n - p_n sum_m u_m) / T, p the softmax
+    and u_n = p_n <C, B_n> a sum over B's entries, C the gradient of the mixture. At a temperature T of 0.1 a share p_n
+    is soon all but 1, and the two are all but equal. Summed over tasks, the terms of u_n are the entries of
+    dL/dB_n * B_n. 1 / T is left out, which measures by less; B is taken after the steps, which moved it little.
     """
     own = float(reference[key].double().norm())
     if key.startswith("gradient/") and ".router." in key and key.endswith("bias"):
