@@ -106,7 +106,8 @@ def methods(rank: int, steps: int) -> list[Method]:
         ),
         Method(
             "loramoe", "LoRAMoE", "2312.09979", "all experts by their softmax, a router a linear",
-            "without the constraint on groups, whose released sign contradicts the paper",
+            "without the constraint on groups, known here in its released form alone, whose sign is the reverse of its "
+            "purpose",
             {**dense, "router_scope": "linear"},
         ),
         Method(
@@ -115,7 +116,8 @@ def methods(rank: int, steps: int) -> list[Method]:
         ),
         Method(
             "riemannian", "Riemannian MoE-LoRA", "2502.15828", "top-2; gradients preconditioned, gate rescaled",
-            "both preconditioners from the old weights; a router a block; Adam with bias correction",
+            "both preconditioners from the old weights; a router a block; Adam with bias correction; delta searched "
+            "(published: 1e-6)",
             {**two, "rescale_gate": True}, {"clip_grad": 0.0}, damped,
         ),
         Method(
