@@ -16,8 +16,8 @@ clipped after it was preconditioned. With B = 0, A's first step is 0 and its nex
 
 Adam forgets a constant factor of its gradients, but not one that changes within its memory: dA goes as 1 / ||B|| and dB
 as 1 / ||A||, so they shrink as the factors grow. At large learning rates that is fast, and second moments that remember
-the first steps (`train.adam_beta2` 0.999: about a thousand) then hold the factors back. What helps is a `delta` as large
-as the Gram matrices become, so that the first steps are not divided by much less than the last, or a smaller
+the first steps (`train.adam_beta2` 0.999: about a thousand) then hold the factors back. What helps is a `delta` as
+large as the Gram matrices become, so that the first steps are not divided by much less than the last, or a smaller
 `adam_beta2`; the figures are in examples/methods.
 
 Shape suffixes as in adapters/pairs.py.
