@@ -11,8 +11,14 @@ Where this departs from the released code: there B's preconditioner sees A after
 that order, for comparison; one optimizer step cannot be split so), Adam has no bias correction and epsilon 1e-6
 (`train.adam_eps` here), and a failed inverse is passed over, where the damped system here is solved. The gradient is
 clipped after it was preconditioned. With B = 0, A's first step is 0 and its next gradients are up to 1 / delta larger:
-`train.clip_grad` would shrink all other steps with it, so set it to 0 or well above. The paper's rescaling of gates is
-`adapter.rescale_gate` (adapters/mixing.py).
+with SGD `train.clip_grad` would shrink all other steps with it, so set it to 0 or well above. The paper's rescaling of
+gates is `adapter.rescale_gate` (adapters/mixing.py).
+
+Adam forgets a constant factor of its gradients, but not one that changes within its memory: dA goes as 1 / ||B|| and dB
+as 1 / ||A||, so they shrink as the factors grow. At large learning rates that is fast, and second moments that remember
+the first steps (`train.adam_beta2` 0.999: about a thousand) then hold the factors back. What helps is a `delta` as
+large as the Gram matrices become, so that the first steps are not divided by much less than the last, a smaller
+`adam_beta2`, or clipping; the figures are in examples/methods.
 
 Shape suffixes as in adapters/pairs.py.
 """
