@@ -18,6 +18,7 @@ from typing import Literal
 
 from mole_mega.errors import ConfigError, ExitCode, quiet_libraries, report_errors
 from mole_mega.outputs import check_file
+from mole_mega.platform import compiler
 from mole_mega.platform.recipes import RECIPES
 
 # Everything needs these; how far up is pyproject.toml's to say.
@@ -90,7 +91,7 @@ def examine(folder: Path, rendezvous: str | None = None) -> list[Finding]:
     """Look at everything. Raises ConfigError when `rendezvous` is no HOST:PORT."""
     findings = [_python(), *(_package(name, least) for name, least in NEEDED.items())]
     findings += [*_accelerator(), *(_optional(*entry) for entry in OPTIONAL)]
-    findings += [_disk(folder), _shared_memory(), _interfaces(), _port(DEFAULT_PORT)]
+    findings += [_compiler(), _disk(folder), _shared_memory(), _interfaces(), _port(DEFAULT_PORT)]
     if rendezvous is not None:
         findings.append(_reach(rendezvous))
     return findings
@@ -199,6 +200,14 @@ def _optional(name: str, module: str, package: str, off: str, fix: str) -> Findi
         return Finding(name, "ok", importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "ok", "of an unknown version")
+
+
+def _compiler() -> Finding:
+    found = compiler.find_compiler()
+    if found is not None:
+        return Finding("C++ compiler", "ok", found)
+    off = "on the CPU, our own products of bf16 experts and of several experts a token (torch's are used, slower)"
+    return Finding("C++ compiler", "absent", "no g++ in PATH", off, "apt-get install g++, or its like")
 
 
 def _disk(folder: Path) -> Finding:

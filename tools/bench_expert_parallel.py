@@ -166,7 +166,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--nproc", type=int, default=2, help="processes, each with a part of the experts (default 2)")
+    parser.add_argument("--processes", type=int, default=2, help="each with a part of the experts (default 2)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=1, help="blocks one after the other (default 1)")
     parser.add_argument("--hidden", type=int, default=512)
@@ -175,21 +175,21 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc}", *sys.argv]
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}", *sys.argv]
         sys.exit(subprocess.run([sys.executable, *command]).returncode)
     torch.set_num_threads(1)
-    parallel = platform.initialize(ParallelConfig(expert=args.nproc), seed=SEED)
+    parallel = platform.initialize(ParallelConfig(expert=args.processes), seed=SEED)
     rows = [
         measure(
             experts, Sizes(args.hidden, args.ffn, tokens, args.rank), args.dtype, parallel, args.repeats, args.layers
         )
         for tokens in TOKENS
         for experts in EXPERTS
-        if experts % args.nproc == 0
+        if experts % args.processes == 0
     ]
     if parallel.is_main:
         print(
-            f"{args.nproc} processes, hidden {args.hidden}, ffn {args.ffn}, rank {args.rank}, {args.dtype}, "
+            f"{args.processes} processes, hidden {args.hidden}, ffn {args.ffn}, rank {args.rank}, {args.dtype}, "
             f"layers {args.layers}"
         )
         print(table(rows))

@@ -65,6 +65,12 @@ def methods(rank: int, steps: int) -> list[Method]:
         for lr in (1e-2, 2e-2)
         for tau in (1e-3, 1e-1)
     )
+    # the published damping, and one as large as the Gram matrices become
+    damped = tuple(
+        {"train": {"lr": lr}, "adapter": {"methods": [{"name": "riemannian", "delta": delta}]}}
+        for lr in (2e-2, 4e-2)
+        for delta in (1e-6, 1.0)
+    )
     return [
         Method(
             "lora", "plain LoRA", "2106.09685", "a pair for each of gate, up and down", "no LoRA on the attention", lora
@@ -100,7 +106,8 @@ def methods(rank: int, steps: int) -> list[Method]:
         ),
         Method(
             "loramoe", "LoRAMoE", "2312.09979", "all experts by their softmax, a router a linear",
-            "without the constraint on groups, whose released sign contradicts the paper",
+            "without the constraint on groups, known here in its released form alone, whose sign is the reverse of its "
+            "purpose",
             {**dense, "router_scope": "linear"},
         ),
         Method(
@@ -109,8 +116,9 @@ def methods(rank: int, steps: int) -> list[Method]:
         ),
         Method(
             "riemannian", "Riemannian MoE-LoRA", "2502.15828", "top-2; gradients preconditioned, gate rescaled",
-            "both preconditioners from the old weights; a router a block; Adam with bias correction",
-            {**two, "rescale_gate": True, "methods": [{"name": "riemannian"}]}, {"clip_grad": 0.0},
+            "both preconditioners from the old weights; a router a block; Adam with bias correction; delta searched "
+            "(published: 1e-6)",
+            {**two, "rescale_gate": True}, {"clip_grad": 0.0}, damped,
         ),
         Method(
             "task", "an expert a source", "2407.15857 (tau 0)", "each sample by its source's expert, no router",

@@ -9,8 +9,7 @@ their ranks side by side). A [E, R, I] reads the input, B [E, O, R] writes the o
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 
+from mole_mega.adapters import cpu_kernels
+from mole_mega.adapters.cpu_kernels import CompiledProducts
 from mole_mega.platform.processor import multiplies_bf16
 
 # torch.nn.functional.grouped_mm refuses rows that do not start on a multiple of this many bytes, and other dtypes.
@@ -33,6 +34,7 @@ def add_expert_lora(
     tokens_per_expert_E: Tensor,
     scale: float,
     weight_T: Tensor | None = None,
+    gradient: InputGradient | None = None,
 ) -> Tensor:
     """y_t = base_t + weight_t * scale * B_e A_e x_t, where e is the expert of token t; returns [T, O].
 
@@ -41,9 +43,10 @@ def add_expert_lora(
 
     **base_TO is consumed**: its memory becomes the result where autograd allows; the caller must not read it again.
     The products run in the dtype of base_TO, the factors may be of another. Double backward is not supported.
+    `gradient`: where x is what `share_input` gave, what it gave with it; the gradient of x goes there.
     Raises ValueError when the counts are on the CPU (checking costs no synchronisation there) and do not sum to T.
     """
-    return add_projections(base_TO, x_TI, [A_ERI], [B_EOR], tokens_per_expert_E, scale, weight_T)
+    return add_projections(base_TO, x_TI, [A_ERI], [B_EOR], tokens_per_expert_E, scale, weight_T, gradient)
 
 
 def add_gated_expert_lora(
@@ -56,20 +59,74 @@ def add_gated_expert_lora(
     tokens_per_expert_E: Tensor,
     scale: float,
     weight_T: Tensor | None = None,
+    gradient: InputGradient | None = None,
 ) -> Tensor:
     """`add_expert_lora` for gate (first F columns) and up (last F columns) of one fused base, reading x once; [T, 2F].
 
     y_t = base_t + weight_t * scale * concat(Bg_e Ag_e x_t, Bu_e Au_e x_t)
     """
     return add_projections(
-        base_T2F, x_TH, [gate_A_ERH, up_A_ERH], [gate_B_EFR, up_B_EFR], tokens_per_expert_E, scale, weight_T
+        base_T2F, x_TH, [gate_A_ERH, up_A_ERH], [gate_B_EFR, up_B_EFR], tokens_per_expert_E, scale, weight_T, gradient
     )
 
 
-def add_lora(base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float) -> Tensor:
+def add_lora(
+    base_TO: Tensor,
+    x_TI: Tensor,
+    A_P: Sequence[Tensor],
+    B_P: Sequence[Tensor],
+    scale: float,
+    gradient: InputGradient | None = None,
+) -> Tensor:
     """Plain LoRA: y = base + scale * concat_p(B_p A_p x), with A_p [R, I] and B_p [O_p, R]. base_TO is consumed."""
     everyone = torch.tensor([x_TI.shape[0]])
-    return add_projections(base_TO, x_TI, [A[None] for A in A_P], [B[None] for B in B_P], everyone, scale, None)
+    A_P, B_P = [A[None] for A in A_P], [B[None] for B in B_P]
+    return add_projections(base_TO, x_TI, A_P, B_P, everyone, scale, None, gradient)
+
+
+class InputGradient:
+    """What adapters beside a frozen product add to the gradient of the x that both read, once the product's own is
+    there: so no second [T, I] is made and summed (measured in bf16: 10 ms of 140 in an MLP's step)."""
+
+    def __init__(self) -> None:
+        self._terms: list[Callable[[Tensor], object]] = []
+
+    def add_later(self, add_: Callable[[Tensor], object]) -> None:
+        """`add_` adds its part to a gradient, in place."""
+        self._terms.append(add_)
+
+    def add_to_(self, grad_TI: Tensor) -> None:
+        """All that was announced since the last call."""
+        while self._terms:
+            self._terms.pop(0)(grad_TI)
+
+
+def share_input(x_TI: Tensor) -> tuple[Tensor, InputGradient | None]:
+    """x for a frozen product and the adapters beside it, which are given what comes second. None: x has no gradient.
+
+    The product's backward must come after the adapters', which it does where they take its output; and the gradient of
+    x that it makes must be its own.
+    """
+    if not (torch.is_grad_enabled() and x_TI.requires_grad):
+        return x_TI, None
+    gradient = InputGradient()
+    return _ShareInput.apply(x_TI, gradient), gradient
+
+
+class _ShareInput(torch.autograd.Function):
+    """x itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, gradient: InputGradient) -> Tensor:
+        ctx.gradient = gradient
+        return x_TI.view_as(x_TI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TI: Tensor) -> tuple[Tensor, None]:
+        grad_TI = grad_TI.contiguous()
+        ctx.gradient.add_to_(grad_TI)
+        return grad_TI, None
 
 
 class _PlainProducts:
@@ -78,14 +135,14 @@ class _PlainProducts:
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
         return x_TI @ M_EIR[0]
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
         return z_TR @ M_ERO[0]
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
         out_TO.addmm_(z_TR, M_ERO[0])
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        return (a_TM.t() @ b_TN)[None]
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        return (wide_TW.t() @ z_TR if rank_last else z_TR.t() @ wide_TW)[None]
 
 
 class _GroupedProducts:
@@ -100,12 +157,12 @@ class _GroupedProducts:
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
         return grouped_mm(x_TI, M_EIR, offs=self.ends_E)
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
         return grouped_mm(z_TR, M_ERO, offs=self.ends_E)
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
         if self.counts is None:
-            out_TO.add_(self.from_rank(z_TR, M_ERO))
+            out_TO.add_(self.from_rank(z_TR, M_ERO, len(out_TO)))
             return
         # On the CPU grouped_mm is this loop too, but cannot add in the GEMM itself: that spares a pass over [T, O].
         start = 0
@@ -114,91 +171,11 @@ class _GroupedProducts:
             out_TO[rows].addmm_(z_TR[rows], M_ERO[expert])
             start += count
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        a_TM, b_TN = (wide_TW, z_TR) if rank_last else (z_TR, wide_TW)
         grad_EMN = grouped_mm(a_TM.t(), b_TN, offs=self.ends_E)
         # Blackwell kernels leave the slab of an empty group unwritten (pytorch issue 172439); the CPU writes zeros.
         return grad_EMN.masked_fill_(self.empty_E11, 0) if grad_EMN.is_cuda else grad_EMN
-
-
-class _WindowProducts:
-    """The same for half precision on the CPU, in windows of few different lengths.
-
-    There oneDNN compiles and keeps a kernel for each shape of a product (measured: 0.2 ms and 0.2 MB each), and the
-    number of an expert's tokens is hardly ever the same twice. So each expert takes a window a little longer than its
-    own rows, 4 lengths an octave. What it holds of other experts' rows is set to 0 in rank space where it would be
-    added to something, and written over by its owner where it would not.
-
-    Here W counts the rows of all windows, one after another; lists are of the experts that have tokens.
-    """
-
-    def __init__(self, tokens_per_expert_E: Tensor, num_tokens: int) -> None:
-        counts_E = tokens_per_expert_E.tolist()
-        self.num_experts = len(counts_E)
-        self.busy = [expert for expert, count in enumerate(counts_E) if count > 0]
-        counts = [counts_E[expert] for expert in self.busy]
-        self.starts = [0, *itertools.accumulate(counts)][:-1]
-        self.lengths = [min(_window_length(count), num_tokens) for count in counts]
-        firsts = [min(start, num_tokens - length) for start, length in zip(self.starts, self.lengths, strict=True)]
-        self.windows = [slice(first, first + length) for first, length in zip(firsts, self.lengths, strict=True)]
-
-        def over_windows(numbers: Sequence[int]) -> Tensor:
-            return torch.tensor(numbers).repeat_interleave(lengths)
-
-        lengths, tokens = torch.tensor(self.lengths), torch.tensor(counts)
-        offsets = [0, *itertools.accumulate(self.lengths)][:-1]
-        place_W = torch.arange(sum(self.lengths)) - over_windows(offsets)  # in its window
-        start_W, first_W = over_windows(self.starts), over_windows(firsts)
-        self.row_W = first_W + place_W
-        self.ahead_W = (start_W + place_W).clamp_(max=num_tokens - 1)
-        foreign_W = (self.row_W < start_W) | (self.row_W >= start_W + over_windows(counts))
-        self.foreign_W1 = foreign_W[:, None]
-        shift = torch.tensor([offset - first for offset, first in zip(offsets, firsts, strict=True)])
-        self.place_T = torch.arange(num_tokens) + shift.repeat_interleave(tokens)
-
-    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
-        z_WR = x_TI.new_empty(len(self.row_W), M_EIR.shape[2])
-        for rows, M_IR, out in zip(self.windows, self._of_busy(M_EIR), z_WR.split(self.lengths), strict=True):
-            torch.mm(x_TI[rows], M_IR, out=out)
-        return z_WR.index_select(0, self.place_T)
-
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
-        # Windows from the first own row on: whose rows one reaches over comes after it, and the last ones reach past T.
-        end = max(start + length for start, length in zip(self.starts, self.lengths, strict=True))
-        out_TO = z_TR.new_empty(end, M_ERO.shape[2])
-        z_W = z_TR.index_select(0, self.ahead_W).split(self.lengths)
-        for start, z_NR, M_RO in zip(self.starts, z_W, self._of_busy(M_ERO), strict=True):
-            torch.mm(z_NR, M_RO, out=out_TO[start : start + len(z_NR)])
-        return out_TO[: len(z_TR)]
-
-    def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
-        for rows, z_NR, M_RO in zip(self.windows, self._own(z_TR), self._of_busy(M_ERO), strict=True):
-            out_TO[rows].addmm_(z_NR, M_RO)
-
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        grad_EMN = a_TM.new_empty(self.num_experts, a_TM.shape[1], b_TN.shape[1])
-        for expert in set(range(self.num_experts)).difference(self.busy):
-            grad_EMN[expert].zero_()
-        if a_TM.shape[1] <= b_TN.shape[1]:  # set the thin side to 0: it is the one in rank space
-            for rows, a_NM, out in zip(self.windows, self._own(a_TM), self._of_busy(grad_EMN), strict=True):
-                torch.mm(a_NM.t(), b_TN[rows], out=out)
-        else:
-            for rows, b_NN, out in zip(self.windows, self._own(b_TN), self._of_busy(grad_EMN), strict=True):
-                torch.mm(a_TM[rows].t(), b_NN, out=out)
-        return grad_EMN
-
-    def _own(self, z_TR: Tensor) -> Sequence[Tensor]:
-        """The windows of z, 0 where a row is another expert's."""
-        return z_TR.index_select(0, self.row_W).masked_fill_(self.foreign_W1, 0).split(self.lengths)
-
-    def _of_busy(self, M_EMN: Tensor) -> list[Tensor]:
-        every = M_EMN.unbind()
-        return [every[expert] for expert in self.busy]
-
-
-def _window_length(count: int) -> int:
-    """The next of 4 lengths an octave, in steps of 16 at least."""
-    step = max(16, 2 ** count.bit_length() // 8)
-    return -(-count // step) * step
 
 
 class _Fp32Products:
@@ -211,14 +188,14 @@ class _Fp32Products:
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
         return self._grouped.to_rank(x_TI.float(), M_EIR.float()).to(x_TI.dtype)
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
-        return self._grouped.from_rank(z_TR.float(), M_ERO.float()).to(z_TR.dtype)
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
+        return self._grouped.from_rank(z_TR.float(), M_ERO.float(), num_tokens).to(z_TR.dtype)
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
-        out_TO.add_(self._grouped.from_rank(z_TR.float(), M_ERO.float()))
+        out_TO.add_(self._grouped.from_rank(z_TR.float(), M_ERO.float(), len(out_TO)))
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        return self._grouped.outer(a_TM.float(), b_TN.float()).to(a_TM.dtype)
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        return self._grouped.outer(z_TR.float(), wide_TW.float(), rank_last=rank_last).to(z_TR.dtype)
 
 
 class _MaskedProducts:
@@ -237,22 +214,21 @@ class _MaskedProducts:
         z_TER = torch.einsum("ti,eir->ter", x_TI, M_EIR)
         return torch.where(self.own_TE1, z_TER, 0).sum(1)
 
-    def from_rank(self, z_TR: Tensor, M_ERO: Tensor) -> Tensor:
+    def from_rank(self, z_TR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
         return torch.einsum("ter,ero->to", self._spread(z_TR), M_ERO)
 
     def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_ERO: Tensor) -> None:
-        out_TO.add_(self.from_rank(z_TR, M_ERO))
+        out_TO.add_(self.from_rank(z_TR, M_ERO, len(out_TO)))
 
-    def outer(self, a_TM: Tensor, b_TN: Tensor) -> Tensor:
-        if a_TM.shape[1] <= b_TN.shape[1]:  # spread the thin side: it is the one in rank space
-            return torch.einsum("tem,tn->emn", self._spread(a_TM), b_TN)
-        return torch.einsum("tm,ten->emn", a_TM, self._spread(b_TN))
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        z_TER = self._spread(z_TR)
+        return torch.einsum("tw,ter->ewr" if rank_last else "tw,ter->erw", wide_TW, z_TER)
 
     def _spread(self, z_TR: Tensor) -> Tensor:
         return torch.where(self.own_TE1, z_TR[:, None, :], 0)
 
 
-_Products = _PlainProducts | _GroupedProducts | _WindowProducts | _Fp32Products | _MaskedProducts
+_Products = _PlainProducts | CompiledProducts | _GroupedProducts | _Fp32Products | _MaskedProducts
 
 
 def add_projections(
@@ -263,6 +239,7 @@ def add_projections(
     tokens_per_expert_E: Tensor,
     scale: float,
     weight_T: Tensor | None,
+    gradient: InputGradient | None = None,
 ) -> Tensor:
     """`add_expert_lora` for projections that read the same x; their outputs lie side by side in base_TO."""
     num_tokens, num_experts = x_TI.shape[0], A_P[0].shape[0]
@@ -281,25 +258,60 @@ def add_projections(
         tokens_per_expert_E = tokens_per_expert_E.to(x_TI.device, non_blocking=True)
         row = _ALIGN_BYTES // dtype.itemsize
         wide_dims = [x_TI.shape[1], *(B.shape[1] for B in B_P)]
-        half_on_cpu = x_TI.device.type == "cpu" and dtype.itemsize == 2
-        if half_on_cpu and num_tokens > 0 and multiplies_bf16():
-            products = _WindowProducts(tokens_per_expert_E, num_tokens)
+        kernels = cpu_kernels.library_for(x_TI, [*wide_dims, A_P[0].shape[1]])
+        if kernels is not None:
+            products = CompiledProducts(kernels, tokens_per_expert_E)
         elif dtype in _GROUPED_DTYPES and num_tokens > 0 and all(dim % row == 0 for dim in wide_dims):
-            products = (_Fp32Products if half_on_cpu else _GroupedProducts)(tokens_per_expert_E)
+            half_on_cpu = x_TI.device.type == "cpu" and dtype.itemsize == 2
+            slow = half_on_cpu and not multiplies_bf16()
+            products = (_Fp32Products if slow else _GroupedProducts)(tokens_per_expert_E)
             missing = -A_P[0].shape[1] % row
             if missing:  # a rank of zeros more adds 0 to every product
                 A_P, B_P = [pad(A, (0, 0, 0, missing)) for A in A_P], [pad(B, (0, missing)) for B in B_P]
         else:
             products = _MaskedProducts(tokens_per_expert_E, num_tokens)
-    # In place needs a tensor that autograd may overwrite: no leaf that wants a gradient, and no view (its base would be
-    # rewritten too, and its backward would copy the whole gradient once more).
-    if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad):
-        base_TO = base_TO.clone()
-    return _AddLoRA.apply(products, scale, base_TO, x_TI, weight_T, *A_P, *B_P)
+    x_TI = x_TI if gradient is None else x_TI.detach()
+    return _AddLoRA.apply(products, scale, False, gradient, overwritable(base_TO), x_TI, weight_T, *A_P, *B_P)
+
+
+def add_projections_of_pairs(
+    base_TO: Tensor,
+    x_TI: Tensor,
+    A_P: Sequence[Tensor],
+    B_P: Sequence[Tensor],
+    tokens_per_expert_E: Tensor,
+    token_N: Tensor,
+    scale: float,
+    weight_N: Tensor,
+    gradient: InputGradient | None = None,
+    *,
+    rescaled: bool = False,
+) -> Tensor | None:
+    """`add_projections` for N pairs of a token and an expert that it uses, sorted by expert; token_N says which token
+    each is of. None where no kernel here takes rows from where they lie.
+
+    `rescaled`: backward, the experts get sqrt(weight) in the place of weight.
+    """
+    dtype = base_TO.dtype
+    x_TI = x_TI.to(dtype).contiguous()
+    kernels = cpu_kernels.library_for(x_TI, [x_TI.shape[1], *(B.shape[1] for B in B_P), A_P[0].shape[1]])
+    if kernels is None:
+        return None
+    products = CompiledProducts(kernels, tokens_per_expert_E, token_N)
+    factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
+    x_TI = x_TI if gradient is None else x_TI.detach()
+    return _AddLoRA.apply(products, scale, rescaled, gradient, overwritable(base_TO), x_TI, weight_N, *factors)
+
+
+def overwritable(base_TO: Tensor) -> Tensor:
+    """base, or a copy that autograd may overwrite: no leaf that wants a gradient, and no view (its base would be
+    rewritten too, and its backward would copy the whole gradient once more)."""
+    return base_TO.clone() if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad) else base_TO
 
 
 class _AddLoRA(torch.autograd.Function):
-    """out = base + concat_p(zw_p B_p^T) with z_p = x A_p^T, zw_p = scale * weight * z_p; per expert.
+    """out = base + concat_p(zw_p B_p^T) with z_p = x A_p^T, zw_p = scale * weight * z_p; per expert. (T in the names of
+    what lies in rank space: sorted rows, which the products may take from other rows of x and add to those of out.)
 
     With g = d loss / d out and u_p = g_p B_p (rank space, so that no second [T, O] tensor is made):
         d base = g      d weight = scale * sum_p <u_p, z_p>      dz_p = scale * weight * u_p
@@ -311,6 +323,8 @@ class _AddLoRA(torch.autograd.Function):
         ctx: Any,
         products: _Products,
         scale: float,
+        rescaled: bool,
+        gradient: InputGradient | None,
         base_TO: Tensor,
         x_TI: Tensor,
         weight_T: Tensor | None,
@@ -322,7 +336,7 @@ class _AddLoRA(torch.autograd.Function):
         for out_TO, zw_TR, B_EOR in _by_projection(base_TO, zw_TPR, B_P):
             products.add_from_rank_(out_TO, zw_TR, B_EOR.transpose(1, 2))
         ctx.mark_dirty(base_TO)
-        ctx.products, ctx.scale = products, scale
+        ctx.products, ctx.scale, ctx.rescaled, ctx.gradient = products, scale, rescaled, gradient
         ctx.save_for_backward(x_TI, z_TPR, weight_T, *factors)
         return base_TO
 
@@ -332,24 +346,30 @@ class _AddLoRA(torch.autograd.Function):
         products: _Products = ctx.products
         x_TI, z_TPR, weight_T, *factors = ctx.saved_tensors
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        _, _, _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
         grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
 
+        if ctx.rescaled:
+            weight_T = weight_T.sqrt()
         zw_TPR = _weigh(z_TPR, ctx.scale, weight_T)
         u_P, dB_P = [], []
         for g_TO, zw_TR, B_EOR in _by_projection(grad_TO, zw_TPR, B_P):
             u_P.append(products.to_rank(g_TO, B_EOR))
-            dB_P.append(products.outer(g_TO, zw_TR) if any(needs_factors) else None)
+            dB_P.append(products.outer(zw_TR, g_TO, rank_last=True) if any(needs_factors) else None)
         u_TPR = torch.cat(u_P, dim=1) if len(u_P) > 1 else u_P[0]
         dz_TPR = _weigh(u_TPR, ctx.scale, weight_T)
         dweight_T = None
         if needs_weight:
             dweight_T = ctx.scale * (u_TPR.to(weight_T.dtype) * z_TPR).sum(1)
-        dx_TI = products.from_rank(dz_TPR, _stack_ranks(A_P)) if needs_x else None
+        dx_TI, A_EPRI = None, _stack_ranks(A_P)
+        if ctx.gradient is not None:
+            ctx.gradient.add_later(lambda grad_TI: products.add_from_rank_(grad_TI, dz_TPR, A_EPRI))
+        elif needs_x:
+            dx_TI = products.from_rank(dz_TPR, A_EPRI, len(x_TI))
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
-            dA_P = products.outer(dz_TPR, x_TI).chunk(len(A_P), dim=1)
-        return None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
+            dA_P = products.outer(dz_TPR, x_TI, rank_last=False).chunk(len(A_P), dim=1)
+        return None, None, None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
 
 
 def _stack_ranks(A_P: Sequence[Tensor]) -> Tensor:

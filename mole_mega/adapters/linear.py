@@ -101,16 +101,18 @@ class LoRAColumn(torch.nn.Module):
         lora, tp = self.lora, self.lora.groups.tp
         if lora.gathers_sequence:
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=tp)
-        tokens = input_.flatten(0, -2)
+        tokens, gradient = bank.share_input(input_.flatten(0, -2))
         output, bias = super().forward(tokens, *args, **kwargs)
-        # identical on every rank: the whole input is, and so must its dropout be
-        x = F.dropout(tokens, lora.adapter.dropout, self.training)
+        x = tokens
+        if lora.adapter.dropout and self.training:
+            # identical on every rank: the whole input is, and so must its dropout be
+            x, gradient = F.dropout(tokens, lora.adapter.dropout), None
         factors_A = [getattr(self, f"lora_{p.name}_A") for p in lora.projections]
         factors_B = [getattr(self, f"lora_{p.name}_B") for p in lora.projections]
         scale = lora.adapter.scale
         num_blocks = lora.num_blocks // tp.size()
         if num_blocks == 1:  # each projection's outputs lie side by side
-            output = bank.add_lora(output, x, factors_A, factors_B, scale)
+            output = bank.add_lora(output, x, factors_A, factors_B, scale, gradient)
         else:
             z = (scale * F.linear(x, torch.cat(factors_A))).split(lora.adapter.rank, dim=-1)
             deltas = [
@@ -157,16 +159,16 @@ class LoRARow(torch.nn.Module):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         lora = self.lora
-        tokens = input_.flatten(0, -2)
+        tokens, gradient = bank.share_input(input_.flatten(0, -2))
         output, bias = super().forward(tokens)
         x = tokens
         if lora.adapter.dropout and self.training:
             # each rank holds other features, and drops them by a state of its own
             with get_cuda_rng_tracker().fork():
-                x = F.dropout(tokens, lora.adapter.dropout)
+                x, gradient = F.dropout(tokens, lora.adapter.dropout), None
         factor_A = getattr(self, f"lora_{self._projection.name}_A")
         factor_B = getattr(self, f"lora_{self._projection.name}_B")
-        output = bank.add_lora(output, x, [factor_A], [factor_B], lora.adapter.scale)
+        output = bank.add_lora(output, x, [factor_A], [factor_B], lora.adapter.scale, gradient)
         output = output.unflatten(0, input_.shape[:-1])
         if lora.gathers_sequence:
             output = reduce_scatter_to_sequence_parallel_region(output, group=lora.groups.tp)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters import bank
+from mole_mega.adapters import bank, cpu_kernels
+from mole_mega.adapters.bank import InputGradient
 from mole_mega.adapters.forms import computes_all
 
 
@@ -33,14 +34,15 @@ class MaskedGate:
     weight: Tensor
     rescaled: bool = False
 
-    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor],
-                 scale: float) -> Tensor:  # fmt: skip
+    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float,
+                 gradient: InputGradient | None = None) -> Tensor:  # fmt: skip
         """See `Gate`."""
         dtype = base_TO.dtype
         x_TI = x_TI.to(dtype).contiguous()
         factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
         weight = self.weight if self.weight.dim() == 3 else self.weight[:, None]
-        return _AddMasked.apply(scale, self.rescaled, _overwritable(base_TO), x_TI, weight, *factors)
+        x_TI = x_TI if gradient is None else x_TI.detach()
+        return _AddMasked.apply(scale, self.rescaled, gradient, bank.overwritable(base_TO), x_TI, weight, *factors)
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,18 @@ class PairedGate:
     weight_N: Tensor
     rescaled: bool = False
 
-    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor],
-                 scale: float) -> Tensor:  # fmt: skip
+    def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float,
+                 gradient: InputGradient | None = None) -> Tensor:  # fmt: skip
         """See `Gate`."""
         num_experts = len(self.tokens_per_expert_E)
         A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
-        if _goes_expert_by_expert(base_TO):
-            dtype = base_TO.dtype
-            token_N = self.order_N // (len(self.order_N) // len(x_TI))
-            tokens_E = token_N.split(self.tokens_per_expert_E.tolist())
-            factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
-            x_TI = x_TI.to(dtype).contiguous()
-            return _AddByExpert.apply(
-                tokens_E, scale, self.rescaled, _overwritable(base_TO), x_TI, self.weight_N, *factors
-            )
+        token_N = self.order_N // (len(self.order_N) // len(x_TI))
+        counts_E, weight_N = self.tokens_per_expert_E, self.weight_N
+        output_TO = bank.add_projections_of_pairs(
+            base_TO, x_TI, A_P, B_P, counts_E, token_N, scale, weight_N, gradient, rescaled=self.rescaled
+        )
+        if output_TO is not None:
+            return output_TO
         x_NI = self.to_pairs(x_TI.to(base_TO.dtype))
         delta_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
         weight_N = self.weight_N
@@ -93,7 +93,8 @@ Gate = MaskedGate | PairedGate
 """Who uses which expert, and how much, for T tokens. One gate serves every linear of a block.
 
 `add_lora(base, x, A_P, B_P, scale)` gives y_t = base_t + scale * concat_p(sum_e w_te B_pe A_pe x_t), [T, O]; A_P are
-[E, R, I], or [R, I] where the experts share it; B_P are [E, O_p, R] and fill O side by side. base is consumed. The
+[E, R, I], or [R, I] where the experts share it; B_P are [E, O_p, R] and fill O side by side. base is consumed.
+`gradient`: as `bank.add_expert_lora` takes it; a form that leaves it alone gives x its gradient itself. The
 products run in its dtype. Double backward is not supported.
 
 `rescaled`: backward the experts get sqrt(w) where w stood, and the gate what it always gets (MoE-LoRA with Riemannian
@@ -108,7 +109,8 @@ def make_gate(
 ) -> Gate:
     """The faster form, in this dtype, for tokens that use `top_k` of E experts each: those that `chosen` marks."""
     num_tokens, num_experts = weight_TE.shape
-    if computes_all(num_experts, top_k, rank, dtype.itemsize) or num_tokens == 0:
+    in_place = weight_TE.device.type == "cpu" and cpu_kernels.library(dtype) is not None
+    if computes_all(num_experts, top_k, rank, dtype.itemsize, in_place=in_place) or num_tokens == 0:
         return MaskedGate(weight_TE, rescaled)
     return paired(weight_TE, chosen_TE, top_k, rescaled=rescaled)
 
@@ -136,7 +138,14 @@ class _AddMasked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scale: float, rescaled: bool, base_TO: Tensor, x_TI: Tensor, weight_TPE: Tensor, *factors: Tensor
+        ctx: Any,
+        scale: float,
+        rescaled: bool,
+        gradient: InputGradient | None,
+        base_TO: Tensor,
+        x_TI: Tensor,
+        weight_TPE: Tensor,
+        *factors: Tensor,
     ) -> Tensor:
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
         z = x_TI @ _read_rows(A_P).t()
@@ -146,7 +155,7 @@ class _AddMasked(torch.autograd.Function):
         for p, (out_TO, B_EOR) in enumerate(zip(_columns(base_TO, B_P), B_P, strict=True)):
             out_TO.addmm_(zw_TPER[:, p].flatten(1), _write_rows(B_EOR))
         ctx.mark_dirty(base_TO)
-        ctx.scale, ctx.rescaled = scale, rescaled
+        ctx.scale, ctx.rescaled, ctx.gradient = scale, rescaled, gradient
         ctx.save_for_backward(x_TI, z_TPER, weight_TPE, *factors)
         return base_TO
 
@@ -155,7 +164,7 @@ class _AddMasked(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, z_TPER, weight_TPE, *factors = ctx.saved_tensors
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        _, _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
         grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
 
         weight_TPE = weight_TPE.sqrt() if ctx.rescaled else weight_TPE
@@ -175,73 +184,15 @@ class _AddMasked(torch.autograd.Function):
         if z_TPER.shape[2] < dz_TPER.shape[2]:  # one A for all experts
             dz_TPER = dz_TPER.sum(2, keepdim=True)
         dz = dz_TPER.flatten(1)
-        dx_TI = dz @ _read_rows(A_P) if needs_x else None
+        dx_TI, A_RI = None, _read_rows(A_P)
+        if ctx.gradient is not None:
+            ctx.gradient.add_later(lambda grad_TI: grad_TI.addmm_(dz, A_RI))
+        elif needs_x:
+            dx_TI = dz @ A_RI
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
             dA_P = [dA.view_as(A) for dA, A in zip((dz.t() @ x_TI).chunk(len(A_P)), A_P, strict=True)]
-        return None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
-
-
-class _AddByExpert(torch.autograd.Function):
-    """`_AddMasked` for each expert's own tokens, one expert after the other: the wide rows of one are gathered, used
-    and put back while they are in the processor's cache. `tokens_E`: which tokens use each, [N_e]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tokens_E: Sequence[Tensor],
-        scale: float,
-        rescaled: bool,
-        base_TO: Tensor,
-        x_TI: Tensor,
-        weight_N: Tensor,
-        *factors: Tensor,
-    ) -> Tensor:
-        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        weights_E = weight_N.split([len(tokens) for tokens in tokens_E])
-        z_E = []
-        for e, (tokens_N, weight) in enumerate(zip(tokens_E, weights_E, strict=True)):
-            z_NPR = x_TI.index_select(0, tokens_N) @ _read_rows([A[e] for A in A_P]).t()
-            zw_P = (z_NPR * (scale * weight)[:, None]).to(z_NPR.dtype).chunk(len(A_P), dim=1)
-            out_NO = base_TO.index_select(0, tokens_N)
-            for columns_NO, zw_NR, B_EOR in zip(_columns(out_NO, B_P), zw_P, B_P, strict=True):
-                columns_NO.addmm_(zw_NR, B_EOR[e].t())
-            base_TO.index_copy_(0, tokens_N, out_NO)
-            z_E.append(z_NPR)
-        ctx.mark_dirty(base_TO)
-        ctx.tokens_E, ctx.scale, ctx.rescaled = tokens_E, scale, rescaled
-        ctx.save_for_backward(x_TI, torch.cat(z_E), weight_N, *factors)
-        return base_TO
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, z_NPR, weight_N, *factors = ctx.saved_tensors
-        A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        counts_E = [len(tokens) for tokens in ctx.tokens_E]
-        grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
-        dx_TI, dweight_N = torch.zeros_like(x_TI), torch.empty_like(weight_N)
-        dfactors = [torch.empty_like(factor) for factor in factors]
-        dA_P, dB_P = dfactors[: len(A_P)], dfactors[len(A_P) :]
-        parts = zip(
-            ctx.tokens_E, z_NPR.split(counts_E), weight_N.split(counts_E), dweight_N.split(counts_E), strict=True
-        )
-        for e, (tokens_N, z, weight, dweight) in enumerate(parts):
-            g_NO, x_NI = grad_TO.index_select(0, tokens_N), x_TI.index_select(0, tokens_N)
-            weight = (ctx.scale * (weight.sqrt() if ctx.rescaled else weight))[:, None]
-            zw_P = (z * weight).to(z.dtype).chunk(len(A_P), dim=1)
-            u_P = []
-            for g, zw, B_EOR, dB_EOR in zip(_columns(g_NO, B_P), zw_P, B_P, dB_P, strict=True):
-                u_P.append(g @ B_EOR[e])
-                torch.mm(g.t(), zw, out=dB_EOR[e])
-            u = torch.cat(u_P, dim=1)
-            dweight.copy_(ctx.scale * (u.to(weight.dtype) * z).sum(1))
-            dz = (u * weight).to(z.dtype)
-            A_RI = _read_rows([A[e] for A in A_P])
-            dx_TI.index_copy_(0, tokens_N, dx_TI.index_select(0, tokens_N).addmm_(dz, A_RI))
-            for dA_EIR, dz_NR in zip(dA_P, dz.chunk(len(A_P), dim=1), strict=True):
-                torch.mm(dz_NR.t(), x_NI, out=dA_EIR[e])
-        return None, None, None, grad_TO, dx_TI, dweight_N, *dfactors
+        return None, None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
 
 
 class _ToPairs(torch.autograd.Function):
@@ -282,16 +233,6 @@ def _to_pairs(rows_T: Tensor, order_N: Tensor) -> Tensor:
 
 def _from_pairs(rows_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:
     return rows_N.index_select(0, inverse_N).unflatten(0, (num_tokens, -1)).sum(1)
-
-
-def _goes_expert_by_expert(base_TO: Tensor) -> bool:
-    """On the CPU grouped products are such a loop anyway; but in half precision its many shapes cost (bank.py)."""
-    return base_TO.device.type == "cpu" and base_TO.dtype.itemsize > 2
-
-
-def _overwritable(base_TO: Tensor) -> Tensor:
-    """As in bank.py: what autograd may not overwrite is copied."""
-    return base_TO.clone() if base_TO._is_view() or (base_TO.is_leaf and base_TO.requires_grad) else base_TO
 
 
 def _weigh(z_TPER: Tensor, scale: float, weight_TPE: Tensor) -> Tensor:

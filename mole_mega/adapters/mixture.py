@@ -134,20 +134,28 @@ class MixtureExperts(MoLEExperts):
         if adapter.expert_form == "mlp":
             assert isinstance(gate, PairedGate) and gate_of_down is None
             return self._whole_mlps(x_TH, gate, whole)
+        drops = adapter.dropout > 0 and self.training
+        x_TH, gradient = bank.share_input(x_TH)
         fc1_T2F = self._base(self.linear_fc1, x_TH)
         fc1_T2F = gate.add_lora(
             fc1_T2F,
-            F.dropout(x_TH, adapter.dropout, self.training),
+            F.dropout(x_TH, adapter.dropout) if drops else x_TH,
             [whole["lora_gate_A"], whole["lora_up_A"]],
             [whole["lora_gate_B"], whole["lora_up_B"]],
             scale,
+            None if drops else gradient,
         )
-        h_TF = SwiGLU.apply(fc1_T2F)
+        h_TF, gradient = bank.share_input(SwiGLU.apply(fc1_T2F))
         output_TH = self._base(self.linear_fc2, h_TF)
         if gate_of_down is not None:
             gate = gate_of_down(h_TF)
         return gate.add_lora(
-            output_TH, self._dropout_split(h_TF), [whole["lora_down_A"]], [whole["lora_down_B"]], scale
+            output_TH,
+            self._dropout_split(h_TF),
+            [whole["lora_down_A"]],
+            [whole["lora_down_B"]],
+            scale,
+            None if drops else gradient,
         )
 
     def _whole_factors(self) -> dict[str, torch.Tensor]:

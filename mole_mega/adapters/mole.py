@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters import bank, sharding
+from mole_mega.adapters import bank, cpu_kernels, sharding
 from mole_mega.adapters.mixed_factors import mix_factors
 from mole_mega.adapters.pairs import Pair, make_pair
 from mole_mega.config import AdapterConfig
@@ -122,6 +122,9 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused_T2F: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(fused_T2F)
+        kernels = cpu_kernels.library_for(fused_T2F) if fused_T2F.dtype == torch.bfloat16 else None
+        if kernels is not None:
+            return cpu_kernels.swiglu(kernels, fused_T2F.contiguous())
         gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
         return F.silu(gate_TF).mul_(up_TF)
 
@@ -129,6 +132,9 @@ class SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TF: torch.Tensor) -> torch.Tensor:
         (fused_T2F,) = ctx.saved_tensors
+        kernels = cpu_kernels.library_for(fused_T2F) if fused_T2F.dtype == torch.bfloat16 else None
+        if kernels is not None:
+            return cpu_kernels.swiglu_backward(kernels, grad_TF.contiguous(), fused_T2F.contiguous())
         gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
         grad_T2F = torch.empty_like(fused_T2F)
         grad_gate_TF, grad_up_TF = grad_T2F.chunk(2, dim=-1)
@@ -216,10 +222,12 @@ class MoLEExperts(MLP):
         scale = adapter.scale
         # w = 1 throughout: leave the multiplication out, so that it stays bit for bit plain LoRA
         weight = None if adapter.gate == "none" else weight_T
+        drops = adapter.dropout > 0 and self.training
+        dispatched_TH, gradient = bank.share_input(dispatched_TH)
         fc1_T2F = self._base(self.linear_fc1, dispatched_TH)
         fc1_T2F = bank.add_gated_expert_lora(
             fc1_T2F,
-            F.dropout(dispatched_TH, adapter.dropout, self.training),
+            F.dropout(dispatched_TH, adapter.dropout) if drops else dispatched_TH,
             self.lora_gate_A,
             self.lora_gate_B,
             self.lora_up_A,
@@ -227,11 +235,19 @@ class MoLEExperts(MLP):
             tokens_per_expert_E,
             scale,
             weight,
+            None if drops else gradient,
         )
-        h_TF = SwiGLU.apply(fc1_T2F)
+        h_TF, gradient = bank.share_input(SwiGLU.apply(fc1_T2F))
         output_TH = self._base(self.linear_fc2, h_TF)
         output_TH = bank.add_expert_lora(
-            output_TH, self._dropout_split(h_TF), self.lora_down_A, self.lora_down_B, tokens_per_expert_E, scale, weight
+            output_TH,
+            self._dropout_split(h_TF),
+            self.lora_down_A,
+            self.lora_down_B,
+            tokens_per_expert_E,
+            scale,
+            weight,
+            None if drops else gradient,
         )
         return output_TH, None
 

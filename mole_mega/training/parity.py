@@ -292,19 +292,28 @@ def compare(case: Case, reference: dict[str, torch.Tensor], measured: dict[str, 
 
 
 def norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
-    """A tensor's own norm; of a router's bias gradient, what its terms would add up to if they did not cancel.
+    """A tensor's own norm; of a gradient whose terms cancel about the root of the sum of their squares, if more.
 
-    Rounding errors are as large as the terms g_t of a sum over tokens. In a router's bias these cancel: a softmax sends
-    each token's pull both ways, and balanced experts leave little over, so its own norm says nothing of the rounding.
-    Its weight sums the same g_t, each times the token's normalised input, whose norm is sqrt(H) and whose directions
-    keep terms from cancelling: norm / sqrt(H) is about the root of sum |g_t|^2. Projector biases are measured by their
-    own norm like all else: their inputs are not normalised.
+    Rounding errors are as large as the terms of a sum, so the norm of one that cancels says nothing of them. Two do:
+
+    A router's bias sums g_t over tokens. A softmax sends each token's pull both ways, and balanced experts leave little
+    over. Its weight sums the same g_t, each times the token's normalised input, whose norm is sqrt(H) and whose
+    directions keep terms from cancelling: norm / sqrt(H) is about the root of sum |g_t|^2. Projector biases are
+    measured by their own norm like all else: their inputs are not normalised.
+
+    A weight by which a task mixes common B_n (adapters/mixed_factors.py) gets (u_n - p_n sum_m u_m) / T, p the softmax
+    and u_n = p_n <C, B_n> a sum over B's entries, C the gradient of the mixture. At a temperature T of 0.1 a share p_n
+    is soon all but 1, and the two are all but equal. Summed over tasks, the terms of u_n are the entries of
+    dL/dB_n * B_n. 1 / T is left out, which measures by less; B is taken after the steps, which moved it little.
     """
     own = float(reference[key].double().norm())
-    if not (key.startswith("gradient/") and ".router." in key and key.endswith("bias")):
-        return own
-    weight = reference[f"{key.removesuffix('bias')}weight"].double()
-    return max(own, float(weight.norm()) / math.sqrt(weight.shape[-1]))
+    if key.startswith("gradient/") and ".router." in key and key.endswith("bias"):
+        weight = reference[f"{key.removesuffix('bias')}weight"].double()
+        return max(own, float(weight.norm()) / math.sqrt(weight.shape[-1]))
+    if key.startswith("gradient/") and key.endswith("_mix"):
+        name = f"{key.removeprefix('gradient/').removesuffix('mix')}B"
+        return max(own, float((reference[f"gradient/{name}"].double() * reference[f"weight/{name}"].double()).norm()))
+    return own
 
 
 def verify(cases: Sequence[Case], size: LlavaSize) -> list[Comparison]:
@@ -341,7 +350,7 @@ def table(comparisons: Iterable[Comparison]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(
         f"equal: at most {GRADIENT_TOLERANCE:.0e} from one process in loss and gradients, {WEIGHT_TOLERANCE:.0e} in "
-        f"weights after {STEPS} steps, of each tensor's norm (a router bias's gradient: or its weight's / sqrt(H))"
+        f"weights after {STEPS} steps, of each tensor's norm (gradients that cancel: or of their terms')"
     )
     return "\n".join(lines)
 

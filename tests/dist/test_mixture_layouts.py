@@ -34,8 +34,8 @@ LINEAR = {**DENSE, "router_scope": "linear"}
 SAMPLE = {**NORMED, "router_scope": "sample", "balance_weight": 0.0, "z_loss_weight": 0.0}
 
 
-# MTL-LoRA: B mixed by task; at a temperature at which the shares' gradients are not what is left of sums that cancel
-MTL = {**TASK, "share_A": True, "shared_B": 3, "mix_temperature": 1.0, "expert_parallel": "weights"}
+# MTL-LoRA: B mixed by task
+MTL = {**TASK, "share_A": True, "shared_B": 3, "expert_parallel": "weights"}
 
 # SMoRA: each rank an expert; its bias moves, and by enough to choose others
 SMORA = {
@@ -71,6 +71,7 @@ CASES = [
     case(TP_EP, 4, SAMPLE),
     case(PP_EP, 4, {**LINEAR, "gate": "prob", "top_k": 2, "balance_scope": "model"}),
     case(TP_EP, 4, MTL),
+    case(TP, 2, {**MTL, "mix_temperature": 1.0}),
     case(PP, 2, MTL, {"recompute": "full"}),
     case(TP, 2, SMORA),
     case(PP_EP, 4, SMORA, {"recompute": "full"}),

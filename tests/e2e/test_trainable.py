@@ -213,6 +213,28 @@ def test_a_router_biass_gradient_is_measured_by_the_terms_that_cancel_in_it():
     assert not compare("weight/mlp.router.bias", 0.9 * WEIGHT_TOLERANCE).equal
 
 
+def test_a_mixing_weights_gradient_is_measured_by_the_terms_that_cancel_in_it():
+    """Those of <dL/dB, B>: of norm 1 here, where the gradient's own is 1e-3."""
+    mix, B = "mlp.experts.lora_up_mix", "mlp.experts.lora_up_B"
+    reference = {
+        f"gradient/{mix}": torch.tensor([[1e-3, 0.0]]),
+        f"gradient/{B}": torch.full((2, 4, 2), 0.5),
+        f"weight/{B}": torch.full((2, 4, 2), 0.5),
+        f"weight/{mix}": torch.tensor([[1e-3, 0.0]]),
+        "loss/0": torch.tensor([1.0]),
+    }
+
+    def off_by(kind, difference):
+        measured = {key: tensor.double() for key, tensor in reference.items()}
+        measured[f"{kind}/{mix}"][0, 0] += difference
+        return parity.compare(parity.Case("made", None, 2), reference, measured)
+
+    assert off_by("gradient", 0.9 * GRADIENT_TOLERANCE).equal
+    assert not off_by("gradient", 1.1 * GRADIENT_TOLERANCE).equal
+    assert not off_by("gradient", 1e-3).equal
+    assert not off_by("weight", 0.9 * WEIGHT_TOLERANCE).equal
+
+
 def test_the_table_of_layouts_says_what_equal_means():
     lines = parity.table([compare("loss/0", 0.0)]).splitlines()
     assert lines[-1].startswith("equal: at most 1e-05 from one process in loss and gradients, 1e-04 in weights")

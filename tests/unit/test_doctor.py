@@ -18,8 +18,8 @@ def test_this_machine_can_run_and_everything_missing_has_a_fix(tmp_path, capsys)
     )
     findings = json.loads((tmp_path / "f.json").read_text())
     names = [finding["name"] for finding in findings]
-    for name in ("Python", "torch", "CUDA", "NCCL", "Transformer Engine", "Apex", "flash attention", "disk",
-                 "shared memory", "interfaces", "port 29500"):  # fmt: skip
+    for name in ("Python", "torch", "CUDA", "NCCL", "Transformer Engine", "Apex", "flash attention", "C++ compiler",
+                 "disk", "shared memory", "interfaces", "port 29500"):  # fmt: skip
         assert name in names
     assert all(finding["fix"] and finding["switches_off"] for finding in findings if finding["status"] != "ok")
     assert "everything that a CPU run needs is here" in capsys.readouterr().out
@@ -32,6 +32,12 @@ def test_what_everything_needs_is_an_error(monkeypatch, capsys, name, least):
     text = capsys.readouterr().out
     assert f"fix: pip install '{name}>={least}'" in text
     assert f"nothing can run without: {name}" in text
+
+
+def test_no_compiler_is_no_error(monkeypatch):
+    monkeypatch.setattr(doctor.compiler, "find_compiler", lambda: None)
+    finding = doctor._compiler()
+    assert finding.status == "absent" and "bf16 experts" in finding.switches_off and "g++" in finding.fix
 
 
 def test_versions_are_compared_as_numbers():

@@ -177,10 +177,12 @@ def test_data_is_looked_at_without_megatron():
 
 
 def test_the_maths_knows_neither_ranks_nor_megatron():
-    # the bank asks one module of ours, and mixtures ask the bank, and which form is the faster
-    for module in ("adapters.bank", "adapters.forms", "adapters.mixing", "platform.processor"):
+    # the bank asks the processor and its kernels, and mixtures ask the bank, and which form is the faster
+    for module in ("adapters.bank", "adapters.cpu_kernels", "adapters.forms", "adapters.mixing", "platform.compiler",
+                   "platform.processor"):  # fmt: skip
         names = imported(TREES[module])
-        known = ("mole_mega.platform.processor", "mole_mega.adapters.bank", "mole_mega.adapters.forms")
+        known = ("mole_mega.platform.processor", "mole_mega.platform.compiler", "mole_mega.adapters.bank",
+                 "mole_mega.adapters.cpu_kernels", "mole_mega.adapters.forms")  # fmt: skip
         ours = {n for n in names if n.startswith("mole_mega") and not n.startswith(known)}
         assert not ours | {n for n in names if n.startswith(("megatron", "torch.distributed"))}
         used = {ast.unparse(n) for n in ast.walk(TREES[module]) if isinstance(n, ast.Attribute)}

@@ -1,5 +1,6 @@
 """Riemannian preconditioning (METHODS section B): the worked numbers, and what must hold of any."""
 
+import numpy as np
 import pytest
 import torch
 from made_pairs import made_pair, made_run
@@ -126,6 +127,38 @@ def test_from_b_zero_the_first_step_of_a_is_zero_and_the_next_is_large_and_finit
         with torch.no_grad():
             pair.A.parameter.sub_(lr * dA)
             pair.B.parameter.sub_(lr * dB)
+
+
+def test_adam_is_fed_preconditioned_gradients_as_plain_formulas_say(alone):
+    """From B = 0, against numpy in fp64: ||B A - W||^2 / 2, its gradients preconditioned and then Adam."""
+    A0, _, W = made()
+    lr, betas, eps, delta = 1e-2, (0.9, 0.999), 1e-8, 1e-6
+    pair = made_pair(alone, A0.float(), torch.zeros(7, 2))
+    method, factors = build(alone, pair), [pair.A.parameter, pair.B.parameter]
+    adam = torch.optim.Adam(factors, lr=lr, betas=betas, eps=eps)
+    a, b = A0.numpy(), np.zeros((7, 2))
+    first, second = [0.0, 0.0], [0.0, 0.0]
+    for step in range(1, 6):
+        gap = b @ a - W.numpy()
+        expected = (
+            np.linalg.solve(b.T @ b + delta * np.eye(2), b.T @ gap),
+            np.linalg.solve(a @ a.T + delta * np.eye(2), a @ gap.T).T,
+        )
+        for i, gradient in enumerate(expected):
+            first[i] = betas[0] * first[i] + (1 - betas[0]) * gradient
+            second[i] = betas[1] * second[i] + (1 - betas[1]) * gradient**2
+        a, b = (
+            x - lr * first[i] / (1 - betas[0] ** step) / (np.sqrt(second[i] / (1 - betas[1] ** step)) + eps)
+            for i, x in enumerate((a, b))
+        )
+        grad_A, grad_B = grads(pair.A.values, pair.B.values, pair.B.values @ pair.A.values - W.float())
+        pair.A.gradient.copy_(grad_A), pair.B.gradient.copy_(grad_B)
+        for factor, gradient, wanted in zip(factors, apply(method, pair), expected, strict=True):
+            torch.testing.assert_close(gradient.double(), torch.tensor(wanted), rtol=1e-3, atol=1e-4)
+            factor.grad = gradient.clone()
+        adam.step()
+        for factor, wanted in zip(factors, (a, b), strict=True):
+            torch.testing.assert_close(factor.detach().double(), torch.tensor(wanted), rtol=1e-4, atol=1e-6)
 
 
 def test_each_expert_has_a_preconditioner_of_its_own(alone):

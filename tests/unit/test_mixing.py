@@ -1,4 +1,4 @@
-"""Both forms of a mixture equal a loop over tokens and experts in float64, with every gradient.
+"""The forms of a mixture equal a loop over tokens and experts in float64, with every gradient.
 
 Shape suffixes: T tokens, I in, O out, E experts, R rank, P projections.
 """
@@ -6,7 +6,7 @@ Shape suffixes: T tokens, I in, O out, E experts, R rank, P projections.
 import pytest
 import torch
 
-from mole_mega.adapters import bank, forms, mixing
+from mole_mega.adapters import bank, cpu_kernels, forms
 from mole_mega.adapters.mixing import MaskedGate, make_gate, paired
 
 SCALE = 1.7
@@ -46,16 +46,24 @@ def loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P):
     return torch.stack(rows)
 
 
-FORMS = ("masked", "paired", "expert by expert")
+# The kernels know no float64.
+FORMS = {
+    "masked": (torch.float64, {"rtol": 1e-11, "atol": 1e-11}),
+    "paired": (torch.float64, {"rtol": 1e-11, "atol": 1e-11}),
+    "in place": (torch.float32, {"rtol": 1e-4, "atol": 1e-4}),
+}
 
 
 @pytest.fixture
 def form(monkeypatch):
-    """form(name, ...): a gate of that form; "paired" as where grouped products are one call."""
+    """form(name, ...): a gate of that form; "in place" where kernels take the rows of pairs from where they lie."""
 
     def make(name, weight_TE, chosen_TE, top_k, rescaled=False):
         used_TE = weight_TE * chosen_TE
-        monkeypatch.setattr(mixing, "_goes_expert_by_expert", lambda _: name == "expert by expert")
+        if name != "in place":
+            monkeypatch.setattr(cpu_kernels, "library", lambda dtype: None)
+        elif cpu_kernels.library(torch.float32) is None:
+            pytest.skip("no kernels for this processor, or no C++ compiler")
         return (
             MaskedGate(used_TE, rescaled) if name == "masked" else paired(used_TE, chosen_TE, top_k, rescaled=rescaled)
         )
@@ -74,19 +82,20 @@ def gradients(output, leaves):
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 1), (3, 2), (5, 2), (5, 5), (9, 3)])
 @pytest.mark.parametrize("name", FORMS)
 def test_a_form_equals_the_loop(form, name, num_experts, top_k, projections, shared_A):
+    dtype, tolerance = FORMS[name]
     base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(
-        num_experts, top_k, shared_A=shared_A, projections=projections
+        num_experts, top_k, shared_A=shared_A, projections=projections, dtype=dtype
     )
     leaves = [base_TO, x_TI, weight_TE, *A_P, *B_P]
     expected = loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P)
     gate = form(name, weight_TE, chosen_TE, top_k)
     found = gate.add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, expected, **tolerance)
     pairs = zip(gradients(found, leaves), gradients(expected, leaves), strict=True)
     for leaf, (got, wanted) in zip(leaves, pairs, strict=True):
         if leaf is weight_TE:  # no gradient where an expert is not used
             wanted = wanted * chosen_TE
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(got, wanted, **tolerance)
         assert wanted.any()
 
 
@@ -104,20 +113,22 @@ def test_each_projection_may_have_a_gate_of_its_own():
         torch.testing.assert_close(got, wanted)
 
 
-def test_a_mixture_is_one_lora_with_a_block_diagonal_gate(form):
+@pytest.mark.parametrize("name", FORMS)
+def test_a_mixture_is_one_lora_with_a_block_diagonal_gate(form, name):
     """METHODS (SMoRA): stack the ranks, and each expert's weight stands in its ranks' columns."""
-    base_TO, x_TI, weight_TE, chosen_TE, (A, _), (B, _) = make_tensors(4, 2)
+    dtype, tolerance = FORMS[name]
+    base_TO, x_TI, weight_TE, chosen_TE, (A, _), (B, _) = make_tensors(4, 2, dtype=dtype)
     used_TE = (weight_TE * chosen_TE).detach()
     columns = used_TE.repeat_interleave(A.shape[1], dim=1)
     one = base_TO[:, :8] + SCALE * (columns * (x_TI @ A.flatten(0, 1).T)) @ B.transpose(1, 2).flatten(0, 1)
-    for name in FORMS:
-        found = form(name, weight_TE, chosen_TE, 2).add_lora(base_TO[:, :8] * 1, x_TI, [A], [B], SCALE)
-        torch.testing.assert_close(found, one)
+    found = form(name, weight_TE, chosen_TE, 2).add_lora(base_TO[:, :8] * 1, x_TI, [A], [B], SCALE)
+    torch.testing.assert_close(found, one, **tolerance)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_the_order_of_the_experts_means_nothing(form, name):
-    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2)
+    dtype, tolerance = FORMS[name]
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2, dtype=dtype)
     order = torch.tensor([3, 0, 4, 2, 1])
     found = [
         form(name, weight_TE[:, o], chosen_TE[:, o], 2).add_lora(
@@ -125,7 +136,7 @@ def test_the_order_of_the_experts_means_nothing(form, name):
         )
         for o in (torch.arange(5), order)
     ]
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*found, **tolerance)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -173,13 +184,16 @@ def test_an_expert_that_nobody_uses_gets_a_gradient_of_zeros(form, name):
         assert not gradient[0].any() and gradient[1:].any()
 
 
-def test_the_form_follows_the_number_of_experts_for_each_that_is_used():
+def test_the_form_follows_the_number_of_experts_for_each_that_is_used(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "library", lambda dtype: None)
     cases = [(12, 2, torch.float32, "Masked"), (13, 2, torch.float32, "Paired"), (64, 64, torch.float32, "Masked"),
              (32, 2, torch.bfloat16, "Masked"), (33, 2, torch.bfloat16, "Paired")]  # fmt: skip
     for num_experts, top_k, dtype, expected in cases:
         _, _, weight_TE, chosen_TE, *_ = make_tensors(num_experts, top_k)
         assert type(make_gate(weight_TE, chosen_TE, top_k, 32, dtype)).__name__ == f"{expected}Gate"
     assert forms._MASKED_UP_TO == {4: 6, 2: 16}
+    assert [forms.computes_all(n, 2, 32, 4, in_place=True) for n in (2, 3, 4)] == [True, True, False]
+    assert forms.computes_all(64, 8, 1, 4, in_place=True)  # all of them are as wide as two of rank 32
 
 
 @pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
@@ -195,7 +209,8 @@ def test_no_token_at_all_is_no_error(shared_A):
 @pytest.mark.parametrize("name", FORMS)
 def test_a_rescaled_gate_leaves_the_value_and_gives_experts_the_root(form, name, shared_A):
     """METHODS B.5 item 4: sg(sqrt g) e + (g - sg(sqrt g)) sg(e)."""
-    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2, shared_A=shared_A)
+    dtype, tolerance = FORMS[name]
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(5, 2, shared_A=shared_A, dtype=dtype)
     leaves = [base_TO, x_TI, weight_TE, *A_P, *B_P]
     found = form(name, weight_TE, chosen_TE, 2, rescaled=True).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
     value = loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P)
@@ -210,5 +225,5 @@ def test_a_rescaled_gate_leaves_the_value_and_gives_experts_the_root(form, name,
     ):
         if leaf is weight_TE:
             wanted = wanted * chosen_TE
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
-        assert torch.allclose(got, unscaled) == (leaf is weight_TE or leaf is base_TO)
+        torch.testing.assert_close(got, wanted, **tolerance)
+        assert torch.allclose(got, unscaled, **tolerance) == (leaf is weight_TE or leaf is base_TO)

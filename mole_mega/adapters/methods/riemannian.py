@@ -13,8 +13,14 @@ that order, for comparison; one optimizer step cannot be split so), Adam has no 
 Gram matrix of 16 and more fp32 loses a delta of 1e-6, and factors that are not of full rank would divide by zero.
 
 The gradient is clipped after it was preconditioned. With B = 0, A's first step is 0 and its next gradients are up to
-1 / delta larger: `train.clip_grad` would shrink all other steps with it, so set it to 0 or well above. The paper's
-rescaling of gates is `adapter.rescale_gate` (adapters/mixing.py).
+1 / delta larger: with SGD `train.clip_grad` would shrink all other steps with it, so set it to 0 or well above. The
+paper's rescaling of gates is `adapter.rescale_gate` (adapters/mixing.py).
+
+Adam forgets a constant factor of its gradients, but not one that changes within its memory: dA goes as 1 / ||B|| and dB
+as 1 / ||A||, so they shrink as the factors grow. At large learning rates that is fast, and second moments that remember
+the first steps (`train.adam_beta2` 0.999: about a thousand) then hold the factors back. What helps is a `delta` as
+large as the Gram matrices become, so that the first steps are not divided by much less than the last, a smaller
+`adam_beta2`, or clipping; the figures are in examples/methods.
 
 Shape suffixes as in adapters/pairs.py.
 """

@@ -1,0 +1,263 @@
+"""The compiled kernels equal float64 arithmetic, whatever lies where and however many threads work.
+
+Shape suffixes: N sorted rows, T rows of a wide tensor, I in, O out, E experts, R rank, W wide.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mole_mega.adapters import bank, cpu_kernels
+from mole_mega.adapters.cpu_kernels import CompiledProducts
+from mole_mega.adapters.mole import SwiGLU
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+# more than a chunk of 512; none; a block of 32 and one of 32 + 1
+COUNTS = [530, 0, 32, 33, 1]
+DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=["fp32", "bf16"])
+SCATTERED = pytest.mark.parametrize("scattered", [False, True], ids=["in order", "scattered"])
+
+
+@pytest.fixture
+def kernels():
+    """kernels(dtype)."""
+
+    def of(dtype):
+        found = cpu_kernels.library(dtype)
+        return found if found is not None else pytest.skip("no kernels for this processor, or no C++ compiler")
+
+    return of
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def randn(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rows_of(scattered):
+    """Which row of 400 wide ones each sorted row is: several are the same one's; None: each its own."""
+    return torch.randint(400, (sum(COUNTS),), generator=torch.Generator().manual_seed(1)) if scattered else None
+
+
+def make(kernels, dtype, scattered):
+    row_N = rows_of(scattered)
+    num_rows = 400 if scattered else sum(COUNTS)
+    return CompiledProducts(kernels(dtype), torch.tensor(COUNTS), row_N), row_N, num_rows
+
+
+def by_expert(tensor_N: Tensor):
+    return tensor_N.double().split(COUNTS)
+
+
+def assert_near(found: Tensor, expected: Tensor):
+    assert (found.double() - expected).norm() <= ROUNDING[found.dtype] * expected.norm()
+
+
+@SCATTERED
+@DTYPES
+@pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
+@pytest.mark.parametrize("rank_is_inner", [True, False])
+def test_to_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
+    products, row_N, num_rows = make(kernels, dtype, scattered)
+    x_TI = randn(num_rows, width + 7, dtype=dtype)[:, 3 : width + 3]  # columns of something wider
+    M_EIR = randn(len(COUNTS), width, rank, dtype=dtype, seed=1)
+    if not rank_is_inner:
+        M_EIR = M_EIR.transpose(1, 2).contiguous().transpose(1, 2)
+    x_N = x_TI if row_N is None else x_TI[row_N]
+    expected = torch.cat([x @ M for x, M in zip(by_expert(x_N), M_EIR.double(), strict=True)])
+    assert_near(products.to_rank(x_TI, M_EIR), expected)
+
+
+@SCATTERED
+@DTYPES
+@pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
+@pytest.mark.parametrize("rank_is_inner", [True, False])
+def test_from_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
+    products, row_N, num_rows = make(kernels, dtype, scattered)
+    z_NR = randn(sum(COUNTS), 2 * rank, dtype=dtype)[:, rank:]
+    M_ERO = randn(len(COUNTS), rank, width, dtype=dtype, seed=1)
+    if rank_is_inner:
+        M_ERO = M_ERO.transpose(1, 2).contiguous().transpose(1, 2)
+    wide_TO = randn(num_rows, 2 * width, dtype=dtype, seed=2)
+    rows_NO = torch.cat([z @ M for z, M in zip(by_expert(z_NR), M_ERO.double(), strict=True)])
+    place_N = torch.arange(num_rows) if row_N is None else row_N
+    summed = torch.zeros(num_rows, width, dtype=torch.float64).index_add_(0, place_N, rows_NO)
+    untouched = wide_TO[:, :width].clone()
+    products.add_from_rank_(wide_TO[:, width:], z_NR, M_ERO)
+    assert_near(wide_TO[:, width:], randn(num_rows, 2 * width, dtype=dtype, seed=2)[:, width:].double() + summed)
+    assert torch.equal(wide_TO[:, :width], untouched)
+    assert_near(products.from_rank(z_NR, M_ERO, num_rows), summed)
+
+
+@SCATTERED
+@DTYPES
+@pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
+@pytest.mark.parametrize("rank_last", [True, False])
+def test_outer(kernels, threads, dtype, scattered, width, rank, rank_last):
+    products, row_N, num_rows = make(kernels, dtype, scattered)
+    z_NR = randn(sum(COUNTS), 2 * rank, dtype=dtype)[:, rank:]
+    wide_TW = randn(num_rows, width + 7, dtype=dtype, seed=2)[:, 3 : width + 3]
+    wide_N = wide_TW if row_N is None else wide_TW[row_N]
+    expected = torch.stack([z.T @ w for z, w in zip(by_expert(z_NR), by_expert(wide_N), strict=True)])
+    found = products.outer(z_NR, wide_TW, rank_last=rank_last)
+    assert found.is_contiguous() and not found[1].any()
+    assert_near(found.transpose(1, 2) if rank_last else found, expected)
+
+
+@DTYPES
+@SCATTERED
+def test_threads_change_no_bit(kernels, dtype, scattered):
+    products, _, num_rows = make(kernels, dtype, scattered)
+    x_TI, z_NR = randn(num_rows, 300, dtype=dtype), randn(sum(COUNTS), 32, dtype=dtype)
+    M_EIR = randn(len(COUNTS), 300, 32, dtype=dtype, seed=1)
+
+    def everything():
+        return (products.to_rank(x_TI, M_EIR), products.from_rank(z_NR, M_EIR.transpose(1, 2), num_rows),
+                products.outer(z_NR, x_TI, rank_last=True))  # fmt: skip
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(3)
+        assert all(torch.equal(a, b) for a, b in zip(alone, everything(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_not_finite_stays_so(kernels):
+    products = CompiledProducts(kernels(torch.bfloat16), torch.tensor([2]))
+    x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]], dtype=torch.bfloat16).repeat(1, 8)
+    z = products.to_rank(x, torch.ones(1, 16, 2, dtype=torch.bfloat16))
+    assert z[0].isnan().all() and z[1].isinf().all()
+
+
+def test_swiglu_has_the_bits_of_torchs_operators(kernels, threads):
+    """At every bf16 gate, NaN and infinity too. What is too small to be a normal number may be 0: processors make it so
+    where they round to bf16."""
+    kernels(torch.bfloat16)
+    gate = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(64, 1024)
+    up = randn(64, 1024, dtype=torch.bfloat16)
+    found = SwiGLU.apply(torch.cat([gate, up], dim=1))
+    expected = F.silu(gate) * up
+    subnormal = (expected != 0) & (expected.abs() < torch.finfo(torch.bfloat16).tiny * 1.01)
+    assert torch.equal(found.nan_to_num(7.0)[~subnormal], expected.nan_to_num(7.0)[~subnormal])
+    assert found[subnormal].abs().max() < 1.2e-38 and subnormal.sum() < 1000
+    assert found.isnan().any() and found.isinf().any()
+
+
+def test_gradient_of_swiglu(kernels, threads):
+    kernels(torch.bfloat16)
+    fused = (3 * randn(50, 2 * 300, dtype=torch.bfloat16)).requires_grad_()
+    grad = randn(50, 300, dtype=torch.bfloat16, seed=1)
+    (found,) = torch.autograd.grad(SwiGLU.apply(fused), fused, grad)
+    exact = fused.detach().double().requires_grad_()
+    gate, up = exact.chunk(2, dim=1)
+    (expected,) = torch.autograd.grad(F.silu(gate) * up, exact, grad.double())
+    assert_near(found, expected)
+
+
+def test_without_kernels_the_layer_says_so_and_goes_on(monkeypatch):
+    def refuse(source):
+        raise cpu_kernels.compiler.CannotCompileError("no C++ compiler")
+
+    monkeypatch.setattr(cpu_kernels.compiler, "load", refuse)
+    cpu_kernels._load.cache_clear()
+    cpu_kernels.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+            assert cpu_kernels.library(torch.bfloat16) is None
+        fused = randn(4, 16, dtype=torch.bfloat16)
+        assert torch.equal(SwiGLU.apply(fused), F.silu(fused[:, :8]) * fused[:, 8:])
+    finally:
+        cpu_kernels._load.cache_clear()
+        cpu_kernels.library.cache_clear()
+
+
+class Square(torch.autograd.Function):
+    """A frozen product whose gradient is its own new tensor."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight, None
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_a_shared_inputs_gradient_is_the_sum_that_autograd_makes(experts):
+    counts = torch.tensor([9] if experts == 1 else [4, 0, 5])
+    x = randn(9, 8, dtype=torch.float64).requires_grad_()
+    weight, A, B = (randn(*shape, dtype=torch.float64, seed=s) for s, shape in
+                    enumerate([(16, 8), (experts, 4, 8), (experts, 16, 4)], 1))  # fmt: skip
+    A.requires_grad_(), B.requires_grad_()
+
+    def step(x, shares):
+        h = x.tanh()  # read by others too
+        shared, gradient = bank.share_input(h) if shares else (h, None)
+        y = bank.add_expert_lora(Square.apply(shared, weight), shared, A, B, counts, 1.7, None, gradient)
+        return (y * y).sum() + h.sum()
+
+    for _ in range(2):  # what one backward pass left would show in the next
+        found = torch.autograd.grad(step(x, True), [x, A, B])
+        expected = torch.autograd.grad(step(x, False), [x, A, B])
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for reentrant in (True, False):
+        recomputed = torch.utils.checkpoint.checkpoint(step, x, True, use_reentrant=reentrant)
+        (got,) = torch.autograd.grad(recomputed, [x]) if not reentrant else (None,)
+        if reentrant:
+            x.grad = None
+            recomputed.backward()
+            got = x.grad
+        torch.testing.assert_close(got, expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_an_input_without_gradient_is_left_alone():
+    x = torch.ones(2, 4)
+    assert bank.share_input(x) == (x, None)
+    with torch.no_grad():
+        assert bank.share_input(x.requires_grad_())[1] is None
+
+
+KEPT = """
+import os, torch
+from pathlib import Path
+from mole_mega.platform import cpu
+{call}
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+held = torch.empty(30 << 20, dtype=torch.uint8).fill_(1)
+before = resident()
+del held
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_tensor(monkeypatch):
+    def given_back(call):
+        done = subprocess.run([sys.executable, "-c", KEPT.format(call=call)], capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        return int(done.stdout)
+
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    assert given_back("") >= 30 << 20
+    assert given_back("cpu._keep_freed_memory()") < 1 << 20
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    assert given_back("cpu._keep_freed_memory()") >= 30 << 20
