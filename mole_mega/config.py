@@ -536,7 +536,7 @@ def _validate_forms(adapter: AdapterConfig) -> None:
     })  # fmt: skip
     _want(adapter, adapter.router_score == "sigmoid", "adapter.router_score sigmoid balances by its own bias", {
         "gate": ("prob",), "renormalize": (True,), "router_scope": ("block", "linear"), "router_bias": (False,),
-        "balance_weight": (0,), "z_loss_weight": (0,),
+        "rescale_gate": (False,), "balance_weight": (0,), "z_loss_weight": (0,),
     })  # fmt: skip
 
 
@@ -632,6 +632,13 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
             f"monitor.alarms.entropy_floor must be at most ln {adapter.num_experts} = "
             f"{math.log(adapter.num_experts):.4g} with adapter.num_experts {adapter.num_experts}, got "
             f"{alarms.entropy_floor}: no load has more entropy, so the alarm would never be silent"
+        )
+    most = adapter.num_experts / adapter.num_choices  # every token at the same experts
+    if adapter.num_experts > 1 and alarms.collapse > most:
+        raise ConfigError(
+            f"monitor.alarms.collapse must be at most {adapter.num_experts} / {adapter.num_choices} = {most:.4g} with "
+            f"adapter.num_experts {adapter.num_experts} and adapter.top_k {adapter.top_k}, got {alarms.collapse}: no "
+            "load is more uneven, so the alarm would never sound"
         )
     if alarms.reaction == "reseed" and adapter.router_scope != "block":
         raise ConfigError(

@@ -13,7 +13,7 @@ from mole_mega.config import RunConfig
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 from mole_mega.outputs import check_file, check_folder
 
-KINDS = ("loss", "token_accuracy", "accuracy", "exact_match", "contains", "anls")
+KINDS = ("loss", "perplexity", "token_accuracy", "accuracy", "exact_match", "contains", "anls")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -59,7 +59,7 @@ def methods(rank: int, steps: int) -> list[Method]:
         "router_scope": "linear", "router_score": "sigmoid", "score_bias_rate": 1e-3, "router_bias": False,
         "balance_weight": 0.0, "expert_parallel": "weights",
     }  # fmt: skip
-    sculpt = {"name": "lorasculpt", "density": 0.5, "prune_step": max(1, steps // 4), "conflict_weight": 1e-3}
+    sculpt = {"name": "lorasculpt", "density": 0.5, "prune_step": max(1, steps // 4), "conflict_weight": 0.0}
     tied = tuple(
         {"train": {"lr": lr}, "adapter": {"methods": [{"name": "bora", "tau": tau}]}}
         for lr in (1e-2, 2e-2)

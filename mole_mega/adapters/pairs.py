@@ -129,7 +129,7 @@ class Pair:
     @property
     def shares_A(self) -> bool:  # noqa: N802
         """Whether one A serves all experts: it then has no axis E."""
-        return self.A.num_experts != self.B.num_experts
+        return self.experts is not None and self.A.placement.expert_axis is None
 
 
 @runtime_checkable
@@ -186,10 +186,10 @@ def squared_norms(factors: Sequence[Factor]) -> list[torch.Tensor]:
 
 
 def gram_matrices(pairs: Sequence[Pair]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(A A^T, B^T B) of the whole factors by pair and expert, each [E, R, R] or [R, R] in fp32."""
+    """(A A^T, B^T B) of the whole factors by pair and expert, each [E, R, R] or [R, R] in fp64."""
     products = []
     for pair in pairs:
-        A, B = pair.A.values, pair.B.values
+        A, B = pair.A.values.double(), pair.B.values.double()
         products += [A @ A.mT, B.mT @ B]
     grams = whole_sums([factor for pair in pairs for factor in pair.factors], products)
     return list(zip(grams[0::2], grams[1::2], strict=True))

@@ -69,7 +69,7 @@ def shared_adapter(run: RunConfig, plan: Plan) -> RunConfig:
     validation = tuple(source for source in run.data.validation if source.name in {s.name for s in sources})
     shared = replace(
         run,
-        adapter=replace(run.adapter, method="lora"),
+        adapter=replace(run.adapter, method="lora", methods=()),
         parallel=replace(run.parallel, expert=1),
         train=replace(
             run.train,
@@ -88,10 +88,13 @@ def shared_adapter(run: RunConfig, plan: Plan) -> RunConfig:
 
 
 def set_aside(run: RunConfig) -> list[str]:
-    """What these short runs do otherwise than the user's mixture asks, in words."""
+    """What these short runs do otherwise than the user's config asks, in words."""
     limited = [source.name for source in run.data.sources if source.epochs is not None]
     scheduled = [source for source in run.data.sources if len(source.points) > 1]
     lines = []
+    if run.adapter.methods:
+        names = ", ".join(method["name"] for method in run.adapter.methods)
+        lines.append(f"adapter.methods {names}: left out, what is trained here is plain LoRA")
     if limited:
         lines.append(f"epochs of {', '.join(limited)}: ignored, these are short runs that may read rows again")
     if scheduled:

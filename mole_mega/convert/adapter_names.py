@@ -29,6 +29,8 @@ _MLP = (
     ("mlp.linear_fc2", "down", "mlp.down_proj"),
 )
 ROUTER = "mlp.router"
+# those of a layer, the same modules on both sides, by `adapter.router_scope`
+_ROUTERS = {"block": (ROUTER,), "linear": tuple(f"{ROUTER}.{name}" for name in ("gate", "up", "down"))}
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,14 @@ class AdapterRow:
     has_experts: bool = False
 
 
-def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow]:
+def adapter_rows(adapter: AdapterConfig, size: LlavaSize, *, mixed: bool = False) -> Iterator[AdapterRow]:
     """Every adapter tensor of a model, once. LoRA A is [R, in] and B [out, R], with a leading [E] for
-    experts, but for an A that they share. Raises ConfigError for adapters that have no such form."""
-    if adapter.method == "mole" and adapter.shared_B:
+    experts, but for an A that they share. Where experts mix common B (`adapter.shared_B`), B is what each makes of them
+    if the caller puts it together (`mixed`), and else there is no such form: ConfigError."""
+    if adapter.method == "mole" and adapter.shared_B and not mixed:
         raise ConfigError(
             f"adapter.shared_B is {adapter.shared_B}: each expert's B is a mixture of common ones behind a transform, "
-            "for which Hugging Face's formats have no place"
+            "for which this format has no place; --format peft puts each together"
         )
     is_mole = adapter.method == "mole"
     for layer in range(size.language.num_layers):
@@ -59,9 +62,9 @@ def adapter_rows(adapter: AdapterConfig, size: LlavaSize) -> Iterator[AdapterRow
             own_A = has_experts and not adapter.share_A
             yield AdapterRow(f"{ours}{holder}.lora_{projection}_A", theirs + target, "lora_A", own_A)
             yield AdapterRow(f"{ours}{holder}.lora_{projection}_B", theirs + target, "lora_B", has_experts)
-        if has_mlp and is_mole and adapter.router_scope == "block":
-            yield AdapterRow(f"{ours}{ROUTER}.weight", theirs + ROUTER, "router_weight")
+        for router in _ROUTERS.get(adapter.router_scope, ()) if has_mlp and is_mole else ():
+            yield AdapterRow(f"{ours}{router}.weight", theirs + router, "router_weight")
             if adapter.router_bias:
-                yield AdapterRow(f"{ours}{ROUTER}.bias", theirs + ROUTER, "router_bias")
+                yield AdapterRow(f"{ours}{router}.bias", theirs + router, "router_bias")
             if adapter.router_score == "sigmoid":
-                yield AdapterRow(f"{ours}{ROUTER}.score_bias", theirs + ROUTER, "router_score_bias")
+                yield AdapterRow(f"{ours}{router}.score_bias", theirs + router, "router_score_bias")

@@ -11,9 +11,10 @@ is a `LlavaForConditionalGeneration` whose decoder carries LoRA. In an adapted l
 
 `gate` says what w is: `none` 1; `prob` p_k, divided by its sum over the chosen ones if `renormalize`;
 `straight_through` 1 with the gradient of `prob`; `dense` p_k, of all experts. With `router_score` sigmoid p is
-sigmoid(R x) + a bias that no gradient trained. With `expert_form` mlp each expert is an MLP with an activation of its
-own, and out their sum, each times w. The router computes in fp32 whatever the model's dtype is. Padding is routed like
-any token. `method: lora` is plain LoRA instead: a pair a linear.
+sigmoid(R x) + a bias that no gradient trained. With `router_scope` linear gate, up and down have a router each, of
+their own input. With `expert_form` mlp each expert is an MLP with an activation of its own, and out their sum, each
+times w. The router computes in fp32 whatever the model's dtype is. Padding is routed like any token.
+`method: lora` is plain LoRA instead: a pair a linear.
 
 After a forward pass `model.expert_choices()` says which experts each token went to.
 
@@ -39,9 +40,9 @@ FP32_MODULES = ["mlp.router"]
 
 class LlavaMoleConfig(LlavaConfig):
     """A LLaVA's config with the section `mole`: method, num_experts, rank, alpha, gate, top_k, router_scope (block: one
-    router for gate, up and down), renormalize, router_score, expert_form, share_A (one A for all experts of a linear),
-    layers ("all" or a list of decoder layers, from 0, whose MLP is adapted), attention (LoRA on q, k, v and o of every
-    layer), router_bias."""
+    router for gate, up and down; linear: one for each), renormalize, router_score, expert_form, share_A (one A for all
+    experts of a linear), layers ("all" or a list of decoder layers, from 0, whose MLP is adapted), attention (LoRA on
+    q, k, v and o of every layer), router_bias."""
 
     model_type = "llava_mole"
 
@@ -104,10 +105,10 @@ class LoraLinear(nn.Module):
 
 
 class MoleRouter(nn.Linear):
-    """p = softmax(R x + b), or sigmoid(R x) + score_bias, in fp32: [T, H] -> [T, E]."""
+    """p = softmax(R x + b), or sigmoid(R x) + score_bias, in fp32: [T, I] -> [T, E]."""
 
-    def __init__(self, hidden_size: int, mole: dict[str, Any]) -> None:
-        super().__init__(hidden_size, mole["num_experts"], bias=mole["router_bias"], dtype=torch.float32)
+    def __init__(self, in_features: int, mole: dict[str, Any]) -> None:
+        super().__init__(in_features, mole["num_experts"], bias=mole["router_bias"], dtype=torch.float32)
         self.score_bias = None
         if mole["router_score"] == "sigmoid":
             zeros = torch.zeros(mole["num_experts"], dtype=torch.float32)
@@ -121,11 +122,11 @@ class MoleRouter(nn.Linear):
 
 
 class MoleMLP(nn.Module):
-    """A Llama MLP whose gate, up and down carry a bank of LoRA experts behind one router.
+    """A Llama MLP whose gate, up and down carry a bank of LoRA experts behind one router, or behind one each.
 
-    `last_choice`: the expert of each token of the last forward pass, in the input's shape without its last axis; with
-    several, a last axis more for them, in the order of their numbers; where all serve, the likeliest. Empty before the
-    first pass.
+    `last_choice`: the expert of each token of the last forward pass, in the input's shape without its last axis; with a
+    router a linear, an axis more for gate, up and down; with several experts a token, a last axis more for them, in the
+    order of their numbers; where all serve, the likeliest. Empty before the first pass.
     """
 
     def __init__(self, mlp: Any, mole: dict[str, Any]) -> None:
@@ -135,8 +136,13 @@ class MoleMLP(nn.Module):
         self.up_proj = LoraLinear(mlp.up_proj, mole, num_experts)
         self.down_proj = LoraLinear(mlp.down_proj, mole, num_experts)
         self.act_fn = mlp.act_fn
-        hidden_size = mlp.gate_proj.in_features
-        self.router = MoleRouter(hidden_size, mole)
+        hidden_size, ffn_size = mlp.gate_proj.in_features, mlp.down_proj.in_features
+        self.router: MoleRouter | nn.ModuleDict
+        if mole["router_scope"] == "linear":
+            widths = {"gate": hidden_size, "up": hidden_size, "down": ffn_size}
+            self.router = nn.ModuleDict({name: MoleRouter(width, mole) for name, width in widths.items()})
+        else:
+            self.router = MoleRouter(hidden_size, mole)
         self.expert_form = mole["expert_form"]
         self.gate, self.top_k, self.renormalize = mole["gate"], mole["top_k"], mole["renormalize"]
         self.last_choice = torch.empty(0, dtype=torch.long)
@@ -144,19 +150,38 @@ class MoleMLP(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., H] -> [..., H]."""
         x_TH = hidden.flatten(0, -2)
-        probs_TE = self.router(x_TH)
-        choice_TK = probs_TE.topk(self.top_k, dim=-1).indices if self.top_k > 1 else probs_TE.argmax(-1, keepdim=True)
-        self.last_choice = choice_TK.sort(-1).values.view(*hidden.shape[:-1], -1)
-        if self.top_k == 1:
-            self.last_choice = self.last_choice[..., 0]
-        chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, choice_TK, True)
-        if self.gate == "dense":
-            chosen_TE = torch.ones_like(chosen_TE)
-        routing = Routing(chosen_TE, self._gate_weight(probs_TE, chosen_TE))
+        if isinstance(self.router, nn.ModuleDict):
+            return self._by_linear(x_TH, self.router, hidden.shape[:-1]).view_as(hidden)
+        routing, choice_TK = self._route(x_TH, self.router)
+        self._keep([choice_TK], hidden.shape[:-1])
         if self.expert_form == "mlp":
             return self._whole_mlps(x_TH, routing).view_as(hidden)
         h_TF = self.act_fn(self.gate_proj(x_TH, routing)) * self.up_proj(x_TH, routing)
         return self.down_proj(h_TF, routing).view_as(hidden)
+
+    def _by_linear(self, x_TH: torch.Tensor, routers: nn.ModuleDict, shape: torch.Size) -> torch.Tensor:
+        """The MLP whose linears each follow a router of their own."""
+        of_gate, gate_TK = self._route(x_TH, routers["gate"])
+        of_up, up_TK = self._route(x_TH, routers["up"])
+        h_TF = self.act_fn(self.gate_proj(x_TH, of_gate)) * self.up_proj(x_TH, of_up)
+        of_down, down_TK = self._route(h_TF, routers["down"])
+        self._keep([gate_TK, up_TK, down_TK], shape)
+        return self.down_proj(h_TF, of_down)
+
+    def _route(self, x_TI: torch.Tensor, router: nn.Module) -> tuple[Routing, torch.Tensor]:
+        """(who serves each token, the experts [T, K] that `last_choice` has)."""
+        probs_TE = router(x_TI)
+        choice_TK = probs_TE.topk(self.top_k, dim=-1).indices if self.top_k > 1 else probs_TE.argmax(-1, keepdim=True)
+        chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, choice_TK, True)
+        if self.gate == "dense":
+            chosen_TE = torch.ones_like(chosen_TE)
+        return Routing(chosen_TE, self._gate_weight(probs_TE, chosen_TE)), choice_TK.sort(-1).values
+
+    def _keep(self, choices: list[torch.Tensor], shape: torch.Size) -> None:
+        """As `last_choice`: [T, K] of each router, for tokens of this shape."""
+        kept = torch.stack(choices, dim=1).view(*shape, len(choices), self.top_k)
+        kept = kept[..., 0] if self.top_k == 1 else kept
+        self.last_choice = kept if len(choices) > 1 else kept.squeeze(len(shape))
 
     def _whole_mlps(self, x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The sum of w_k MLP_k(x) over each token's own experts k, each computed by itself, the frozen part too."""
@@ -192,7 +217,7 @@ def add_adapters(decoder: Any, mole: dict[str, Any]) -> None:
         ("method", ("mole", "lora")),
         ("gate", ("none", "prob", "straight_through", "dense")),
         ("top_k", tuple(range(1, mole["num_experts"] + 1))),
-        ("router_scope", ("block",)),
+        ("router_scope", ("block", "linear")),
         ("renormalize", (False, True)),
         ("share_A", (False, True)),
         ("expert_form", ("linear", "mlp")),
@@ -265,7 +290,8 @@ class LlavaMoleModel(BaseElsewhere, LlavaModel):
 
     def expert_choices(self) -> dict[int, torch.Tensor]:
         """{decoder layer: expert of each token [B, S]} of the last forward pass; layers without experts are left out.
-        With `top_k` above 1 [B, S, K], in the order of their numbers; in gate mode `dense` the likeliest.
+        With a router a linear [B, S, 3], of gate, up and down; with `top_k` above 1 a last axis more, in the order of
+        their numbers; in gate mode `dense` the likeliest.
 
         In `generate` with a cache that is the last token alone. Padded places have a choice too; it means nothing.
         """

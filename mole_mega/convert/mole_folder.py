@@ -35,10 +35,10 @@ def export_mole(trained: Trained, out: Path, base_reference: str | None = None) 
     """
     if trained.adapter is None:
         raise ConfigError(f"{trained.base} is a base: it has no adapters to export")
-    if trained.adapter.method == "mole" and trained.adapter.router_scope != "block":
+    if trained.adapter.method == "mole" and trained.adapter.router_scope in ("sample", "task"):
         raise ConfigError(
             f"{trained.step} was trained with adapter.router_scope {trained.adapter.router_scope}: the exported "
-            "model's code knows one router a block, and no task"
+            "model's code knows routers of a block and of a linear, and neither a sample's instruction nor its task"
         )
     tensors = mole_tensors(trained, with_base=base_reference is None)
     if base_reference is not None and Path(base_reference).is_dir():
@@ -120,9 +120,11 @@ def _model_card(adapter: AdapterConfig, base_reference: str | None) -> str:
     if adapter.method == "lora":
         what = f"LLaVA with LoRA of rank {adapter.rank}."
     else:
+        router = "a router a linear" if adapter.router_scope == "linear" else "a router"
+        used = "all of them" if adapter.gate == "dense" else f"{adapter.top_k} of them"
         what = (
-            f"LLaVA with {adapter.num_experts} LoRA experts of rank {adapter.rank} behind a router in the MLPs of its "
-            f"decoder (LLaVA-MoLE, arXiv 2401.16160), gate `{adapter.gate}`."
+            f"LLaVA with {adapter.num_experts} LoRA experts of rank {adapter.rank} behind {router} in the MLPs of its "
+            f"decoder, {used} for a token (LLaVA-MoLE, arXiv 2401.16160, and its kin), gate `{adapter.gate}`."
         )
     base = "" if base_reference is None else f"\nThe weights of its base are loaded from `{base_reference}`.\n"
     return f"""---

@@ -10,6 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mole_mega.adapters.mixed_factors import mix_factors
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.tensors import StoredTensors
@@ -69,7 +72,7 @@ def export_peft(trained: Trained, out: Path) -> Exported:
     """
     if trained.adapter is None or trained.step is None:
         raise ConfigError(f"{trained.base} is a base: it has no adapters")
-    if not any(row.kind in _FACTORS for row in adapter_rows(trained.adapter, trained.size)):
+    if not any(row.kind in _FACTORS for row in adapter_rows(trained.adapter, trained.size, mixed=True)):
         raise ConfigError(f"{trained.step} trained no LoRA factors: a PEFT adapter would be empty")
     if trained.adapter.method == "mole" and trained.adapter.router_scope not in ("block", "task"):
         raise ConfigError(
@@ -94,9 +97,13 @@ def adapter_tensors(trained: Trained, expert: int = 0, step: StoredTensors | Non
     """One adapter's tensors by PEFT's names: the factors that are not the experts', those of one expert, and the
     projector if it was trained. `step` saves opening the run's checkpoint once more."""
     step = step or _open(trained)
+    adapter = trained.run.adapter
+    mixes = adapter.method == "mole" and adapter.shared_B > 0
     tensors = {
-        f"{PREFIX}{row.module}.{row.kind}.weight": _stored(step, row.ours, expert if row.has_experts else None)
-        for row in adapter_rows(trained.run.adapter, trained.size)
+        f"{PREFIX}{row.module}.{row.kind}.weight": _mixed(step, row.ours, expert, adapter.mix_temperature)
+        if mixes and row.kind == "lora_B" and row.has_experts
+        else _stored(step, row.ours, expert if row.has_experts else None)
+        for row in adapter_rows(adapter, trained.size, mixed=True)
         if row.kind in _FACTORS
     }
     return tensors | {PREFIX + name: _stored(step, ours) for name, ours in trained_projector(step).items()}
@@ -107,7 +114,7 @@ def router_tensors(trained: Trained, step: StoredTensors | None = None) -> dict[
     step = step or _open(trained)
     return {
         f"{row.module}.{row.kind.removeprefix('router_')}": _stored(step, row.ours)
-        for row in adapter_rows(trained.run.adapter, trained.size)
+        for row in adapter_rows(trained.run.adapter, trained.size, mixed=True)
         if row.kind not in _FACTORS
     }
 
@@ -139,6 +146,7 @@ def _write_experts(folder: Path, trained: Trained, adapter: AdapterConfig, step:
     shared = ["the attention's LoRA"] * adapter.attention + ["the trained projector"] * bool(trained_projector(step))
     # what the adapters compute, not the methods that they were trained with
     computed = {key: value for key, value in dataclasses.asdict(adapter).items() if key != "methods"}
+    computed["shared_B"] = 0  # each adapter here has its own
     tree = {"experts": names, "adapter": computed, "base": _origin(trained.base)}
     (folder / MOLE_JSON).write_text(json.dumps(tree, indent=2) + "\n")
     if adapter.router_scope == "task":
@@ -184,7 +192,7 @@ def _adapter_config(trained: Trained, *, has_projector: bool) -> dict[str, Any]:
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": _target_modules(adapter_rows(adapter, trained.size)),
+        "target_modules": _target_modules(adapter_rows(adapter, trained.size, mixed=True)),
         "modules_to_save": [PROJECTOR_MODULE] if has_projector else None,
     }
 
@@ -210,6 +218,17 @@ def _stored(step: StoredTensors, ours: str, expert: int | None = None) -> LazyTe
     if expert is None:
         return LazyTensor(shape, step.dtype(ours), partial(step.read, ours))
     return LazyTensor(shape[1:], step.dtype(ours), lambda: step.read(ours)[expert])
+
+
+def _mixed(step: StoredTensors, common_B: str, expert: int, temperature: float) -> LazyTensor:
+    """The B that one expert makes of the common ones."""
+    stem = common_B.removesuffix("_B")
+
+    def put_together() -> torch.Tensor:
+        B_NOR, weight_EN, transform_ERR = map(step.read, (common_B, f"{stem}_mix", f"{stem}_transform"))
+        return mix_factors(B_NOR, weight_EN, transform_ERR, temperature)[expert].contiguous()
+
+    return LazyTensor(step.shape(common_B)[1:], step.dtype(common_B), put_together)
 
 
 def _origin(base: Path) -> str | None:

@@ -38,7 +38,8 @@ class Probe:
 @dataclass(frozen=True)
 class Answer:
     """logits [B, S, V] fp32, zero at padding; choices {layer: [B, S]} of the adapted layers, -1 at padding. Where a
-    token uses several experts [B, S, K], in the order of their numbers; where it uses all, the likeliest."""
+    layer has a router a linear [B, S, 3]; where a token uses several experts a last axis more, in the order of their
+    numbers; where it uses all, the likeliest."""
 
     logits: Tensor
     choices: dict[int, Tensor]
@@ -93,8 +94,9 @@ def ask_megatron(model: LLaVA, probe: Probe, expert: int | None = None) -> Answe
     With `expert`, every token goes to that one, with weight 1.
     """
     kept: list[Tensor] = []
-    chosen: dict[int, Tensor] = {}
-    hooks = [router.register_forward_hook(partial(_keep_choice, chosen, expert)) for router in model.routers()]
+    chosen: dict[tuple[int, int], Tensor] = {}
+    keep = partial(_keep_choice, chosen, expert, len(probe.tokens))
+    hooks = [router.register_forward_hook(keep) for router in model.routers()]
     with fp32_compute(model):
         get_forward_backward_func()(
             forward_step_func=partial(_forward_step, probe, kept),
@@ -163,9 +165,14 @@ def _forward_step(probe: Probe, kept: list[Tensor], _: Any, model: Any) -> tuple
 
 
 def _keep_choice(
-    chosen: dict[int, Tensor], expert: int | None, router: MoLERouter, args: tuple, output: tuple[Tensor, Tensor]
+    chosen: dict[tuple[int, int], Tensor],
+    expert: int | None,
+    batch: int,
+    router: MoLERouter,
+    args: tuple,
+    output: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    places, batch = args[0].shape[:2]
+    """Into `chosen`, by layer and site, [places, batch] or [places, batch, K]."""
     weight_TE, chosen_TE = output
     num_choices, experts_E = router.adapter.num_choices, torch.arange(chosen_TE.shape[1], device=chosen_TE.device)
     if expert is not None:
@@ -173,13 +180,12 @@ def _keep_choice(
         weight_TE = (experts_E == expert).to(weight_TE.dtype).expand_as(weight_TE)
         chosen_TE = ((experts_E - expert) % len(experts_E) < int(chosen_TE[0].sum())).expand_as(chosen_TE)
     if router.adapter.gate == "dense":
-        choice = weight_TE.argmax(-1).view(places, batch)
+        choice = weight_TE.argmax(-1).view(-1, batch)
     elif num_choices == 1:
-        choice = chosen_TE.int().argmax(dim=-1).view(places, batch)
+        choice = chosen_TE.int().argmax(dim=-1).view(-1, batch)
     else:
-        choice = chosen_TE.nonzero()[:, 1].view(places, batch, num_choices)
-    assert router.layer_number is not None
-    chosen[router.layer_number - 1] = choice
+        choice = chosen_TE.nonzero()[:, 1].view(-1, batch, num_choices)
+    chosen[router.layer, router.site] = choice
     return weight_TE, chosen_TE
 
 
@@ -200,16 +206,19 @@ def _whole_logits(model: LLaVA, probe: Probe, kept: list[Tensor]) -> Tensor:
     return logits.masked_fill(~probe.mask[..., None].to(logits.device), 0).cpu()
 
 
-def _whole_choices(model: LLaVA, probe: Probe, chosen: dict[int, Tensor]) -> dict[int, Tensor]:
-    """{layer: [B, S]}: put together over sequence parallelism, then over the pipeline's stages."""
+def _whole_choices(model: LLaVA, probe: Probe, chosen: dict[tuple[int, int], Tensor]) -> dict[int, Tensor]:
+    """{layer: [B, S]}: put together over sequence parallelism, a layer's routers, and the pipeline's stages."""
     parallel = model.parallel
-    mine = {}
-    for layer, choice_SB in chosen.items():
-        parts = [torch.empty_like(choice_SB) for _ in range(parallel.tp_size)]
-        dist.all_gather(parts, choice_SB.contiguous(), group=parallel.groups.tp)
+    sites: dict[int, list[Tensor]] = {}
+    for (layer, _), choice_SB in sorted(chosen.items(), key=lambda item: item[0]):
+        parts = [choice_SB]
+        if len(choice_SB) < probe.tokens.shape[1]:  # the router of a linear whose input is cut sees all places
+            parts = [torch.empty_like(choice_SB) for _ in range(parallel.tp_size)]
+            dist.all_gather(parts, choice_SB.contiguous(), group=parallel.groups.tp)
         choice_BS = torch.cat(parts).transpose(0, 1).cpu()
         choice_BS[~probe.mask] = -1
-        mine[layer] = choice_BS
+        sites.setdefault(layer, []).append(choice_BS)
+    mine = {layer: torch.stack(own, dim=2) if len(own) > 1 else own[0] for layer, own in sites.items()}
     stages: list[dict[int, Tensor]] = [{} for _ in range(parallel.pp_size)]
     dist.all_gather_object(stages, mine, group=parallel.groups.pp)
     return {layer: choice for stage in stages for layer, choice in sorted(stage.items())}

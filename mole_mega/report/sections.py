@@ -52,6 +52,7 @@ def describe(run: RunFolder) -> Document:
         ("Routers", routers(run)),
         ("Alarms", alarms(run)),
         ("What the experts became", experts(run)),
+        ("Methods around the optimizer step", methods(run)),
         ("The mixture, asked and realised", mixture(run)),
         ("Answers", answers(run)),
         ("Throughput", throughput(run)),
@@ -106,6 +107,9 @@ def _mixture(run: RunFolder) -> str:
     words += ["renormalized"] if run.setting("adapter", "renormalize") else []
     words += [f"routed by {scope}"] if scope not in (None, "block") else []
     words += ["one A for all"] if run.setting("adapter", "share_A") else []
+    words += [f"{run.setting('adapter', 'shared_B')} B mixed"] if run.setting("adapter", "shared_B") else []
+    words += ["whole MLPs"] if run.setting("adapter", "expert_form") == "mlp" else []
+    words += ["scored by sigmoids"] if run.setting("adapter", "router_score") == "sigmoid" else []
     return "".join(f", {word}" for word in words)
 
 
@@ -302,6 +306,25 @@ def experts(run: RunFolder) -> list[Block]:
         if not found:
             blocks.append(Missing(f"not recorded: {name}"))
     return blocks
+
+
+def methods(run: RunFolder) -> list[Block]:
+    asked, series = run.setting("adapter", "methods"), run.metrics.named("method/")
+    named = [method for method in asked if isinstance(method, dict)] if isinstance(asked, list | tuple) else []
+    if not named and not series:
+        return [Paragraph("None was asked for.") if run.config else Missing("not recorded: there is no config.yaml")]
+    blocks: list[Block] = []
+    if named:
+        rows = [
+            (_field(method.get("name")), ", ".join(f"{key} {_field(v)}" for key, v in method.items() if key != "name"))
+            for method in named
+        ]
+        blocks.append(Table(("method", "options"), rows, text_columns=2))
+    figures = [
+        _curves({name: line}, f"{name}, at each logged step.", name.rpartition("/")[2], width=_HALF_WIDTH, height=200)
+        for name, line in series.items()
+    ]
+    return [*blocks, Figures(figures)] if figures else blocks
 
 
 def mixture(run: RunFolder) -> list[Block]:

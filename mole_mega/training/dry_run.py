@@ -18,6 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+from mole_mega.adapters.methods import check_methods
 from mole_mega.checkpoint.base import model_entries, stored_shapes
 from mole_mega.config import ConfigError, ParallelConfig, RunConfig
 from mole_mega.errors import CheckFailedError
@@ -80,6 +81,7 @@ def dry_run(run: RunConfig, size: LlavaSize, world_size: int, base: Path | None)
     start = time.perf_counter()
     check_world(run.parallel, world_size)
     check_layout(run, size)
+    check_methods(run)
     buildable = on_local_backend(run)
     tensors, frozen = _Tensors(), _Tensors()
     stages: dict[int, Parameters] = {}

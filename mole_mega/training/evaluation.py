@@ -71,14 +71,16 @@ def labelled_places(batches: Sequence[Batch], num_domains: int, parallel: Parall
 
 
 def evaluation_row(evaluator: Evaluator, batches: Sequence[Batch], domains: Sequence[str]) -> Row:
-    """{"loss/<domain>", "token_accuracy/<domain>", "accuracy/<domain>"} over all ranks' batches; accuracy is the share
-    of samples whose whole answer greedy decoding gets right. Domains without a usable sample are not in it."""
+    """{"loss/<domain>", "perplexity/<domain>", "token_accuracy/<domain>", "accuracy/<domain>"} over all ranks' batches;
+    accuracy is the share of samples whose whole answer greedy decoding gets right. Domains without a usable sample are
+    not in it."""
     if not batches:
         return {}
     row: Row = {}
     for domain, (loss, tokens, correct, samples, exact) in zip(domains, evaluator.evaluate(batches).T, strict=True):
         if tokens:
             row[f"loss/{domain}"] = float(loss / tokens)
+            row[f"perplexity/{domain}"] = float((loss / tokens).exp())
             row[f"token_accuracy/{domain}"] = float(correct / tokens)
             row[f"accuracy/{domain}"] = float(exact / samples)
     return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -131,15 +132,18 @@ class Stepper(Evaluator):
         )
 
     def apply(self) -> StepResult:
-        """Step the optimizer with the reduced gradient, unless it or the loss is not finite."""
+        """Step the optimizer with the reduced gradient, unless it or the loss is not finite, or a method made it so."""
         domain_loss, domain_tokens, places = self._table
         loss = float(domain_loss.sum() / domain_tokens.sum().clamp(min=1))
-        applied, grad_norm = self._gradients_are_finite() and loss == loss and abs(loss) != float("inf"), float("nan")
-        if applied:
-            self.applied_steps += 1
-            step = Step(self.applied_steps, current_lr(self.optimizer), partial(held_parts, optimizer=self.optimizer))
+        applied, grad_norm = self._gradients_are_finite() and math.isfinite(loss), float("nan")
+        held = partial(held_parts, optimizer=self.optimizer)
+        step = Step(self.applied_steps + 1, current_lr(self.optimizer), held)
+        if applied and self.methods:
             for method in self.methods.values():
                 method.before_step(self.pairs, step)
+            applied = self._gradients_are_finite()
+        if applied:
+            self.applied_steps += 1
             _, grad_norm, _ = self.optimizer.step()
             for method in self.methods.values():
                 method.after_step(self.pairs, step)
@@ -194,8 +198,10 @@ class Stepper(Evaluator):
         finalize_model_grads(models, num_tokens, **kwargs)
 
     def _gradients_are_finite(self) -> bool:
-        sums = [buffer.grad_data.sum() for buffer in (*self.model.buffers, *self.model.expert_parallel_buffers)]
-        finite = torch.isfinite(torch.stack(sums)).all() if sums else torch.tensor(True)
+        """With their squares: where these overflow, clipping makes the step 0, and Adam's second moments are lost."""
+        buffers = (*self.model.buffers, *self.model.expert_parallel_buffers)
+        norms = [torch.linalg.vector_norm(buffer.grad_data) for buffer in buffers]
+        finite = torch.isfinite(torch.stack(norms)).all() if norms else torch.tensor(True)
         flag = finite.to(self.parallel.device, torch.int)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)

@@ -37,12 +37,16 @@ LAYOUTS = {
 ADAPTERS = {
     "mole": AdapterConfig(num_experts=4, rank=4, gate="prob"),
     "mole in one layer": AdapterConfig(num_experts=2, rank=4, layers=(1,), gate="none"),
+    "mole, a router a linear": AdapterConfig(
+        num_experts=4, rank=4, router_scope="linear", top_k=2, expert_parallel="weights"
+    ),
     "merged": AdapterConfig(method="lora", rank=4),
 }
 COMPARED = [
     *((layout, model) for layout in LAYOUTS for model in ("base", "mole")),
     ("PP 2", "mole in one layer"),  # a stage that routes nothing
     ("TP 2", "merged"),
+    *((layout, "mole, a router a linear") for layout in ("TP 2", "TP 2 EP 2")),
 ]
 LAYERS = "language_model.decoder.layers."
 # what rank 1 loads wrongly -> (layout, model, the tensor)

@@ -10,7 +10,8 @@ from pathlib import Path
 import commands
 import pytest
 
-from mole_mega.config import ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
+from mole_mega.adapters.methods import check_methods
+from mole_mega.config import AdapterConfig, ConfigError, DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from mole_mega.conflict.measure import Plan, set_aside, shared_adapter
 
 # fp32, after 6 steps of Adam, which magnifies rounding: each figure against one process
@@ -135,15 +136,17 @@ def test_a_mixture_with_passes_schedules_tokens_and_a_temperature_is_measured(sh
     assert figures["losses"] == one_process["losses"] and figures["cosines"] == one_process["cosines"]
 
 
-def shared(*sources, steps=10):
+def shared(*sources, steps=10, methods=()):
     run = RunConfig(
         run_dir="run",
         model=ModelConfig(base="base"),
+        adapter=AdapterConfig(methods=methods),
         train=TrainConfig(steps=steps),
         data=DataConfig(sources=tuple(SourceConfig(path="x", **source) for source in sources)),
     )
-    kept = shared_adapter(run, Plan(steps=5, warm_steps=5, repeats=1, batches=3, chunks=2)).data.sources
-    return [(source.name, source.weight, source.epochs) for source in kept], set_aside(run)
+    one = shared_adapter(run, Plan(steps=5, warm_steps=5, repeats=1, batches=3, chunks=2))
+    assert check_methods(one) == []
+    return [(source.name, source.weight, source.epochs) for source in one.data.sources], set_aside(run)
 
 
 def test_a_schedule_counts_by_its_mean_and_passes_do_not():
@@ -159,6 +162,11 @@ def test_a_schedule_counts_by_its_mean_and_passes_do_not():
     assert shared({"name": "a"}, {"name": "b"})[1] == []
     with pytest.raises(ConfigError, match="has 1 source with a weight above 0"):
         shared({"name": "a"}, {"name": "late", "weight": ((20, 0.0), (30, 1.0))})
+
+
+def test_methods_of_experts_are_left_out_and_told():
+    _, lines = shared({"name": "a"}, {"name": "b"}, methods=({"name": "bora", "tau": 1.0}, {"name": "riemannian"}))
+    assert lines == ["adapter.methods bora, riemannian: left out, what is trained here is plain LoRA"]
 
 
 def test_a_source_that_the_mix_would_hardly_read_is_named_before_anything_is_trained(make_run, answers, tmp_path):

@@ -12,7 +12,7 @@ from mole_mega.training.evaluation import Answer
 
 INPUT_ERROR = 2
 FACTS = ("checkpoint", "step")
-KINDS = ("loss", "token_accuracy", "accuracy", "exact_match", "contains", "anls")
+KINDS = ("loss", "perplexity", "token_accuracy", "accuracy", "exact_match", "contains", "anls")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,8 @@ def test_training_logs_and_keeps_the_answers_that_eval_writes(trained, evaluate)
     for kind, key in (("exact_match", "exact"), ("contains", "contains"), ("anls", "anls")):
         own = [answer[key] for answer in answers if answer["source"] == "mixed"]
         assert figures[f"{kind}/mixed"] == pytest.approx(sum(own) / len(own))
+    for source in ("mixed", "text"):
+        assert figures[f"perplexity/{source}"] == pytest.approx(math.exp(figures[f"loss/{source}"]))
     assert "left out 1 sample of mixed: image missing" in text
 
 
@@ -121,7 +123,7 @@ def test_the_base_answers_otherwise_and_an_answer_has_no_more_tokens_than_asked(
 def test_scores_without_answers(evaluate):
     code, text, figures, answers = evaluate("--no-generate")
     assert code == 0 and not answers and "anls" not in text
-    assert figures.keys() == {f"{kind}/{source}" for kind in KINDS[:3] for source in ("mixed", "text")}
+    assert figures.keys() == {f"{kind}/{source}" for kind in KINDS[:4] for source in ("mixed", "text")}
     assert all(math.isfinite(value) for value in figures.values())
 
 

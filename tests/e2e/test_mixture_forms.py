@@ -3,6 +3,7 @@ and what cannot express it refuses it with the reason. In this process; that a k
 """
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from commands import read_checkpoint, read_rows
 from mole_mega import config
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.trained import find_trained
-from mole_mega.config import ConfigError
+from mole_mega.config import ConfigError, ParallelConfig
+from mole_mega.convert.folders import find_counterpart
 from mole_mega.convert.hf_export import export_merged
 from mole_mega.convert.mole_folder import export_mole
 from mole_mega.convert.peft import export_peft
+from mole_mega.convert.verify import verify
 from mole_mega.platform.parallel import seed_generators
 from mole_mega.training.trainer import Trainer
 
@@ -74,11 +77,22 @@ def test_an_export_that_cannot_express_it_is_refused_with_the_reason(runs, tmp_p
     form, straight, _ = runs
     trained = find_trained(straight)
     refusals = {
-        "mixed B": [(export_mole, "router_scope task"), (export_peft, "shared_B is 3"), (export_merged, "2 experts")],
-        "sigmoid": [(export_mole, "router_scope linear"), (export_peft, "router_scope linear")],
+        "mixed B": [(export_mole, "router_scope task"), (export_merged, "2 experts")],
+        "sigmoid": [(export_peft, "router_scope linear")],
         "whole MLPs": [(export_merged, "4 experts")],
     }
     for export, reason in refusals[form]:
         with pytest.raises(ConfigError, match=reason):
             export(trained, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_can_has_equal_logits(runs, alone, tmp_path):
+    """Of mixed B an adapter a task."""
+    form, straight, _ = runs
+    trained = find_trained(straight)
+    (export_peft if form == "mixed B" else export_mole)(trained, tmp_path / "out")
+    checks = verify(trained, partial(find_counterpart, trained, tmp_path / "out"), alone, ParallelConfig())
+    assert all(check.equal for check in checks), checks
+    compared = [check.what for check in checks if "logits" in check.what or "experts" in check.what]
+    assert compared == (["expert_0: logits", "expert_1: logits"] if form == "mixed B" else ["logits", "experts"])

@@ -278,6 +278,12 @@ SIGMOID = {
             ["router_score sigmoid", "balance_weight must be 0, got 0.1"],
         ),
         ({"adapter": {**SIGMOID, "router_bias": True}}, ["adapter.router_bias must be false"]),
+        # a bias may make a weight negative, which has no root
+        ({"adapter": {**SIGMOID, "rescale_gate": True}}, ["adapter.rescale_gate must be false, got true"]),
+        (
+            {"adapter": {"top_k": 2, "expert_parallel": "auto"}, "monitor": {"alarms": {"collapse": 1.6}}},
+            ["monitor.alarms.collapse must be at most 3 / 2 = 1.5", "adapter.top_k 2", "got 1.6", "never sound"],
+        ),
         (
             {"adapter": SIGMOID, "monitor": {"alarms": {"reaction": "reseed"}}},
             ["reaction reseed", "adapter.router_score is sigmoid"],
@@ -554,7 +560,7 @@ def all_set() -> RunConfig:
         monitor={
             "every": 2, "experts_every": 5, "pictures_every": 6, "tensorboard": False,
             "alarms": {
-                "collapse": 3.0, "dead_steps": 7, "entropy_floor": 0.5, "repeat_every": 8, "reaction": "reseed",
+                "collapse": 1.5, "dead_steps": 7, "entropy_floor": 0.5, "repeat_every": 8, "reaction": "reseed",
                 "balance_factor": 1.5, "max_balance_weight": 2.0, "reseed_noise": 0.2,
             },
         },

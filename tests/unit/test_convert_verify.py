@@ -173,6 +173,10 @@ RUNS = {
     **{f"mole, {gate}": ("mole", AdapterConfig(num_experts=3, rank=4, gate=gate)) for gate in ("prob", "none")},
     "mole, straight_through": ("mole", AdapterConfig(num_experts=3, rank=4, gate="straight_through")),
     "mole, one layer": ("mole", AdapterConfig(num_experts=2, rank=4, layers=(1,), attention=False, router_bias=False)),
+    "mole, a router a linear": (
+        "mole",
+        AdapterConfig(num_experts=3, rank=4, router_scope="linear", top_k=2, expert_parallel="weights"),
+    ),
     "mole, lora": ("mole", LORA),
     "merged, lora": ("merged", LORA),
     "merged, one expert": ("merged", ONE_EXPERT),

@@ -167,6 +167,21 @@ def test_what_does_not_divide_is_said(mistake):
         pass
 
 
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"methods": ({"name": "bora", "tau": 1.0},) * 2}, "adapter.methods has 'bora' 2 times"),
+        (
+            {"methods": ({"name": "riemannian"},), "share_A": True, "expert_parallel": "weights"},
+            "adapter.share_A one A serves all experts",
+        ),
+    ],
+)
+def test_methods_that_do_not_go_with_the_run_are_said(adapter, message):
+    with pytest.raises(ConfigError, match=message):
+        dry_run(run_of(adapter=adapter), TINY, 1, base=None)
+
+
 @pytest.fixture
 def base(tmp_path):
     """A base as far as a dry run reads one: what tensors it has, and their shapes."""

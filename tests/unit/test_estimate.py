@@ -258,7 +258,7 @@ def test_what_methods_remember_and_need_is_what_they_hold(alone, kind):
             beside.append(storage_bytes(method._gaps()[0]))
         elif name == "riemannian":
             grams = [gram for both in gram_matrices(stepper.pairs) for gram in both]
-            sizes = [sum(factor.parameter.numel() for factor in pair.factors) * 4 for pair in stepper.pairs]
+            sizes = [sum(factor.parameter.numel() for factor in pair.factors) * 8 for pair in stepper.pairs]
             beside.append(storage_bytes(grams) + max(sizes))
         else:
             one = torch.ones(())

@@ -1,11 +1,21 @@
 """BoRA's prior (METHODS section D): its gradients, its closed form, and where it begins."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from made_pairs import Trainer, made_pair, made_run
+from test_models import SIZE, logits_of, make_inputs
+from test_models import build as build_llava
 
+from mole_mega import config as run_config
 from mole_mega.adapters.methods import build_methods
 from mole_mega.adapters.methods.bora import prior
+from mole_mega.training import parity
+from mole_mega.training.optimizer import build_optimizer, set_lr
+from mole_mega.training.step import Stepper
+from mole_mega.training.trainer import wrap
 
 ADAPTER = {"num_experts": 3, "method": "mole"}
 
@@ -120,9 +130,107 @@ def test_theta_is_where_its_gradient_is_zero(alone):
 
 def test_tau_zero_touches_nothing(alone):
     pair = made_pair(alone, randn(3, 2, 4).float(), randn(3, 5, 2, seed=1).float())
-    trainer = Trainer(build(alone, [pair], tau=0.0), [pair])
-    trainer.step(lambda factor: torch.ones(factor.parameter.shape))
-    assert torch.equal(pair.A.gradient, torch.ones(3, 2, 4))
+    method = build(alone, [pair], tau=0.0)
+    trainer = Trainer(method, [pair])
+    for _ in range(2):
+        trainer.step(lambda factor: torch.ones(factor.parameter.shape))
+        assert torch.equal(pair.A.gradient, torch.ones(3, 2, 4))
+    # but a run that goes on with another tau finds the mean where it should be
+    torch.testing.assert_close(theta_of(method, pair.A), pair.A.values.mean(0))
+
+
+TASKS = ("a", "b")
+TASKS_BY_NUMBER = range(len(TASKS))
+
+
+def task_run(*methods, lr=0.25, **adapter):
+    tree = run_config.to_dict(made_run())
+    tree["adapter"] |= {
+        "num_experts": 2, "rank": 4, "alpha": 6.0, "router_scope": "task", "gate": "none", "balance_weight": 0.0,
+        "attention": False, "methods": list(methods),
+    } | adapter  # fmt: skip
+    tree["train"] |= {"precision": "fp32", "projector": False, "optimizer": "sgd", "clip_grad": 0.0, "lr": lr}
+    tree["data"] |= {"sources": [{"name": name, "path": "made"} for name in TASKS], "max_length": 64}
+    return run_config.from_dict(tree)
+
+
+def task_batches(step):
+    """A micro-batch of each task, with equally many labelled places."""
+    batches = []
+    for task, batch in enumerate(parity.batches(SIZE, step, 0, 1)[:2]):
+        labelled = (batch.labels >= 0).flatten().cumsum(0).view_as(batch.labels)
+        labels = batch.labels.masked_fill(labelled > 10, -100)
+        assert (labels >= 0).sum() == 10
+        batches.append(replace(batch, labels=labels, domains=torch.full_like(batch.domains, task)))
+    return batches
+
+
+def trained_on(parallel, run, tasks):
+    model = wrap(build_llava(parallel, run.adapter, projector=False), run)
+    stepper = Stepper(run, model, build_optimizer(model, run.train), parallel, num_domains=2)
+    for step in range(3):
+        set_lr(stepper.optimizer, step + 1, run.train)
+        stepper.train_step([batch for task, batch in enumerate(task_batches(step)) if task in tasks])
+    return {f.name: f.values for pair in stepper.pairs for f in pair.factors}
+
+
+def test_at_tau_zero_each_task_ends_bit_for_bit_where_a_run_of_its_own_does(alone):
+    bora = {"name": "bora", "tau": 0.0}
+    # of twice as many places the mean has half the gradient, to the bit
+    together = trained_on(alone, task_run(bora, lr=0.5), tasks=(0, 1))
+    begun = trained_on(alone, task_run(lr=0.0), tasks=(0,))
+    for task in (0, 1):
+        own = trained_on(alone, task_run(lr=0.25), tasks=(task,))
+        for name, values in own.items():
+            assert torch.equal(together[name][task], values[task]), name
+            assert torch.equal(begun[name][1 - task], values[1 - task]), name
+            assert not torch.equal(begun[name][task], values[task]), name
+    tied = trained_on(alone, task_run(bora | {"tau": 0.1}, lr=0.5), tasks=(0, 1))
+    assert not any(torch.equal(tied[name], values) for name, values in together.items())
+
+
+def test_a_fresh_task_at_theta_predicts_like_the_one_adapter_of_all(alone):
+    run = task_run({"name": "bora", "tau": 1.0, "init_noise": 0.0})
+    model, inputs = build_llava(alone, run.adapter), make_inputs()
+    stepper = Stepper(run, wrap(model, run), SimpleNamespace(), alone, num_domains=2)
+    method, rows = stepper.methods["bora"], len(inputs.tokens)
+
+    def answers(one, task):
+        with torch.no_grad():
+            return one(**inputs.arguments(), domains=torch.full((rows,), task))[inputs.valid]
+
+    apart = [answers(model, task) for task in TASKS_BY_NUMBER]
+    assert not torch.allclose(*apart, rtol=1e-2)
+    method.init(stepper.pairs)
+    frozen = logits_of(build_llava(alone, None), inputs)[inputs.valid]
+    assert all(torch.equal(answers(model, task), frozen) for task in TASKS_BY_NUMBER)
+    # theta after training: any; each task's adapter there, and a model of that adapter alone
+    single = build_llava(alone, replace(run.adapter, num_experts=1, methods=()))
+    own = dict(single.named_parameters())
+    with torch.no_grad():
+        for factor, (name, parameter) in zip(
+            [f for pair in stepper.pairs for f in pair.factors],
+            [(name, p) for name, p in own.items() if ".experts.lora" in name],
+            strict=True,
+        ):
+            theta = theta_of(method, factor).normal_(generator=torch.Generator().manual_seed(len(name)), std=0.2)
+            factor.parameter.copy_(theta.expand_as(factor.parameter))
+            parameter.copy_(theta[None])
+    expected = answers(single, 0)
+    assert (expected - frozen).norm() > 1e-2 * frozen.norm()
+    for task in TASKS_BY_NUMBER:
+        torch.testing.assert_close(answers(model, task), expected)
+
+
+def test_the_published_noise_is_no_exact_zero(alone):
+    run = task_run({"name": "bora", "tau": 1.0, "init_noise": 1e-3})
+    model, inputs = build_llava(alone, run.adapter), make_inputs()
+    build_methods(run, model.lora_pairs(), alone.groups, alone.device)["bora"].init(model.lora_pairs())
+    frozen = logits_of(build_llava(alone, None), inputs)
+    with torch.no_grad():
+        found = model(**inputs.arguments(), domains=torch.zeros(len(inputs.tokens), dtype=torch.int64))
+    distance = float((found - frozen)[inputs.valid].norm() / frozen[inputs.valid].norm())
+    assert 0 < distance < 1e-2
 
 
 def test_a_fresh_run_may_begin_as_noisy_copies(alone):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from made_pairs import Trainer, made_pair, made_run
 
-from mole_mega.adapters.methods import build_methods, lorasculpt
+from mole_mega.adapters.methods import build_methods, check_methods, lorasculpt
 from mole_mega.adapters.methods.lorasculpt import LoRASculptOptions, conflict_mask, conflict_parts, density_at
 from mole_mega.adapters.pairs import squared_norms
 from mole_mega.config import ConfigError
@@ -104,8 +104,37 @@ def test_an_a_that_experts_share_is_pruned_as_one(alone):
     Trainer(method, [pair]).step(noise())
     assert pair.A.parameter.ne(0).sum() == 60 and pair.B.parameter.ne(0).sum() == 2 * 40
     assert float(method.metrics()["density"]) == 0.5
-    with pytest.raises(ConfigError, match=r"gate has one A for all of them"):
-        build(alone, [pair], conflict_weight=1.0, regularise=["gate"])
+    run = made_run({"name": "lorasculpt", "regularise": ["q", "gate"]}, adapter={"share_A": True})
+    with pytest.raises(ConfigError, match=r"with adapter.share_A gate have one A for all of them"):
+        check_methods(run)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "asked", "bare"),
+    [
+        ({"attention": False}, {}, "q, k, v"),
+        ({"attention": False}, {"regularise": ["o", "up"]}, "o"),
+        ({"method": "lora", "layers": ()}, {"regularise": ["q", "up"]}, "up"),
+    ],
+)
+def test_a_regulariser_of_what_carries_no_lora_is_refused(adapter, asked, bare):
+    with pytest.raises(ConfigError, match=f"and regularises {bare}, which carry no LoRA in this run"):
+        check_methods(made_run({"name": "lorasculpt", **asked}, adapter=adapter))
+    assert check_methods(made_run({"name": "lorasculpt", "conflict_weight": 0.0, **asked}, adapter=adapter))
+
+
+def test_a_density_that_keeps_nothing_is_refused(alone):
+    pair = made_pair(alone, randn(4, 30), randn(20, 4))
+    with pytest.raises(ConfigError, match=r"keeps none of the 80 numbers of layers.0.mlp.gate.B.* 0.013 or more"):
+        build(alone, [pair], density=0.012)
+    assert build(alone, [pair], density=0.0125)
+
+
+def test_the_number_that_stays_is_that_of_the_density_as_it_is_written(alone):
+    pair = made_pair(alone, randn(4, 25), randn(25, 4))
+    Trainer(build(alone, [pair], density=0.29, prune_step=1), [pair]).step(noise())
+    assert int(0.29 * 100) == 28
+    assert pair.A.parameter.ne(0).sum() == pair.B.parameter.ne(0).sum() == 29
 
 
 @pytest.mark.parametrize(("density", "rank", "expected"), [(0.1, 8, 0.0773), (0.1, 32, 0.275), (0.04, 32, 0.05)])

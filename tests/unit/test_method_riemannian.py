@@ -5,7 +5,7 @@ import pytest
 import torch
 from made_pairs import made_pair, made_run
 
-from mole_mega.adapters.methods import build_methods
+from mole_mega.adapters.methods import build_methods, check_methods
 from mole_mega.adapters.methods.base import Step
 from mole_mega.adapters.methods.riemannian import precondition, released_sgd_step, sgd_step
 from mole_mega.adapters.mixing import MaskedGate
@@ -173,9 +173,26 @@ def test_each_expert_has_a_preconditioner_of_its_own(alone):
         torch.testing.assert_close(dB[e].double(), expected[1], rtol=1e-4, atol=1e-6)
 
 
-def test_an_a_that_experts_share_is_refused(alone):
-    with pytest.raises(ConfigError, match=r"layers.0.mlp.gate has one A for all experts"):
-        build(alone, made_pair(alone, torch.ones(2, 6), torch.ones(3, 7, 2)))
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_an_a_that_experts_share_is_refused(num_experts):
+    run = made_run({"name": "riemannian"}, adapter={"share_A": True, "num_experts": num_experts})
+    with pytest.raises(ConfigError, match=r"with adapter.share_A one A serves all experts: set it to false"):
+        check_methods(run)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 4.0, 100.0])
+def test_factors_that_are_not_of_full_rank_divide_by_delta_and_not_by_nothing(alone, size):
+    """Two equal columns of B, and a gradient that is not in its range: beside size^2 fp32 does not know delta."""
+    A, _, G = (x.float() for x in made())
+    B = torch.full((7, 2), size)
+    grad_A, grad_B = grads(A, B, G)
+    pair = made_pair(alone, A, B, grad_A=grad_A, grad_B=grad_B)
+    dA, dB = apply(build(alone, pair), pair)
+    expected = preconditioned(*(x.double() for x in (A, B, G)), 1e-6)
+    # grad_A is rounded to fp32 before: what of that is not in the range comes back 1 / delta times as large
+    atol = 1e6 * 2e-7 * float(grad_A.abs().max())
+    torch.testing.assert_close(dA.double(), expected[0], rtol=1e-5, atol=atol)
+    torch.testing.assert_close(dB.double(), expected[1], rtol=1e-5, atol=1e-6)
 
 
 def test_the_released_order_lets_b_see_the_new_a():

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from mole_mega import config as run_config
-from mole_mega.adapters.methods import METHODS, build_methods, check_methods
+from mole_mega.adapters.methods import METHODS, build_methods, check_methods, shorten_methods
 from mole_mega.adapters.methods.base import Method, StateTensor
 from mole_mega.adapters.sharding import Placement
 from mole_mega.config import ConfigError, DataConfig, ModelConfig, PositiveInt, RunConfig, SourceConfig, TrainConfig
 from mole_mega.models.llava import LLaVA
 from mole_mega.training import parity
+from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.parity import scaled_down
+from mole_mega.training.step import Stepper
+from mole_mega.training.trainer import build_model
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {"bora": {"tau": 1.0}}
 
 _RUN, SIZE = scaled_down(
     RunConfig(
@@ -111,13 +113,57 @@ def test_a_new_method_needs_nothing_but_its_line(monkeypatch, alone, run):
     assert measured[name].norm() < 0.2 * plain[name].norm()
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpoilerOptions:
+    value: float
+
+
+class Spoiler(Method):
+    """Puts a value into the gradient at its second call, and counts what follows."""
+
+    Options = SpoilerOptions
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.before, self.after = [], []
+
+    def before_step(self, pairs, step):
+        self.before.append(step.number)
+        if len(self.before) == 2:
+            pairs[0].B.gradient[..., 0, 0] = self.options.value
+
+    def after_step(self, pairs, step):
+        self.after.append(step.number)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_a_step_whose_gradient_a_method_spoils_is_skipped(monkeypatch, alone, run, value):
+    """Also where the gradient is finite and its square is not."""
+    monkeypatch.setitem(METHODS, "spoiler", Spoiler)
+    run = with_methods(run, {"name": "spoiler", "value": 1.0})
+    model = build_model(run, SIZE, alone)
+    stepper = Stepper(run, model, build_optimizer(model, run.train), alone, num_domains=2)
+    # a config holds finite numbers alone
+    stepper.methods["spoiler"].options = SpoilerOptions(value=value)
+    applied, weights = [], []
+    for step in range(3):
+        set_lr(stepper.optimizer, step + 1, run.train)
+        applied.append(stepper.train_step(parity.batches(SIZE, step, 0, 1)).applied)
+        weights.append([p.detach().clone() for p in model.module.parameters() if p.requires_grad])
+    assert applied == [True, False, True] and stepper.applied_steps == 2
+    assert all(torch.equal(new, old) for new, old in zip(weights[1], weights[0], strict=True))
+    assert all(new.isfinite().all() for new in weights[2]) and not torch.equal(weights[2][0], weights[1][0])
+    spoiler = stepper.methods["spoiler"]
+    assert (spoiler.before, spoiler.after) == ([1, 2, 2], [1, 2])
+
+
 # what is refused
 
 
 @pytest.mark.parametrize(
     ("asked", "change", "message"),
     [
-        ([{"name": "nonsense"}], {}, r"methods\[0\].name must be one of bora, lorasculpt, riemannian; got 'nonsense'"),
+        ([{"name": "nonsense"}], {}, rf"methods\[0\].name must be one of {', '.join(METHODS)}; got 'nonsense'"),
         ([{"delta": 1}], {}, r"adapter.methods\[0\] must be a mapping of keys with a name"),
         (["riemannian"], {}, r"adapter.methods\[0\] must be a mapping of keys with a name, got 'riemannian'"),
         ([{"name": "riemannian", "detla": 1}], {}, r"config key adapter.methods\[0\].detla; the nearest .*.delta"),
@@ -253,7 +299,7 @@ def test_a_part_is_cut_as_the_placement_says():
 @pytest.mark.parametrize(
     "off",
     [
-        {"name": "lorasculpt", "density": 1.0, "conflict_weight": 0.0},
+        {"name": "lorasculpt", "density": 1.0, "conflict_weight": 0.0, "prune_step": 1},
         {"name": "bora", "tau": 0.0},
     ],
     ids=lambda tree: tree["name"],
@@ -269,8 +315,8 @@ def test_switched_off_a_method_is_bit_for_bit_the_plain_run(alone, run, off):
 @pytest.mark.parametrize("name", METHODS)
 def test_switched_on_it_is_another_run(alone, run, name):
     plain = parity.record(run, SIZE, alone)
-    options = OPTIONS.get(name, {}) | ({"prune_step": 2} if name == "lorasculpt" else {})
-    measured = parity.record(with_methods(run, {"name": name, **options}), SIZE, alone)
+    example = run_config.load(ROOT / "examples" / name / "run.yaml").adapter.methods
+    measured = parity.record(shorten_methods(with_methods(run, *example), parity.STEPS), SIZE, alone)
     moved = [key for key, tensor in plain.items() if not torch.equal(measured[key], tensor)]
     assert any(key.startswith("weight/") and "lora_gate_B" in key for key in moved)
     assert not any(key.startswith("gradient/") for key in moved)

@@ -103,7 +103,8 @@ class Method:
         """Change the adapters that a fresh run begins with; not called where weights come from a checkpoint."""
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
-        """Add to the reduced gradients or reshape them, in place, before they are clipped."""
+        """Add to the reduced gradients or reshape them, in place, before they are clipped. If one is not finite then,
+        the step is skipped, without its `after_step`, and the next one has its number."""
 
     def after_step(self, pairs: Sequence[Pair], step: Step) -> None:
         """Project the stepped weights, and whatever of them the optimizer holds."""

@@ -80,8 +80,6 @@ class BoRA(Method):
 
     @classmethod
     def workspace_bytes(cls, options: BoRAOptions, pairs: Sequence[PairSize]) -> int:
-        if not options.tau:
-            return 0
         return torch.float32.itemsize * sum(  # the experts' gaps
             pair.experts * (pair.B + (0 if pair.shares_A else pair.A)) for pair in pairs if pair.experts is not None
         )
@@ -96,10 +94,10 @@ class BoRA(Method):
                         factor.parameter.copy_(self._noisy_copies(factor, start))
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
+        if step.number == 1 and self._factors:
+            self._move_thetas([torch.ones(len(f.parameter), device=self.device) for f in self._factors])
         if not self.options.tau or not self._factors:
             return
-        if step.number == 1:
-            self._move_thetas([torch.ones(len(f.parameter), device=self.device) for f in self._factors])
         gaps, squares = self._gaps()
         self._prior = torch.zeros_like(self._prior)
         for factor, gap, square_E in zip(self._factors, gaps, squares, strict=True):
@@ -108,7 +106,8 @@ class BoRA(Method):
             self._prior += energy_E.sum()
 
     def after_step(self, pairs: Sequence[Pair], step: Step) -> None:
-        if not self.options.tau or not self._factors:
+        # at tau 0 too: a run may go on with another one
+        if not self._factors:
             return
         _, squares = self._gaps()
         self._move_thetas([prior(square_E, 1.0, self.options.prior)[1] for square_E in squares])

@@ -18,6 +18,7 @@ The published density 0.1 at rank 32 makes B A 27.5% dense by the paper's own fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from mole_mega.adapters.methods.base import Method, PairSize, StateTensor, Step, once_over_experts
 from mole_mega.adapters.pairs import Factor, Pair, reduce_together
 from mole_mega.adapters.sharding import Placement
-from mole_mega.config import ConfigError, Count, NonNegative, Positive, PositiveInt, Range, RunConfig
+from mole_mega.config import AdapterConfig, ConfigError, Count, NonNegative, Positive, PositiveInt, Range, RunConfig
 
 # of W and of B A that are in memory at once, whatever their size
 _CHUNK_ROWS = 256
@@ -63,10 +64,10 @@ class LoRASculpt(Method):
         self._densities = {pair.name: torch.ones(1, dtype=torch.float64) for pair in pairs}
         self._pairs = pairs
         self._regularised = [p for p in pairs if options.conflict_weight and p.projection in options.regularise]
-        if shared := next((pair.name for pair in self._regularised if pair.shares_A), None):
+        if emptied := next((f for p in pairs for f in p.factors if not _number(options.density, f)), None):
             raise ConfigError(
-                f"adapter.methods lorasculpt regularises each expert's B A, and {shared} has one A for all of them; "
-                "leave its projection out of `regularise`"
+                f"adapter.methods lorasculpt: density {options.density} keeps none of the {emptied.numel():,} numbers "
+                f"of {emptied.name}, whose pair would add nothing for good; it needs {1 / emptied.numel():.2g} or more"
             )
         self._base_norms: list[torch.Tensor] = []  # of what is frozen: measured once, at the first step
         self._conflict = torch.zeros((), dtype=torch.float64, device=device)
@@ -84,10 +85,28 @@ class LoRASculpt(Method):
                 f"adapter.methods lorasculpt prunes from step {options.prune_step} over {options.ramp_steps} steps on, "
                 f"but train.steps is {run.train.steps}: the run would end before"
             )
+        if options.conflict_weight:
+            cls._check_regularised(options, run.adapter)
         if run.monitor.alarms.reaction == "reseed":
             raise ConfigError(
                 "adapter.methods lorasculpt keeps each expert's own support, which monitor.alarms.reaction reseed "
                 "would overwrite with another expert's weights"
+            )
+
+    @staticmethod
+    def _check_regularised(options: LoRASculptOptions, adapter: AdapterConfig) -> None:
+        carry = ("q", "k", "v", "o") * adapter.attention + ("gate", "up", "down") * bool(adapter.layers)
+        if bare := [name for name in options.regularise if name not in carry]:
+            raise ConfigError(
+                f"adapter.methods lorasculpt has conflict_weight {options.conflict_weight} and regularises "
+                f"{', '.join(bare)}, which carry no LoRA in this run; leave them out of `regularise`, or set "
+                "conflict_weight to 0"
+            )
+        shares_A = adapter.method == "mole" and adapter.share_A
+        if shared := [name for name in options.regularise if shares_A and name in ("gate", "up", "down")]:
+            raise ConfigError(
+                f"adapter.methods lorasculpt regularises each expert's B A, and with adapter.share_A "
+                f"{', '.join(shared)} have one A for all of them; leave them out of `regularise`"
             )
 
     @classmethod
@@ -140,7 +159,7 @@ class LoRASculpt(Method):
             if ready:
                 for factor in pair.factors:
                     mask = self._masks[factor.name]
-                    mask.copy_(factor.largest(int(density * factor.numel()), among=mask))
+                    mask.copy_(factor.largest(_number(density, factor), among=mask))
                 self._densities[pair.name].fill_(density)
         for pair in pairs:
             if float(self._densities[pair.name]) < 1:
@@ -156,11 +175,17 @@ class LoRASculpt(Method):
 
     def _kept(self, density: Callable[[Pair], float]) -> int:
         """How many numbers of this stage's whole factors stay at a pair's density."""
-        return sum(f.num_experts * int(density(p) * f.numel()) for p in self._pairs for f in p.factors)
+        return sum(f.num_experts * _number(density(p), f) for p in self._pairs for f in p.factors)
 
     def state(self) -> dict[str, StateTensor]:
         masks = {f"mask.{name}": StateTensor(mask, self._placements[name]) for name, mask in self._masks.items()}
         return masks | {f"density.{name}": StateTensor(d, Placement()) for name, d in self._densities.items()}
+
+
+def _number(density: float, factor: Factor) -> int:
+    """How many numbers of one expert's whole factor stay: floor(density * numel), of the density as it is written, and
+    not of the float below it (0.29 * 100 is 28.999999999999996)."""
+    return math.floor(round(density * factor.numel(), 6))
 
 
 def density_at(step: int, options: LoRASculptOptions) -> float:

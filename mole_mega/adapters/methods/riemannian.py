@@ -9,10 +9,12 @@ A -> S A, B -> B S^-1 changes nothing.
 
 Where this departs from the released code: there B's preconditioner sees A after its own update (`released_sgd_step` is
 that order, for comparison; one optimizer step cannot be split so), Adam has no bias correction and epsilon 1e-6
-(`train.adam_eps` here), and a failed inverse is passed over, where the damped system here is solved. The gradient is
-clipped after it was preconditioned. With B = 0, A's first step is 0 and its next gradients are up to 1 / delta larger:
-with SGD `train.clip_grad` would shrink all other steps with it, so set it to 0 or well above. The paper's rescaling of
-gates is `adapter.rescale_gate` (adapters/mixing.py).
+(`train.adam_eps` here), and a failed inverse is passed over, where the damped system here is solved, in fp64: beside a
+Gram matrix of 16 and more fp32 loses a delta of 1e-6, and factors that are not of full rank would divide by zero.
+
+The gradient is clipped after it was preconditioned. With B = 0, A's first step is 0 and its next gradients are up to
+1 / delta larger: with SGD `train.clip_grad` would shrink all other steps with it, so set it to 0 or well above. The
+paper's rescaling of gates is `adapter.rescale_gate` (adapters/mixing.py).
 
 Adam forgets a constant factor of its gradients, but not one that changes within its memory: dA goes as 1 / ||B|| and dB
 as 1 / ||A||, so they shrink as the factors grow. At large learning rates that is fast, and second moments that remember
@@ -27,10 +29,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mole_mega.adapters.methods.base import Method, PairSize, Step
 from mole_mega.adapters.pairs import Pair, gram_matrices
@@ -50,20 +50,19 @@ class Riemannian(Method):
     Options = RiemannianOptions
     reshapes_gradients = True
 
-    def __init__(
-        self, options: Any, run: RunConfig, pairs: Sequence[Pair], groups: ProcessGroupCollection, device: torch.device
-    ) -> None:
-        super().__init__(options, run, pairs, groups, device)
-        if shared := next((pair.name for pair in pairs if pair.shares_A), None):
+    @classmethod
+    def check(cls, options: RiemannianOptions, run: RunConfig) -> None:
+        if run.adapter.method == "mole" and run.adapter.share_A:
             raise ConfigError(
-                f"adapter.methods riemannian preconditions an expert's A by its B; {shared} has one A for all experts"
+                "adapter.methods riemannian preconditions an expert's A by its B; with adapter.share_A one A serves "
+                "all experts: set it to false"
             )
 
     @classmethod
     def workspace_bytes(cls, options: RiemannianOptions, pairs: Sequence[PairSize]) -> int:
         """Both Gram matrices of every pair, and (dA, dB) of one."""
         grams = sum(2 * (pair.experts or 1) * pair.rank**2 for pair in pairs)
-        return torch.float32.itemsize * (grams + max((pair.numbers for pair in pairs), default=0))
+        return torch.float64.itemsize * (grams + max((pair.numbers for pair in pairs), default=0))
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
         for pair, (gram_A, gram_B) in zip(pairs, gram_matrices(pairs), strict=True):
@@ -75,12 +74,12 @@ class Riemannian(Method):
 def precondition(
     grad_A: torch.Tensor, grad_B: torch.Tensor, gram_A: torch.Tensor, gram_B: torch.Tensor, delta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dA, dB) of the formula above. grad_A [..., R, I] and grad_B [..., O, R] may be parts of the whole along I and O;
-    gram_A = A A^T and gram_B = B^T B, [..., R, R], are of the whole factors."""
+    """(dA, dB) of the formula above, in the dtype of the Gram matrices. grad_A [..., R, I] and grad_B [..., O, R] may
+    be parts of the whole along I and O; gram_A = A A^T and gram_B = B^T B, [..., R, R], are of the whole factors."""
     damping = delta * torch.eye(gram_A.shape[-1], dtype=gram_A.dtype, device=gram_A.device)
     # the check that solve_ex leaves out would wait for the device; the damped matrices are positive definite
-    dA = torch.linalg.solve_ex(gram_B + damping, grad_A).result
-    dB = torch.linalg.solve_ex(gram_A + damping, grad_B.mT).result.mT
+    dA = torch.linalg.solve_ex(gram_B + damping, grad_A.to(gram_B.dtype)).result
+    dB = torch.linalg.solve_ex(gram_A + damping, grad_B.mT.to(gram_A.dtype)).result.mT
     return dA, dB
 
 
