@@ -11,6 +11,7 @@ from mole_mega.estimate.plan import Estimate, Sample, estimate
 from mole_mega.models.mcore_config import check_layout
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.platform.parallel import check_world
+from mole_mega.platform.te import check_precision
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -19,6 +20,7 @@ def check(run: RunConfig, size: LlavaSize, world_size: int) -> None:
     """Raise ConfigError, with the numbers, unless the run's layout and batch divide over `world_size` processes."""
     validate(run)
     check_world(run.parallel, world_size)
+    check_precision(run)
     check_layout(run, size)
     check_batch(run.train, run.parallel.data(world_size))
 
