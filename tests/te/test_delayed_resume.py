@@ -1,7 +1,11 @@
 """With `delayed` scaling a run that is split equals the straight one: the scales, which follow from earlier passes, are
 in the checkpoint."""
 
+import io
+import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import te_delayed
@@ -9,15 +13,22 @@ import torch
 import torch.distributed as dist
 from test_wiring import RUN, SIZE
 
+from mole_mega.checkpoint.base import write_base
 from mole_mega.checkpoint.store import CheckpointStore, RunState
-from mole_mega.config import Fp8Config
+from mole_mega.checkpoint.stream import LazyTensor
+from mole_mega.checkpoint.tensors import StoredTensors
+from mole_mega.config import DataConfig, Fp8Config, MonitorConfig, SourceConfig
+from mole_mega.errors import ExitCode
+from mole_mega.models.backend import on_local_backend
 from mole_mega.models.llava import LLaVA
 from mole_mega.platform.scaling import make_scales, remembers_scales, scale_entries
+from mole_mega.training import parity, trainer
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.parity import batches
 from mole_mega.training.step import Stepper
 from mole_mega.training.trainer import wrap
 
+EXAMPLE_BASE = Path(__file__).parents[2] / "examples" / "tiny_cpu" / "base_hf"
 STEPS, SPLIT = 4, 2
 DELAYED = replace(RUN, train=replace(RUN.train, precision="fp8", steps=STEPS), fp8=Fp8Config(recipe="delayed"))
 
@@ -140,3 +151,36 @@ def test_only_delayed_scaling_remembers(alone):
     assert remembers_scales(DELAYED) and not remembers_scales(RUN)
     assert not remembers_scales(replace(DELAYED, fp8=Fp8Config(recipe="tensorwise")))
     assert scale_entries(LLaVA(DELAYED, SIZE, alone).language_model.decoder, alone.groups.tp_dp_cp) == {}
+
+
+def stored(base: Path) -> dict[str, LazyTensor]:
+    tensors = StoredTensors(base)
+    return {name: LazyTensor(tensors.shape(name), tensors.dtype(name), partial(tensors.read, name)) for name in tensors}
+
+
+def test_a_run_that_is_started_again_goes_on_with_its_scales(alone, tmp_path, monkeypatch):
+    """Through the trainer, its data and its checkpoints."""
+    size = replace(SIZE, language=replace(SIZE.language, vocab_size=512))
+    parity.make_base(on_local_backend(DELAYED), size, alone, tmp_path / "bare")
+    write_base(size, stored(tmp_path / "bare"), tmp_path / "base", EXAMPLE_BASE.glob("*.json"))
+    talk = [{"from": "human", "value": "what is this?"}, {"from": "gpt", "value": "a photograph"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": n, "conversations": talk * (1 + n % 3)} for n in range(9)]))
+    monkeypatch.setattr(trainer, "check_machine", lambda run: None)
+
+    def train(name, steps) -> list[float]:
+        run = replace(
+            DELAYED,
+            run_dir=str(tmp_path / name),
+            model=replace(DELAYED.model, base=str(tmp_path / "base")),
+            data=DataConfig(sources=(SourceConfig(name="made", path=str(tmp_path / "data.json")),), max_length=96),
+            train=replace(DELAYED.train, steps=steps, schedule_steps=STEPS, global_batch_size=2, micro_batch_size=2),
+            monitor=MonitorConfig(tensorboard=False),
+        )
+        te_delayed.forget()
+        assert trainer.Trainer(run, alone, out=io.StringIO()).train() == ExitCode.DONE
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    with te_delayed.rounding():
+        straight = train("straight", STEPS)
+        train("split", SPLIT)
+        assert train("split", STEPS) == straight
