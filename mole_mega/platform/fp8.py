@@ -88,8 +88,14 @@ def _is_kept(linear: Fp8Linear) -> bool:
 
 
 def bytes_kept(module: torch.nn.Module) -> tuple[int, int]:
-    """(bytes of the weights and scales that `module` keeps in FP8, what they would take in the model's dtype)."""
+    """(bytes of the weights and scales that `module` keeps in FP8, what they would take in the model's dtype). Of
+    Transformer Engine's weights, both copies of those that it keeps twice."""
     kept = instead_of = 0
+    for parameter in module.parameters():
+        if is_float8tensor(parameter):
+            parts = parameter.get_metadata().values()  # type: ignore[attr-defined]
+            kept += sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+            instead_of += parameter.numel() * parameter.element_size()  # of the dtype that it stands for
     for linear in kept_in_fp8(module).values():
         kept += linear.weight.nbytes + linear.weight_scale.nbytes
         instead_of += linear.weight.numel() * linear.config.params_dtype.itemsize
