@@ -464,9 +464,10 @@ class Trainer:
             self._say(line)
         kept, instead_of = fp8.bytes_kept(self.model.module)
         if kept:
+            twice = ", for each is kept twice, as it is and turned" if kept > 0.75 * instead_of else ""
             self._say(
                 f"base kept in FP8: its linears take {kept / 2**20:,.1f} MiB of rank 0 instead of "
-                f"{instead_of / 2**20:,.1f} MiB"
+                f"{instead_of / 2**20:,.1f} MiB{twice}"
             )
         if self.run.model.backend == "transformer_engine":
             how = f"in FP8, recipe {self.run.fp8.recipe}" if self.run.train.precision == "fp8" else self.run.train.dtype
