@@ -474,6 +474,11 @@ def _validate_backend(config: RunConfig) -> None:
             "fp8.first_last_layers_bf16 does not go with fp8.recipe delayed, whose largest values are gathered over "
             "all layers together; use tensorwise"
         )
+    if in_fp8 and config.fp8.store_base and config.fp8.recipe == "delayed":
+        raise ConfigError(
+            "fp8.store_base does not go with fp8.recipe delayed: a weight is rounded once, as it is loaded, when no "
+            "pass has set its scale yet, and so by a scale of 1; use tensorwise, which measures what it rounds"
+        )
     if has_te and config.validation.generate:
         raise ConfigError(
             "validation.generate writes answers with a cache of keys that only model.backend local has; set it to "

@@ -93,7 +93,7 @@ class CheckpointStore:
         more: ShardedStateDict | None = None,
     ) -> Path:
         """Write the checkpoint of `state.step`, point `latest` at it and drop the oldest beyond `checkpoint.keep`.
-        `more` are entries that no other of it holds: what methods remember.
+        `more` are entries that no other of it holds: what methods and FP8's scales remember.
 
         Raises CheckpointError on every rank when the disk fails; earlier checkpoints stay as they were.
         """
@@ -162,13 +162,17 @@ class CheckpointStore:
             seed_generators(self.run.train.seed + tree["step"])
         return RunState.from_tree(tree)
 
+    def written_by(self, path: Path) -> RunConfig:
+        """The config of the run that wrote a checkpoint."""
+        return run_config.load(path / "config.yaml")
+
     def changes_since(self, path: Path) -> list[str]:
         """What this run trains otherwise than the one that wrote `path`, "key old -> new" each.
 
         Only what training depends on: neither where nor how often something is written, nor the layout, nor `steps`
         itself; but the end of the learning rate's schedule, which may follow `steps`.
         """
-        old, new = _training_keys(run_config.load(path / "config.yaml")), _training_keys(self.run)
+        old, new = _training_keys(self.written_by(path)), _training_keys(self.run)
         changes = []
         for key, value in new.items():
             if value != old.get(key, value):
@@ -179,11 +183,12 @@ class CheckpointStore:
 
     def _layout(self) -> dict[str, int]:
         p = self.parallel
-        return {"tensor": p.tp_size, "pipeline": p.pp_size, "expert": p.ep_size, "world": p.world_size}
+        sizes = {"tensor": p.tp_size, "pipeline": p.pp_size, "expert": p.ep_size, "world": p.world_size}
+        return sizes | ({"context": p.cp_size} if p.cp_size > 1 else {})
 
     def _check_compatible(self, path: Path) -> None:
         """A run goes on only with the adapters, precision and optimizer that it began with."""
-        old = run_config.load(path / "config.yaml")
+        old = self.written_by(path)
         _check_same_keys(path, old, self.run, ("precision", "optimizer", "distributed_optimizer", "projector"))
         _check_same_tasks(path, old, self.run)
         ours, theirs = ([method["name"] for method in run.adapter.methods] for run in (self.run, old))
@@ -326,11 +331,19 @@ def _training_keys(run: RunConfig) -> dict[str, Any]:
     if run.monitor.alarms.reaction != "none":
         sections["monitor.alarms"] = run.monitor.alarms
     keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
+    keys |= {"model.backend": run.model.backend, **_fp8_keys(run)}
     keys["train.schedule_steps"] = run.train.schedule_steps or run.train.steps
     if run.train.schedule == "constant":
         del keys["train.schedule_steps"]
     del keys["train.steps"], keys["data.validation"]
     return keys
+
+
+def _fp8_keys(run: RunConfig) -> dict[str, Any]:
+    """Those of section fp8 that this run hears."""
+    heard = {"store_base": True, "first_last_layers_bf16": run.fp8.store_base or run.train.precision == "fp8"}
+    heard |= {"recipe": run.train.precision == "fp8", "scale": run.fp8.store_base and run.train.precision != "fp8"}
+    return {f"fp8.{key}": getattr(run.fp8, key) for key, is_heard in heard.items() if is_heard}
 
 
 def _stored_weights(path: Path) -> set[str]:

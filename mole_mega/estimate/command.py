@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 from mole_mega.estimate.gpus import GPUS, usable_memory
 from mole_mega.estimate.memory import Memory
 from mole_mega.estimate.plan import Estimate, Sample, estimate, layout_words
-from mole_mega.estimate.roofline import ASSUMPTIONS
+from mole_mega.estimate.roofline import ASSUMPTIONS, FP8_ASSUMPTIONS
 from mole_mega.estimate.traffic import Traffic
 from mole_mega.models.sizes import SIZES, find_size
 from mole_mega.outputs import check_file
@@ -47,14 +48,16 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")
         if args.length is not None and not 1 <= args.length <= run.data.max_length:
             raise ConfigError(f"--length must be in [1, data.max_length {run.data.max_length}], got {args.length}")
-        if args.images < 0:
-            raise ConfigError(f"--images must be at least 0, got {args.images}")
+        if not 0 <= args.images < math.inf:
+            raise ConfigError(f"--images must be a number of at least 0, got {args.images}")
         if args.json:
             check_file(args.json, "--json")
         size = find_size(Path(run.model.base), args.size)
-        from mole_mega.estimate.search import check, search  # with the rooms that build come torch and Megatron-Core
+        # with the rooms that build come torch and Megatron-Core
+        from mole_mega.estimate.search import check, check_gpu, search
 
         gpu, sample = GPUS[args.gpu], Sample(length=args.length, images=args.images)
+        check_gpu(run, gpu)
         if args.search:
             found, num_candidates = search(run, size, args.gpus, gpu, sample)
             lines = describe_search(found, num_candidates, args.gpus, gpu.name)
@@ -88,6 +91,7 @@ def describe(one: Estimate) -> list[str]:
         f"a step of {run.train.global_batch_size:,} samples takes {time.total:.3g} s, "
         f"{one.tokens_per_second:,.0f} tokens/s: {parts} (seconds, slowest stage)",
         f"assumed: {ASSUMPTIONS}",
+        *([f"assumed of FP8: {FP8_ASSUMPTIONS}"] if run.train.precision == "fp8" else []),
     ]
 
 
@@ -95,11 +99,14 @@ def describe_search(found: Sequence[Estimate], num_candidates: int, world_size: 
     """The fastest layouts for people."""
     if not found:
         return [f"none of {num_candidates:,} layouts fits on {world_size:,} x {gpu}"]
-    rows = [("tensor", "pipeline", "expert", "data", "micro-batch", "recompute", "GB a GPU", "s a step", "tokens/s")]
+    shared = any(one.run.parallel.context > 1 for one in found[:SHOWN])
+    columns = ["tensor", "pipeline", "expert", *(["context"] if shared else []), "data"]
+    rows = [(*columns, "micro-batch", "recompute", "GB a GPU", "s a step", "tokens/s")]
     for one in found[:SHOWN]:
         parallel, train = one.run.parallel, one.run.train
         rows.append((
             str(parallel.tensor), str(parallel.pipeline), str(parallel.expert),
+            *([str(parallel.context)] if shared else []),
             str(parallel.data(world_size)), str(train.micro_batch_size), train.recompute,
             f"{one.memory[one.fullest].total / _GB:.1f}", f"{one.time.total:.3g}", f"{one.tokens_per_second:,.0f}",
         ))  # fmt: skip

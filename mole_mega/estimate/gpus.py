@@ -11,6 +11,7 @@ class Gpu:
     GPU's share of what joins hosts."""
 
     name: str
+    capability: tuple[int, int]
     memory: float
     bandwidth: float
     peak_bf16: float
@@ -31,23 +32,23 @@ _GB = 1e9
 GPUS: dict[str, Gpu] = {
     "a100": Gpu(
         name="A100 80 GB", memory=80 * 2**30, bandwidth=2039 * _GB, peak_bf16=312e12, peak_fp32=19.5e12,
-        peak_fp8=None, link=300 * _GB, network=25 * _GB,
+        capability=(8, 0), peak_fp8=None, link=300 * _GB, network=25 * _GB,
     ),
     "a100_40": Gpu(
         name="A100 40 GB", memory=40 * 2**30, bandwidth=1555 * _GB, peak_bf16=312e12, peak_fp32=19.5e12,
-        peak_fp8=None, link=300 * _GB, network=25 * _GB,
+        capability=(8, 0), peak_fp8=None, link=300 * _GB, network=25 * _GB,
     ),
     "h100": Gpu(
         name="H100 SXM 80 GB", memory=80 * 2**30, bandwidth=3350 * _GB, peak_bf16=989e12, peak_fp32=67e12,
-        peak_fp8=1979e12, link=450 * _GB, network=50 * _GB,
+        capability=(9, 0), peak_fp8=1979e12, link=450 * _GB, network=50 * _GB,
     ),
     "h200": Gpu(
         name="H200 SXM 141 GB", memory=141 * _GB, bandwidth=4800 * _GB, peak_bf16=989e12, peak_fp32=67e12,
-        peak_fp8=1979e12, link=450 * _GB, network=50 * _GB,
+        capability=(9, 0), peak_fp8=1979e12, link=450 * _GB, network=50 * _GB,
     ),
     "b200": Gpu(
         name="B200 180 GB", memory=180 * _GB, bandwidth=8000 * _GB, peak_bf16=2250e12, peak_fp32=80e12,
-        peak_fp8=4500e12, link=900 * _GB, network=50 * _GB,
+        capability=(10, 0), peak_fp8=4500e12, link=900 * _GB, network=50 * _GB,
     ),
 }  # fmt: skip
 

@@ -5,8 +5,7 @@ Megatron-Core's local attention, which keeps its score matrices; Transformer Eng
 workspace beside it. Sequences are as long as `Shape.length`, so what is counted is the longest that the run may meet.
 
 Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, NCCL's
-buffers, what dropout keeps, and what Transformer Engine keeps in FP8 beside a base that is in bf16 (a byte or two a
-weight).
+buffers, and what dropout keeps.
 
 Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts, K experts
 that a token uses.
@@ -26,6 +25,7 @@ from mole_mega.estimate.parameters import (
     decoder_linears,
     fp8_bytes,
     mlp_lora,
+    multiplied_in_fp8,
     padded_vocabulary,
     router_widths,
     stage_layers,
@@ -34,7 +34,7 @@ from mole_mega.estimate.parameters import (
 )
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.sizes import LlavaSize
-from mole_mega.platform.recipes import sequence_multiple
+from mole_mega.platform.recipes import recipe_of, sequence_multiple
 
 BYTES = {"fp32": 4, "bf16": 2}
 FP32 = 4
@@ -155,7 +155,10 @@ def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tup
     optimizer = ((moments + master) * dense + moments * numbers.routers) // share
     optimizer += (moments + master) * numbers.experts // expert_share
     frozen = width * numbers.frozen(projector=train.projector) + (FP32 - width) * numbers.score_biases
-    if run.fp8.store_base:
+    if recipe := recipe_of(run):  # beside the base in bf16, or instead of it
+        instead_of = width if run.fp8.store_base else 0
+        frozen += int((recipe.weight_bytes - instead_of) * multiplied_in_fp8(run, size, stage))
+    elif run.fp8.store_base:
         num_weights, scales = fp8_bytes(run, size, stage)
         frozen += scales - (width - 1) * num_weights
     return frozen, trained, gradients, optimizer
@@ -338,7 +341,7 @@ def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape
 def _decoded(run: RunConfig, linears: list[tuple[int, int]]) -> int:
     """The weight of the largest of these linears, taken back from FP8 for a product."""
     largest = max(rows * columns for rows, columns in linears)
-    return largest * BYTES[run.train.dtype] if run.fp8.store_base else 0
+    return largest * BYTES[run.train.dtype] if run.fp8.store_base and recipe_of(run) is None else 0
 
 
 def _kept_for_good(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:

@@ -100,13 +100,24 @@ def router_widths(run: RunConfig, size: LanguageSize) -> tuple[int, ...]:
     return by_scope.get(run.adapter.router_scope, ()) if run.adapter.method == "mole" else ()
 
 
+def multiplied_in_fp8(run: RunConfig, size: LlavaSize, stage: int) -> int:
+    """How many of one rank's frozen weights are multiplied in FP8: the decoder's linears with train.precision fp8."""
+    if run.train.precision != "fp8":
+        return 0
+    one_layer = sum(rows * columns for rows, columns in decoder_linears(size.language, run.parallel.tensor))
+    return _layers_in_fp8(run, size, stage) * one_layer
+
+
+def _layers_in_fp8(run: RunConfig, size: LlavaSize, stage: int) -> int:
+    as_they_are = (0, size.language.num_layers - 1) if run.fp8.first_last_layers_bf16 else ()
+    return sum(layer not in as_they_are for layer in stage_layers(run, size, stage))
+
+
 def fp8_bytes(run: RunConfig, size: LlavaSize, stage: int) -> tuple[int, int]:
     """(weights, bytes of their scales) of one rank's linears of tower and decoder, which `fp8.store_base` keeps at one
-    byte a weight."""
-    layers, first = stage_layers(run, size, stage), stage == 0
-    as_they_are = (0, size.language.num_layers - 1) if run.fp8.first_last_layers_bf16 else ()
-    num_layers = sum(layer not in as_they_are for layer in layers)
-    linears = num_layers * decoder_linears(size.language, run.parallel.tensor)
+    byte a weight where products are not in FP8."""
+    first = stage == 0
+    linears = _layers_in_fp8(run, size, stage) * decoder_linears(size.language, run.parallel.tensor)
     linears += first * size.vision.num_built_layers * vision_linears(size.vision, run.parallel.tensor)
     if run.fp8.scale == "channel":
         num_scales = sum(rows for rows, _ in linears)

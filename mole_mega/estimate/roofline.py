@@ -1,9 +1,10 @@
 """How long a step takes, by a simple roofline. Good for ranking layouts, not for promising a date.
 
-Assumptions, all of them: GEMMs reach `EFFICIENCY` of the peak; what autograd keeps is written once and read once, and
-half as much again passes through memory; links reach `LINK_EFFICIENCY` of their bandwidth; nothing overlaps; a group
-that does not fit on one host goes at the network's speed; routing is balanced; samples are as long as the shape says;
-every stage waits for the slowest (bubble of 1F1B, arXiv 2104.04473: (P - 1) micro-batches).
+Assumptions, all of them: GEMMs reach `EFFICIENCY` of the peak (in FP8 of FP8's, and rounding costs nothing); what
+autograd keeps is written once and read once, and half as much again passes through memory; links reach
+`LINK_EFFICIENCY` of their bandwidth; nothing overlaps; a group that does not fit on one host goes at the network's
+speed; routing is balanced; samples are as long as the shape says; every stage waits for the slowest (bubble of 1F1B,
+arXiv 2104.04473: (P - 1) micro-batches).
 """
 
 from __future__ import annotations
@@ -20,15 +21,27 @@ from mole_mega.estimate.memory import (
     saved_activations,
     stage_memory,
 )
-from mole_mega.estimate.parameters import fp8_bytes, padded_vocabulary, stage_layers, stage_parameters
+from mole_mega.estimate.parameters import (
+    fp8_bytes,
+    multiplied_in_fp8,
+    padded_vocabulary,
+    stage_layers,
+    stage_parameters,
+)
 from mole_mega.estimate.traffic import stage_traffic
 from mole_mega.models.sizes import LlavaSize
+from mole_mega.platform.recipes import recipe_of
 
 EFFICIENCY = 0.5
 LINK_EFFICIENCY = 0.7
 ASSUMPTIONS = (
     f"GEMMs at {EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}, nothing overlaps, balanced routing, "
     "every sample of the longest length"
+)
+
+FP8_ASSUMPTIONS = (
+    "its products at the same share of FP8's peak, rounding costs nothing; each weight is kept twice, as it is and "
+    "turned (a Blackwell's tensorwise and delayed keep one)"
 )
 
 
@@ -41,6 +54,7 @@ class StepTime:
     tensor: float
     pipeline: float
     expert: float
+    context: float
     bubble: float
     data: float
     optimizer: float
@@ -48,8 +62,8 @@ class StepTime:
     @property
     def total(self) -> float:
         return (
-            self.compute + self.memory + self.tensor + self.pipeline + self.expert + self.bubble + self.data
-            + self.optimizer
+            self.compute + self.memory + self.tensor + self.pipeline + self.expert + self.context + self.bubble
+            + self.data + self.optimizer
         )  # fmt: skip
 
 
@@ -97,23 +111,37 @@ def micro_batch_flops(run: RunConfig, size: LlavaSize, stage: int, shape: Shape)
     return flops
 
 
+def fp8_flops(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> float:
+    """Those of `micro_batch_flops` that are in FP8: the decoder's frozen products."""
+    passes = 3 if run.train.recompute == "full" else 2
+    return 2.0 * passes * shape.tokens * multiplied_in_fp8(run, size, stage)
+
+
 def _stage_time(run: RunConfig, size: LlavaSize, world_size: int, stage: int, shape: Shape, gpu: Gpu) -> StepTime:
     parallel, num_batches = run.parallel, num_micro_batches(run, world_size)
     memory = stage_memory(run, size, world_size, stage, shape)
     traffic = stage_traffic(run, size, world_size, stage, shape)
-    compute = micro_batch_flops(run, size, stage, shape) / (EFFICIENCY * gpu.peak(run.train.dtype))
-    moved = 3 * saved_activations(run, size, stage, shape) + 2 * memory.frozen
-    if run.fp8.store_base:  # what is decoded is written and read, forward and backward
-        moved += 2 * 2 * BYTES[run.train.dtype] * fp8_bytes(run, size, stage)[0]
+    in_fp8 = fp8_flops(run, size, stage, shape)
+    others = micro_batch_flops(run, size, stage, shape) - in_fp8
+    compute = (others / gpu.peak(run.train.dtype) + in_fp8 / gpu.peak("fp8")) / EFFICIENCY
+    weights = float(memory.frozen)
+    if recipe := recipe_of(run):  # each pass reads one byte a weight of all that is kept
+        kept = recipe.weight_bytes + (0 if run.fp8.store_base else BYTES[run.train.dtype])
+        weights -= (kept - 1) * multiplied_in_fp8(run, size, stage)
+    elif run.fp8.store_base:  # what is decoded is written and read
+        weights += 2 * BYTES[run.train.dtype] * fp8_bytes(run, size, stage)[0]
+    moved = 3 * saved_activations(run, size, stage, shape) + 2 * weights
     passing = moved / gpu.bandwidth
     ranks_a_stage = world_size // parallel.pipeline
     seconds = {
         "tensor": traffic.tensor / _speed(gpu, parallel.tensor),
         "expert": traffic.expert / _speed(gpu, parallel.tensor * parallel.expert),
+        "context": traffic.context / _speed(gpu, parallel.tensor * parallel.context),
         "pipeline": traffic.pipeline / _speed(gpu, world_size),
         "data": traffic.data / _speed(gpu, ranks_a_stage),
     }
-    in_a_batch = compute + passing + (seconds["tensor"] + seconds["expert"] + seconds["pipeline"]) / num_batches
+    travelling = sum(seconds[kind] for kind in ("tensor", "expert", "context", "pipeline"))
+    in_a_batch = compute + passing + travelling / num_batches
     return StepTime(
         compute=compute * num_batches,
         memory=passing * num_batches,

@@ -21,11 +21,13 @@ from mole_mega.models.sizes import LanguageSize, LlavaSize
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
     """Bytes by kind: `tensor` (with sequence parallelism), `pipeline`, `expert` (tokens to their experts and back,
-    or the experts' weights and their gradients) and `data` (gradients, and weights under the distributed optimizer)."""
+    or the experts' weights and their gradients), `context` (keys and values around the ranks that share a sequence, and
+    their gradients) and `data` (gradients, and weights under the distributed optimizer)."""
 
     tensor: int = 0
     pipeline: int = 0
     expert: int = 0
+    context: int = 0
     data: int = 0
 
     @property
@@ -62,6 +64,7 @@ def stage_traffic(run: RunConfig, size: LlavaSize, world_size: int, stage: int, 
         tensor=tensor,
         pipeline=neighbours * part * num_batches + copies,
         expert=passes * num_adapted * num_batches * width * expert_numbers(run, size, shape),
+        context=_ring_attention(run, language, shape) * num_layers * num_batches,
         data=_sync(dense, data, run) + _sync(numbers.experts, data // parallel.expert, run),
     )
 
@@ -73,6 +76,15 @@ def expert_numbers(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
         return 0
     sent = ExpertTraffic.of(run.adapter, run.parallel, language.hidden_size, language.ffn_hidden_size, shape.tokens)
     return sent.tokens if expert_parallel(run, size).form == "tokens" else sent.weights
+
+
+def _ring_attention(run: RunConfig, size: LanguageSize, shape: Shape) -> int:
+    """Bytes that a rank sends for one layer and micro-batch: each rank's keys and values go past all others, forward
+    and backward, and their gradients backward (ring attention, arXiv 2310.01889)."""
+    groups = size.num_kv_heads * size.kv_channels // run.parallel.tensor
+    keys_and_values = 2 * shape.tokens * groups * BYTES[run.train.dtype]
+    rounds = 3 if run.train.recompute == "none" else 4
+    return rounds * (run.parallel.context - 1) * keys_and_values
 
 
 def partial_gradients(

@@ -51,12 +51,21 @@ def make_room(module: torch.nn.Module, scale_of: ScaleOf) -> None:
 
 
 def kept_in_fp8(module: torch.nn.Module) -> dict[str, Fp8Linear]:
-    """The linears in `module` that hold their weight in FP8, by the weight's name."""
-    return {f"{name}.weight": linear for name, linear in _linears(module) if _is_kept(linear)}
+    """The linears in `module` that hold their weight in FP8, as here or as Transformer Engine does, by the weight's
+    name."""
+    return {
+        f"{name}.weight": linear
+        for name, linear in module.named_modules()
+        if is_float8tensor(getattr(linear, "weight", None)) or (_is_megatrons(linear) and _is_kept(linear))
+    }
 
 
 def keep(linear: Fp8Linear, weight_OI: torch.Tensor) -> None:
     """Keep this rank's part of a weight, of any dtype, in FP8. Tensor-parallel ranks call it together."""
+    if is_float8tensor(linear.weight):
+        with torch.no_grad():
+            linear.weight.copy_(weight_OI)
+        return
     by_channel = linear.weight_scale.shape == (weight_OI.shape[0], 1)
     group = linear.tp_group if by_channel and isinstance(linear, RowParallelLinear) else None
     q_OI, scale = quantise(weight_OI, "channel" if by_channel else "block", group)
@@ -88,18 +97,27 @@ def _is_kept(linear: Fp8Linear) -> bool:
 
 
 def bytes_kept(module: torch.nn.Module) -> tuple[int, int]:
-    """(bytes of the weights and scales that `module` keeps in FP8, what they would take in the model's dtype)."""
+    """(bytes of the weights and scales that `module` keeps in FP8, what they would take in the model's dtype). Of
+    Transformer Engine's weights, both copies of those that it keeps twice."""
     kept = instead_of = 0
     for linear in kept_in_fp8(module).values():
-        kept += linear.weight.nbytes + linear.weight_scale.nbytes
+        if is_float8tensor(linear.weight):
+            parts = [part for part in linear.weight.get_metadata().values() if isinstance(part, torch.Tensor)]
+        else:
+            parts = [linear.weight, linear.weight_scale]
+        kept += sum(part.nbytes for part in parts)
         instead_of += linear.weight.numel() * linear.config.params_dtype.itemsize
     return kept, instead_of
 
 
 def _linears(module: torch.nn.Module) -> Iterator[tuple[str, Fp8Linear]]:
     for name, child in module.named_modules():
-        if isinstance(child, ColumnParallelLinear | RowParallelLinear):
+        if _is_megatrons(child):
             yield name, child
+
+
+def _is_megatrons(module: torch.nn.Module) -> bool:
+    return isinstance(module, ColumnParallelLinear | RowParallelLinear)
 
 
 def _make_room(name: str, linear: Fp8Linear, scale_of: ScaleOf) -> None:

@@ -15,12 +15,13 @@ _PAD_TO = 8
 class Recipe:
     """A way to scale tensors. `format`: hybrid has gradients in e5m2. `multiple`: of what rows (tokens) and widths of a
     product must be a multiple. `capability`: the least of a GPU, and `below`, which it must be below; `cuda`: the least
-    of what torch was built for."""
+    of what torch was built for. `weight_bytes`: what is kept of each number of a frozen weight, scales included."""
 
     format: str
     multiple: int
     capability: tuple[int, int]
     gpus: str
+    weight_bytes: float
     below: tuple[int, int] | None = None
     cuda: tuple[int, int] = (12, 1)
 
@@ -36,12 +37,14 @@ class Recipe:
 
 
 # As Transformer Engine 2.20 checks them. It takes rows in eights and widths in sixteens; the gradient's product swaps
-# the two.
+# the two. Of a weight it keeps two copies, for the forward product and, the other way round, for the backward one. (One
+# by delayed and tensorwise on Blackwell, whose products read either way; counted are two.) Scales: an fp32 number a
+# 128 x 128 block, a byte for each 32 numbers.
 RECIPES = {
-    "delayed": Recipe("hybrid", 16, (8, 9), "Ada, Hopper, Blackwell"),
-    "tensorwise": Recipe("hybrid", 16, (8, 9), "Ada, Hopper, Blackwell"),
-    "blockwise": Recipe("e4m3", 16, (9, 0), "Hopper, Blackwell", cuda=(12, 9)),
-    "mxfp8": Recipe("e4m3", 32, (10, 0), "Blackwell", below=(12, 0)),
+    "delayed": Recipe("hybrid", 16, (8, 9), "Ada, Hopper, Blackwell", 2),
+    "tensorwise": Recipe("hybrid", 16, (8, 9), "Ada, Hopper, Blackwell", 2),
+    "blockwise": Recipe("e4m3", 16, (9, 0), "Hopper, Blackwell", 2 * (1 + 4 / 128**2), cuda=(12, 9)),
+    "mxfp8": Recipe("e4m3", 32, (10, 0), "Blackwell", 2 * (1 + 1 / 32), below=(12, 0)),
 }
 
 

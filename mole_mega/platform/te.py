@@ -24,11 +24,7 @@ def check_machine(run: RunConfig) -> None:
         raise ConfigError(f"{asked} needs a CUDA GPU, and torch sees none; {_INSTEAD}")
     if why := why_unusable():
         raise ConfigError(f"{asked} needs Transformer Engine, which {why}; {_INSTEAD}")
-    if run.parallel.context > 1 and run.train.precision == "fp32":
-        raise ConfigError(
-            f"parallel.context {run.parallel.context}: Transformer Engine's attention over ranks computes in half "
-            "precision alone; train.precision is fp32"
-        )
+    check_precision(run)
     recipe = recipe_of(run)
     if recipe is None:
         return
@@ -38,6 +34,15 @@ def check_machine(run: RunConfig) -> None:
         instead = f"this GPU takes fp8.recipe {' or '.join(usable)}" if usable else _INSTEAD
         gpu = f"{torch.cuda.get_device_name()} of {dotted(capability)}"
         raise ConfigError(f"fp8.recipe {run.fp8.recipe} {why}; this is {gpu}. {instead}")
+
+
+def check_precision(run: RunConfig) -> None:
+    """Raise ConfigError where no machine computes as the run asks."""
+    if run.parallel.context > 1 and run.train.precision == "fp32":
+        raise ConfigError(
+            f"parallel.context {run.parallel.context}: Transformer Engine's attention over ranks computes in half "
+            "precision alone; train.precision is fp32"
+        )
 
 
 def why_unusable() -> str:

@@ -30,6 +30,7 @@ from mole_mega.models.mcore_config import check_layout
 from mole_mega.models.sizes import LlavaSize
 from mole_mega.platform.parallel import check_world
 from mole_mega.platform.pretend import rank_of
+from mole_mega.platform.te import check_precision
 from mole_mega.training.trainer import check_batch, wrap
 from mole_mega.wording import number_of
 
@@ -80,6 +81,7 @@ def dry_run(run: RunConfig, size: LlavaSize, world_size: int, base: Path | None)
     """
     start = time.perf_counter()
     check_world(run.parallel, world_size)
+    check_precision(run)
     check_layout(run, size)
     check_methods(run)
     buildable = on_local_backend(run)

@@ -48,6 +48,7 @@ from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress
 from mole_mega.platform import fp8
 from mole_mega.platform.parallel import Parallel
 from mole_mega.platform.recipes import sequence_multiple
+from mole_mega.platform.scaling import make_scales, remembers_scales, scale_entries
 from mole_mega.platform.te import check_machine
 from mole_mega.platform.watchdog import Watchdog
 from mole_mega.training.evaluation import (
@@ -316,7 +317,9 @@ class Trainer:
         """Where this run begins: its own newest checkpoint, another run's weights, or the base alone."""
         latest = self.store.latest()
         if latest is not None:
-            state = self.store.load(latest, self.model, self.optimizer, self._method_entries())
+            if remembers_scales(self.run) and remembers_scales(self.store.written_by(latest)):
+                make_scales(self.model.module.language_model.decoder)
+            state = self.store.load(latest, self.model, self.optimizer, self._remembered())
             self.stepper.applied_steps = state.applied_steps
             if state.base_hash != self.base_hash:
                 raise ConfigError(
@@ -344,14 +347,18 @@ class Trainer:
     def _save(self) -> None:
         self._take_stock()
         try:
-            path = self.store.save(self.model, self.optimizer, self.state, self._method_entries())
+            path = self.store.save(self.model, self.optimizer, self.state, self._remembered())
         except files.CheckpointError as error:
             raise files.CheckpointError(f"{error}. Last good checkpoint: {self.store.latest() or 'none'}") from error
         self._write_mixture()
         self._say(f"saved {path}")
 
-    def _method_entries(self) -> ShardedStateDict:
-        return method_entries(self.stepper.methods, self.parallel.groups)
+    def _remembered(self) -> ShardedStateDict:
+        """The checkpoint entries of what neither weights nor optimizer hold; all ranks call it."""
+        entries = method_entries(self.stepper.methods, self.parallel.groups)
+        if remembers_scales(self.run):
+            entries |= scale_entries(self.model.module.language_model.decoder, self.parallel.groups.tp_dp_cp)
+        return entries
 
     def _mixtures_before(self) -> tuple[int, tuple[tally.Phase, ...]]:
         """(the step after which this run's mixture began, the phases before it): a run that goes on with the mixture
@@ -457,9 +464,10 @@ class Trainer:
             self._say(line)
         kept, instead_of = fp8.bytes_kept(self.model.module)
         if kept:
+            twice = ", for each is kept twice, as it is and turned" if kept > 0.75 * instead_of else ""
             self._say(
                 f"base kept in FP8: its linears take {kept / 2**20:,.1f} MiB of rank 0 instead of "
-                f"{instead_of / 2**20:,.1f} MiB"
+                f"{instead_of / 2**20:,.1f} MiB{twice}"
             )
         if self.run.model.backend == "transformer_engine":
             how = f"in FP8, recipe {self.run.fp8.recipe}" if self.run.train.precision == "fp8" else self.run.train.dtype

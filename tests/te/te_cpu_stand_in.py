@@ -37,7 +37,7 @@ def install() -> None:
     if te.Linear.forward is linear:
         return
     # a constructor refuses without CUDA, and then makes nothing on it that it was not told to
-    base.torch = cpu._View(torch, cuda=cpu._View(torch.cuda, is_available=lambda: True))
+    base.torch = cpu._View(torch, cuda=cpu._View(torch.cuda, is_available=lambda: True, synchronize=lambda: None))
     te.Linear.forward = linear
     te.LayerNormLinear.forward = norm_and_linear
     te.LayerNorm.forward = lambda self, x: layer_norm(x, self.weight, self.bias, self)
@@ -74,6 +74,10 @@ def norm_and_linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None
     return linear(self, x, is_first_microbatch)
 
 
+def multiply(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, self.weight, self.bias if self.apply_bias else None)
+
+
 def linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None, **_: Any) -> Any:
     is_parallel = self.parallel_mode is not None and self.tp_size > 1
     if is_parallel and self.parallel_mode == "column":
@@ -85,7 +89,7 @@ def linear(self: Any, x: torch.Tensor, is_first_microbatch: bool | None = None, 
         rows, multiple = math.prod(x.shape[:-1]), 32 if _recipes[-1] == "mxfp8" else 16
         assert rows and rows % multiple == x.shape[-1] % multiple == self.out_features % multiple == 0, (x.shape, self)
         in_fp8.append((self, rows))
-    y = F.linear(x, self.weight, self.bias if self.apply_bias else None)
+    y = multiply(self, x)
     if is_parallel and self.parallel_mode == "row":
         assert not self.apply_bias, "every rank would add it"
         if self.sequence_parallel:

@@ -40,6 +40,8 @@ CASES = [
     # the sequence over two ranks; experts over them too
     case(CP, 2),
     case(CP_EP, 2),
+    # each part of a sequence cut again
+    case(ParallelConfig(tensor=2, context=2), 4),
 ]
 
 

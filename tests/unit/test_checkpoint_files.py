@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mole_mega import config
 from mole_mega.checkpoint import base, files
 from mole_mega.checkpoint.files import MANIFEST, CheckpointError, folder_hash, incomplete_name, publish, verify
-from mole_mega.checkpoint.store import complete_checkpoints
-from mole_mega.config import AdapterConfig, DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
+from mole_mega.checkpoint.store import CheckpointStore, complete_checkpoints
+from mole_mega.config import AdapterConfig, DataConfig, Fp8Config, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from mole_mega.errors import ConfigError
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import SIZES
@@ -435,3 +437,33 @@ def test_a_base_of_another_size_is_refused_with_the_tensor_named(alone, honest):
     layer.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape[0], layer.weight.shape[1] + 8))
     with pytest.raises(CheckpointError, match=r"does not fit the model: .*linear_fc2"):
         base.load_base(model, honest)
+
+
+IN_FP8 = {"model": ModelConfig(base="base", backend="transformer_engine"), "precision": "fp8"}
+STORED = Fp8Config(store_base=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ({}, {"fp8": STORED}, ["fp8.store_base False -> True"]),
+        ({"fp8": STORED}, {"fp8": replace(STORED, scale="block")}, ["fp8.scale channel -> block"]),
+        ({}, {"fp8": Fp8Config(scale="block", recipe="mxfp8", first_last_layers_bf16=True)}, []),
+        (IN_FP8, IN_FP8 | {"fp8": Fp8Config(recipe="delayed")}, ["fp8.recipe tensorwise -> delayed"]),
+        ({}, {"model": IN_FP8["model"]}, ["model.backend local -> transformer_engine"]),
+        ({}, {"model": ModelConfig(base="elsewhere")}, []),
+    ],
+)  # fmt: skip
+def test_a_base_that_computes_otherwise_is_said(tmp_path, first, then, told):
+    """Adapters that were trained beside one base go on beside another one; what a run does not hear is not told."""
+
+    def run_of(precision="bf16", **sections):
+        source = SourceConfig(name="a", path=str(tmp_path / "a"))
+        sections = {"model": ModelConfig(base="base")} | sections
+        return RunConfig(
+            run_dir=str(tmp_path), train=TrainConfig(steps=4, precision=precision),
+            data=DataConfig(sources=(source,)), **sections,
+        )  # fmt: skip
+
+    (tmp_path / "config.yaml").write_text(config.dump(run_of(**first)))
+    assert CheckpointStore(run_of(**then), None).changes_since(tmp_path) == told

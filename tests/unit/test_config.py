@@ -233,6 +233,14 @@ SIGMOID = {
             ["fp8.first_last_layers_bf16", "fp8.recipe delayed", "tensorwise"],
         ),
         (
+            {
+                "model": {"backend": "transformer_engine"},
+                "train": {"precision": "fp8"},
+                "fp8": {"recipe": "delayed", "store_base": True},
+            },
+            ["fp8.store_base", "fp8.recipe delayed", "scale of 1", "tensorwise"],
+        ),
+        (
             {"model": {"backend": "transformer_engine"}, "validation": {"generate": True}},
             ["validation.generate", "model.backend local"],
         ),

@@ -449,6 +449,72 @@ def test_16384_gpus_are_estimated_at_once():
     assert len(one.memory) == 8
 
 
+IN_FP8 = ["model.backend=transformer_engine", "train.precision=fp8"]
+
+
+def with_te(run, **fp8):
+    """The run with Transformer Engine, in FP8 where its precision says so."""
+    return replace(run, model=replace(run.model, backend="transformer_engine"), fp8=Fp8Config(**fp8))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kept"), [("tensorwise", 2), ("delayed", 2), ("blockwise", 2 * 1.000244140625), ("mxfp8", 2.0625)]
+)
+def test_what_transformer_engine_keeps_of_weights_in_fp8_is_counted(recipe, kept):
+    """By hand: 32 layers of q, k, v, o and gate, up, down. Both copies, of the decoder alone."""
+    size, train = SIZES["llava15_7b"], {"global_batch_size": 64, "micro_batch_size": 1}
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+
+    def frozen(precision, **fp8):
+        run = with_te(run_of(train=train | {"precision": precision}), **fp8)
+        return stage_memory(run, size, 8, 0, micro_batch(run)).frozen
+
+    bf16 = frozen("bf16")
+    assert frozen("fp8", recipe=recipe) - bf16 == pytest.approx(kept * weights, abs=1)
+    if recipe != "delayed":
+        assert frozen("fp8", recipe=recipe, store_base=True) - bf16 == pytest.approx((kept - 2) * weights, abs=1)
+        spared = frozen("fp8", recipe=recipe, first_last_layers_bf16=True)
+        assert spared - bf16 == pytest.approx(kept * weights * 30 / 32, abs=1)
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [("none", 2), ("selective", 2), ("full", 3)])
+def test_a_frozen_product_in_fp8_takes_the_time_of_fp8s_peak(recompute, passes):
+    size, h100 = SIZES["llava15_7b"], GPUS["h100"]
+
+    def compute(precision):
+        train = {"global_batch_size": 16, "micro_batch_size": 1, "precision": precision, "recompute": recompute}
+        run = with_te(run_of(train=train))
+        run = replace(run, data=replace(run.data, max_length=2048))
+        return estimate(run, size, 8, h100, Sample()).time.compute
+
+    flops = 2 * passes * 2048 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    saved = 2 * flops / 0.5 * (1 / 989e12 - 1 / 1979e12)  # two micro-batches a rank
+    assert compute("bf16") - compute("fp8") == pytest.approx(saved, rel=1e-6)
+
+
+def test_traffic_of_a_sequence_over_ranks():
+    """By hand: keys and values of 512 places past 3 others, twice forward with recomputed attention, and twice back."""
+    train = {"global_batch_size": 4, "micro_batch_size": 1, "recompute": "selective"}
+    run = with_te(run_of(ParallelConfig(tensor=2, context=4), train=train))
+    run = replace(run, data=replace(run.data, max_length=2048))
+    sent = stage_traffic(run, SIZES["llava15_7b"], 8, 0, micro_batch(run))
+    assert sent.context == 4 * 3 * (2 * 512 * 2048 * 2) * 32 * 4
+    alone = replace(run, parallel=ParallelConfig(tensor=2))
+    assert stage_traffic(alone, SIZES["llava15_7b"], 8, 0, micro_batch(alone)).context == 0
+
+
+def test_the_search_shares_sequences_where_that_can_be_computed():
+    run = run_of(train={"global_batch_size": 4, "micro_batch_size": 1}, adapter={"num_experts": 3})
+    size = SIZES["llava15_7b"]
+
+    def contexts(run):
+        return {one.run.parallel.context for one in search(run, size, 8, GPUS["h200"], Sample())[0]}
+
+    assert contexts(run) == {1}
+    assert contexts(with_te(run)) == {1, 2, 4, 8}
+    assert contexts(with_te(replace(run, train=replace(run.train, precision="fp32")))) == {1}
+
+
 @pytest.fixture
 def run_file(tmp_path):
     path = tmp_path / "run.yaml"
@@ -486,7 +552,11 @@ def test_the_command_says_what_travels(run_file, tmp_path, capsys):
         (["--gpus", "0"], "--gpus must be at least 1, got 0"),
         (["--gpus", "3"], "train.global_batch_size 64 is not a multiple of train.micro_batch_size 1 x 3"),
         (["--gpus", "8", "--length", "4096"], "--length must be in [1, data.max_length 2048], got 4096"),
-        (["--gpus", "8", "--images", "-1"], "--images must be at least 0, got -1"),
+        (["--gpus", "8", "--images", "-1"], "--images must be a number of at least 0, got -1"),
+        (["--gpus", "8", "--images", "nan"], "--images must be a number of at least 0, got nan"),
+        (["--gpus", "8", "--gpu", "a100", *IN_FP8], "fp8.recipe tensorwise needs a GPU of compute capability 8.9"),
+        (["--gpus", "8", "--gpu", "h200", *IN_FP8, "fp8.recipe=mxfp8"], "H200 SXM 141 GB is of 9.0"),
+        (["--gpus", "8", IN_FP8[0], "parallel.context=2", "train.precision=fp32"], "train.precision is fp32"),
         (["--gpus", "6", "parallel.pipeline=3"], "parallel.pipeline 3 does not divide the decoder's 32 layers"),
     ],
 )

@@ -16,10 +16,12 @@ from mole_mega.config import (
     SourceConfig,
     TrainConfig,
 )
+from mole_mega.estimate.search import check
 from mole_mega.models.mcore_config import build_configs, check_layout
 from mole_mega.models.sizes import SIZES
 from mole_mega.platform import te
 from mole_mega.platform.recipes import RECIPES, sequence_multiple
+from mole_mega.training.dry_run import dry_run
 
 SIZE = SIZES["tiny"]
 
@@ -124,6 +126,17 @@ def test_attention_over_ranks_in_fp32_is_refused(gpu):
     gpu((9, 0))
     assert refusal(make_run("fp32", context=2)).startswith("parallel.context 2")
     te.check_machine(make_run("bf16", context=2))
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_a_layout_is_built_only_in_a_precision_that_is_computed(context):
+    run = replace(make_run("fp32", context=context), run_dir="out")
+    if context == 1:
+        te.check_precision(run)
+        return
+    for look in (lambda: dry_run(run, SIZE, 2, None), lambda: check(run, SIZE, 2)):
+        with pytest.raises(ConfigError, match=r"parallel.context 2: .* train.precision is fp32"):
+            look()
 
 
 WIDE = replace(
