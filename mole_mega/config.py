@@ -119,7 +119,7 @@ class AdapterConfig:
     balance_scope: Literal["layer", "model"] = "layer"
     z_loss_weight: NonNegative = 0.0
     # What travels between expert-parallel ranks: tokens to their expert (top_k 1 alone), or the weights of a layer's
-    # experts to where the tokens are; auto: what moves fewer bytes.
+    # experts to where the tokens are; auto: by the bytes of each (adapters/traffic.py).
     expert_parallel: Literal["tokens", "weights", "auto"] = "tokens"
     router_bias: bool = True
     attention: bool = True

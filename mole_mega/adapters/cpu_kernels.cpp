@@ -183,12 +183,15 @@ void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts
 #pragma omp for schedule(dynamic)
     for (size_t item = 0; item < items.size(); ++item) {
       const auto [expert, begin, end] = items[item];
-      if (held != expert) interleave(M + expert * stride_e, stride_i, stride_r, I, R, packed);
+      const bool as_it_lies = kPair<T> == 1 && stride_r == 1;
+      if (held != expert && !as_it_lies) interleave(M + expert * stride_e, stride_i, stride_r, I, R, packed);
       held = expert;
+      const T* matrix = as_it_lies ? M + expert * stride_e : packed;
+      const int64_t ldm = as_it_lies ? stride_i : R;
       for (int64_t first = begin; first < end; first += kRows) {
         int64_t leading = ldx;
         const T* block = block_of(x, leading, rows, first, end, I, of_rows);
-        blas::brgemm(kRows, R, I, leading, R, R, false, block, packed, sums, kPair<T> > 1);
+        blas::brgemm(kRows, R, I, leading, ldm, R, false, block, matrix, sums, kPair<T> > 1);
         for (int64_t i = 0; i < std::min(kRows, end - first); ++i)
           put<false>(sums + i * R, z + (first + i) * ldz, R);
       }
@@ -212,7 +215,8 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
     float* sums = scratch<float>(of_sums, kRows * kColumns);
     for (int64_t e = 0; e < E; ++e) {
       if (starts[e] == starts[e + 1]) continue;
-      for (int64_t column = from; column < to; column += kColumns)
+      const bool as_it_lies = kPair<T> == 1 && stride_o == 1;
+      for (int64_t column = from; column < to && !as_it_lies; column += kColumns)
         interleave(M + e * stride_e + column * stride_o, stride_r, stride_o, R, std::min(kColumns, to - column),
                    packed + packed_rows * (column - from));
       for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
@@ -221,8 +225,9 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
         const T* block = block_of(z, leading, nullptr, first, starts[e + 1], R, of_rows);
         for (int64_t column = from; column < to; column += kColumns) {
           const int64_t width = std::min(kColumns, to - column);
-          blas::brgemm(kRows, width, R, leading, width, width, false, block, packed + packed_rows * (column - from),
-                       sums, kPair<T> > 1);
+          const T* matrix = as_it_lies ? M + e * stride_e + column : packed + packed_rows * (column - from);
+          blas::brgemm(kRows, width, R, leading, as_it_lies ? stride_r : width, width, false, block, matrix, sums,
+                       kPair<T> > 1);
           for (int64_t i = 0; i < count; ++i) {
             T* out_row = out + (rows ? rows[first + i] : first + i) * ldo + column;
             const float* sum = sums + i * width;
@@ -312,9 +317,11 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
         if (begin == end) std::memset(sums, 0, R * width * sizeof(float));
         for (int64_t first = begin; first < end; first += kDepth) {
           const int64_t count = std::min(kDepth, end - first);
-          pack_rows(wide + column, ldw, rows, first, count, width, packed);
-          blas::brgemm(R, width, kDepth, depth, width, width, first > begin, ranks + (first - begin), packed, sums,
-                       kPair<T> > 1);
+          const bool as_it_lies = kPair<T> == 1 && !rows && count == kDepth;
+          if (!as_it_lies) pack_rows(wide + column, ldw, rows, first, count, width, packed);
+          const T* matrix = as_it_lies ? wide + first * ldw + column : packed;
+          blas::brgemm(R, width, kDepth, depth, as_it_lies ? ldw : width, width, first > begin,
+                       ranks + (first - begin), matrix, sums, kPair<T> > 1);
         }
         T* to_grad = grad + e * stride_e + column * stride_w;
         store(sums, R, width, to_grad, stride_r, stride_w, of_words);

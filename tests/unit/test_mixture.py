@@ -371,15 +371,18 @@ def choose(num_tokens=4096, expert=2, tensor=1, sizes=SIZE_7B, **adapter):
     return choose_expert_parallel(adapter, ParallelConfig(expert=expert, tensor=tensor), num_tokens=num_tokens, **sizes)
 
 
-def test_at_7b_weights_are_7_times_cheaper_for_3_experts_and_tokens_win_from_about_23():
-    """DESIGN section 2."""
+def test_at_7b_weights_are_7_times_cheaper_for_3_experts_and_more_bytes_from_about_23():
+    """DESIGN section 2; twice the bytes, where tokens win, from about 46."""
     traffic = [
         Traffic.of(AdapterConfig(num_experts=n), ParallelConfig(expert=3), num_tokens=4096, **SIZE_7B) for n in (3, 24)
     ]
     assert traffic[0].tokens / traffic[0].weights == pytest.approx(7.7, abs=0.1)
     assert traffic[0].tokens == 2 * 4096 * 4096 * 2 // 3
     assert traffic[0].weights == 3 * 3 * 32 * (4096 + 11008) * 2 // 3
-    assert [choose(num_experts=n).form for n in (2, 22, 24, 64)] == ["weights", "weights", "tokens", "tokens"]
+    more = [Traffic.of(AdapterConfig(num_experts=n), ParallelConfig(expert=2), num_tokens=4096, **SIZE_7B)
+            for n in (22, 24)]  # fmt: skip
+    assert [t.weights > t.tokens for t in more] == [False, True]
+    assert [choose(num_experts=n).form for n in (2, 24, 46, 48, 64)] == ["weights"] * 3 + ["tokens"] * 2
 
 
 def test_tensor_parallel_ranks_share_the_tokens_and_cut_what_is_as_wide_as_the_mlp():
@@ -401,7 +404,8 @@ def test_auto_says_why():
     assert choose(gate="dense", num_experts=64).form == "weights"
     assert choose(expert=1).form == "tokens" and "nothing travels" in choose(expert=1).reason
     assert choose(num_experts=2).reason == (
-        "a rank sends 1,449,984 numbers of weights a layer and pass, or 16,777,216 of 4,096 tokens"
+        "a rank sends 1,449,984 numbers of weights a layer and pass, or 16,777,216 of 4,096 tokens, "
+        "and weights win up to 2 times"
     )
     for form in ("tokens", "weights"):
         assert choose(expert_parallel=form) == choose(expert_parallel=form, num_experts=64)
