@@ -309,9 +309,13 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
       const int64_t e = item / threads, part = item % threads, begin = starts[e], end = starts[e + 1];
       const int64_t from = blocks * part / threads * kColumns, to = std::min(blocks * (part + 1) / threads * kColumns, W);
       const int64_t depth = (end - begin + kDepth - 1) / kDepth * kDepth;
-      T* ranks = scratch<T>(of_ranks, R * depth);  // z transposed, 0 beyond the expert's rows
-      for (int64_t n = 0; n < depth; ++n)
-        for (int64_t r = 0; r < R; ++r) ranks[r * depth + n] = begin + n < end ? z[(begin + n) * ldz + r] : T(0.f);
+      // z transposed, kDepth rows at a time, as a leading dimension of `depth` would be a kernel for each; 0 beyond the
+      // expert's rows
+      T* ranks = scratch<T>(of_ranks, R * depth);
+      for (int64_t n = 0; n < depth; ++n) {
+        T* block = ranks + n / kDepth * kDepth * R + n % kDepth;
+        for (int64_t r = 0; r < R; ++r) block[r * kDepth] = begin + n < end ? z[(begin + n) * ldz + r] : T(0.f);
+      }
       for (int64_t column = from; column < to; column += kColumns) {
         const int64_t width = std::min(kColumns, to - column);
         if (begin == end) std::memset(sums, 0, R * width * sizeof(float));
@@ -320,8 +324,8 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
           const bool as_it_lies = kPair<T> == 1 && !rows && count == kDepth;
           if (!as_it_lies) pack_rows(wide + column, ldw, rows, first, count, width, packed);
           const T* matrix = as_it_lies ? wide + first * ldw + column : packed;
-          blas::brgemm(R, width, kDepth, depth, as_it_lies ? ldw : width, width, first > begin,
-                       ranks + (first - begin), matrix, sums, kPair<T> > 1);
+          blas::brgemm(R, width, kDepth, kDepth, as_it_lies ? ldw : width, width, first > begin,
+                       ranks + (first - begin) * R, matrix, sums, kPair<T> > 1);
         }
         T* to_grad = grad + e * stride_e + column * stride_w;
         store(sums, R, width, to_grad, stride_r, stride_w, of_words);

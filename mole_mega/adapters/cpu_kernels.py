@@ -49,6 +49,7 @@ class CompiledProducts:
     where tokens have several experts; without it they are the same."""
 
     def __init__(self, found: ctypes.CDLL, tokens_per_expert_E: Tensor, row_N: Tensor | None = None) -> None:
+        assert row_N is None or row_N.is_contiguous()
         self._library, self._row_N = found, row_N
         self._starts = torch.zeros(len(tokens_per_expert_E) + 1, dtype=torch.int64)
         torch.cumsum(tokens_per_expert_E, 0, out=self._starts[1:])
@@ -108,7 +109,8 @@ def _silu_tables() -> tuple[Tensor, Tensor]:
 def swiglu(found: ctypes.CDLL, fused_T2F: Tensor) -> Tensor:
     """silu(gate) * up of [gate | up] side by side, bf16: [T, F], the bits that torch's operators give (but that
     what is below 1.2e-38 may be 0)."""
-    rows, width = len(fused_T2F), fused_T2F.shape[1] // 2
+    rows, columns = fused_T2F.shape
+    width = columns // 2
     out_TF = fused_T2F.new_empty(rows, width)
     _call(found, "swiglu_bf16", fused_T2F, _silu_tables()[0], rows, width, out_TF)
     return out_TF

@@ -5,6 +5,7 @@ No ranks, no Megatron-Core.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -42,15 +43,18 @@ def load(source: Path) -> ctypes.CDLL:
         raise CannotCompileError(f"not for {platform.system()} on {platform.machine()}")
     if compiler is None:
         raise CannotCompileError(f"no C++ compiler ({' or '.join(_COMPILERS)}) in PATH")
-    key = hashlib.sha256("\0".join((source.read_text(), torch.__version__, compiler, *_FLAGS, _processor())).encode())
     try:
+        parts = (source.read_text(), torch.__version__, compiler, *_FLAGS, _processor())
+        key = hashlib.sha256("\0".join(parts).encode())
         folder = _cache()
         library = folder / f"{source.stem}-{key.hexdigest()[:20]}.so"
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # given up by the kernel if the builder dies
-            if not library.exists():
-                _build(compiler, source, library)
-        return ctypes.CDLL(str(library))
+            if library.exists():
+                with contextlib.suppress(OSError):  # what a full disk or a crash cut short is built again
+                    return ctypes.CDLL(str(library))
+            _build(compiler, source, library)
+            return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as problem:
         raise CannotCompileError(str(problem)) from problem
 
@@ -67,8 +71,8 @@ def _build(compiler: str, source: Path, library: Path) -> None:
 
 
 def _cache() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mole_mega"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mole_mega"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pwd
 
 import pytest
 
@@ -66,6 +67,28 @@ def test_another_system_is_said(source, monkeypatch):
 def test_a_place_that_cannot_be_written_is_replaced(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiler.load(source).answer() == 42
+
+
+def test_a_user_without_a_home_gets_a_place_too(source, monkeypatch):
+    def no_entry(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)  # a container's user that /etc/passwd does not know
+    assert compiler.load(source).answer() == 42
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_library_that_was_cut_short_is_built_again(source, tmp_path, left):
+    # built by another process: a library that this one has open it does not read again
+    context = multiprocessing.get_context("fork")
+    first = context.Process(target=answer, args=(source, os.environ["XDG_CACHE_HOME"], context.Queue()))
+    first.start()
+    first.join()
+    (library,) = libraries(tmp_path)
+    library.write_bytes(library.read_bytes()[:left])
     assert compiler.load(source).answer() == 42
 
 

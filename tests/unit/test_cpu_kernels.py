@@ -3,8 +3,10 @@
 Shape suffixes: N sorted rows, T rows of a wide tensor, I in, O out, E experts, R rank, W wide.
 """
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,11 @@ def threads(request):
 
 def randn(*shape, dtype, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def rows_of(scattered):
@@ -136,6 +143,31 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@DTYPES
+@SCATTERED
+def test_another_number_of_rows_compiles_no_other_kernel(kernels, dtype, scattered):
+    """oneDNN keeps one for good for each size and leading dimension: some 20 kB."""
+
+    def step(rows):
+        row_N = torch.arange(rows).flip(0) if scattered else None
+        products = CompiledProducts(kernels(dtype), torch.tensor([rows, 0]), row_N)
+        x_TI, z_NR = wide_TW[:rows], rank_TR[:rows]
+        z_NR = products.to_rank(x_TI, M_EIR) + z_NR
+        products.add_from_rank_(x_TI, z_NR, M_EIR.transpose(1, 2))
+        products.outer(z_NR, x_TI, rank_last=True)
+
+    width, rank = (66 if scattered else 62), 26  # of no other test
+    wide_TW, rank_TR = torch.zeros(4000, width, dtype=dtype), torch.zeros(4000, rank, dtype=dtype)
+    M_EIR = torch.zeros(2, width, rank, dtype=dtype)
+    for rows in (4000, 63, 64, 65):
+        step(rows)
+    before = resident()
+    for rows in range(30, 4000, 64):
+        step(rows)
+    assert resident() - before < 1 << 20
+
+
 def test_what_is_not_finite_stays_so(kernels):
     products = CompiledProducts(kernels(torch.bfloat16), torch.tensor([2]))
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]], dtype=torch.bfloat16).repeat(1, 8)
@@ -226,6 +258,17 @@ def test_a_shared_inputs_gradient_is_the_sum_that_autograd_makes(experts):
             recomputed.backward()
             got = x.grad
         torch.testing.assert_close(got, expected[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_pass_for_the_factors_alone_leaves_nothing_to_a_later_one():
+    shapes, counts = [(9, 8), (16, 8), (1, 4, 8), (1, 16, 4)], torch.tensor([9])
+    x, weight, A, B = (randn(*s, dtype=torch.float64, seed=i).requires_grad_() for i, s in enumerate(shapes))
+    shared, gradient = bank.share_input(x)
+    loss = bank.add_expert_lora(Square.apply(shared, weight), shared, A, B, counts, 1.7, None, gradient).square().sum()
+    plain = bank.add_expert_lora(x @ weight.T, x, A, B, counts, 1.7).square().sum()
+    torch.autograd.grad(loss, [A, B], retain_graph=True)
+    found, expected = torch.autograd.grad(loss, [x]), torch.autograd.grad(plain, [x])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_an_input_without_gradient_is_left_alone():
