@@ -335,6 +335,17 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
   }
 }
 
+// out[n] = weight[n] z[n], rounded once.
+void weigh(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out) {
+  float product[kColumns];
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t from = 0; from < R; from += kColumns) {
+      const int64_t count = std::min(kColumns, R - from);
+      for (int64_t i = 0; i < count; ++i) product[i] = weight[n] * widen(z[n * R + from + i]);
+      put<false>(product, out + n * R + from, count);
+    }
+}
+
 // A table's entries at the bits of n numbers.
 inline void look_up(const float* __restrict__ table, const at::BFloat16* __restrict__ of, float* __restrict__ found,
                     int64_t n) {
@@ -414,6 +425,11 @@ int available() {
 
 FOR_DTYPE(at::BFloat16, bf16)
 FOR_DTYPE(float, fp32)
+
+extern "C" void weigh_bf16(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out,
+                           int64_t /* threads: not worth waking */) {
+  weigh(z, weight, N, R, out);
+}
 
 extern "C" void swiglu_bf16(const at::BFloat16* fused, const float* silu, int64_t T, int64_t F, at::BFloat16* out,
                             int64_t threads) {

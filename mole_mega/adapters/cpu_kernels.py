@@ -98,6 +98,15 @@ class CompiledProducts:
         _call(self._library, f"{name}_{_SUFFIXES[first.dtype]}", *values)
 
 
+def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor) -> Tensor:
+    """weight * z, bf16, rounded once; the weight is fp32. (torch makes two fp32 tensors on the way.)"""
+    z_NR, weight_N = z_NR.contiguous(), weight_N.contiguous()
+    assert z_NR.dtype == torch.bfloat16 and weight_N.dtype == torch.float32 and len(weight_N) == len(z_NR)
+    out_NR = torch.empty_like(z_NR)
+    _call(found, "weigh_bf16", z_NR, weight_N, *z_NR.shape, out_NR)
+    return out_NR
+
+
 @functools.cache
 def _silu_tables() -> tuple[Tensor, Tensor]:
     """(silu rounded to bf16, its derivative) at every bf16 number, by its bits: fp32 [65536]."""

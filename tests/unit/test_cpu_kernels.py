@@ -122,6 +122,15 @@ def test_outer(kernels, threads, dtype, scattered, width, rank, rank_last):
     assert_near(found.transpose(1, 2) if rank_last else found, expected)
 
 
+@pytest.mark.parametrize("rank", [2, 30, 64, 300])
+def test_weigh_has_the_bits_of_torchs_operators(kernels, rank):
+    z_NR, weight_N = randn(33, rank, dtype=torch.bfloat16), randn(33, dtype=torch.float32, seed=1)
+    z_NR[3, 0], z_NR[4, 1] = float("nan"), float("inf")
+    found = cpu_kernels.weigh(kernels(torch.bfloat16), z_NR, weight_N)
+    expected = (z_NR * weight_N[:, None]).to(torch.bfloat16)
+    assert found.isnan().sum() == 1 and torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
 @DTYPES
 @SCATTERED
 def test_threads_change_no_bit(kernels, dtype, scattered):
