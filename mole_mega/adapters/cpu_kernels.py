@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mole_mega.platform import compiler
 
+SOURCE = Path(__file__).with_suffix(".cpp")
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -38,7 +39,7 @@ def library_for(x: Tensor, sizes: Sequence[int] = ()) -> ctypes.CDLL | None:
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     try:
-        return compiler.load(Path(__file__).with_suffix(".cpp"))
+        return compiler.load(SOURCE)
     except compiler.CannotCompileError as problem:
         warnings.warn(f"experts go through torch's own products, which are slower: {problem}", stacklevel=2)
         return None

@@ -60,6 +60,10 @@ TEXT = {
 }  # fmt: skip
 
 MOLE = AdapterConfig(num_experts=3, rank=4, alpha=6.0, gate="prob")
+SIGMOID = replace(
+    MOLE, num_experts=8, rank=1, top_k=3, renormalize=True, router_score="sigmoid", router_bias=False,
+    balance_weight=0.0, expert_parallel="weights",
+)  # fmt: skip
 ADAPTERS = {
     "prob": MOLE,
     "none": replace(MOLE, gate="none"),
@@ -72,33 +76,12 @@ ADAPTERS = {
     "top 2 of many": replace(MOLE, num_experts=9, top_k=2, gate="straight_through", expert_parallel="auto"),
     "dense": replace(MOLE, gate="dense", expert_parallel="weights"),
     "whole MLPs": replace(MOLE, top_k=2, renormalize=True, expert_form="mlp", expert_parallel="weights"),
-    "ranks by sigmoid": replace(
-        MOLE,
-        num_experts=8,
-        rank=1,
-        top_k=3,
-        renormalize=True,
-        router_score="sigmoid",
-        router_bias=False,
-        balance_weight=0.0,
-        expert_parallel="weights",
-    ),
+    "ranks by sigmoid": SIGMOID,
     "a router a linear": replace(MOLE, router_scope="linear", gate="dense", expert_parallel="weights"),
     "a router a linear, top 2": replace(
         MOLE, router_scope="linear", top_k=2, renormalize=True, share_A=True, expert_parallel="weights"
     ),
-    "ranks by sigmoid, a router a linear": replace(
-        MOLE,
-        num_experts=8,
-        rank=1,
-        top_k=3,
-        renormalize=True,
-        router_score="sigmoid",
-        router_scope="linear",
-        router_bias=False,
-        balance_weight=0.0,
-        expert_parallel="weights",
-    ),
+    "ranks by sigmoid, a router a linear": replace(SIGMOID, router_scope="linear"),
     "shared A": replace(MOLE, share_A=True, expert_parallel="weights"),
     "lora": replace(MOLE, method="lora"),
     "lora, one layer": replace(MOLE, method="lora", layers=(0,)),

@@ -21,18 +21,8 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 # more than a chunk of 512; none; a block of 32 and one of 32 + 1
 COUNTS = [530, 0, 32, 33, 1]
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=["fp32", "bf16"])
+SIZES = pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
 SCATTERED = pytest.mark.parametrize("scattered", [False, True], ids=["in order", "scattered"])
-
-
-@pytest.fixture
-def kernels():
-    """kernels(dtype)."""
-
-    def of(dtype):
-        found = cpu_kernels.library(dtype)
-        return found if found is not None else pytest.skip("no kernels for this processor, or no C++ compiler")
-
-    return of
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
@@ -73,7 +63,7 @@ def assert_near(found: Tensor, expected: Tensor):
 
 @SCATTERED
 @DTYPES
-@pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
+@SIZES
 @pytest.mark.parametrize("rank_is_inner", [True, False])
 def test_to_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
     products, row_N, num_rows = make(kernels, dtype, scattered)
@@ -88,7 +78,7 @@ def test_to_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner)
 
 @SCATTERED
 @DTYPES
-@pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
+@SIZES
 @pytest.mark.parametrize("rank_is_inner", [True, False])
 def test_from_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
     products, row_N, num_rows = make(kernels, dtype, scattered)
@@ -109,7 +99,7 @@ def test_from_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inne
 
 @SCATTERED
 @DTYPES
-@pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
+@SIZES
 @pytest.mark.parametrize("rank_last", [True, False])
 def test_outer(kernels, threads, dtype, scattered, width, rank, rank_last):
     products, row_N, num_rows = make(kernels, dtype, scattered)
