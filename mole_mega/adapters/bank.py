@@ -130,7 +130,22 @@ class _ShareInput(torch.autograd.Function):
         return grad_TI, None
 
 
-class _PlainProducts:
+class _TorchProducts:
+    """What a bank multiplies, by torch's operators."""
+
+    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
+        raise NotImplementedError
+
+    def to_rank_with_outer(self, wide_TW: Tensor, M_EWR: Tensor, z_TR: Tensor, u_TR: Tensor) -> Tensor:
+        """See `CompiledProducts`."""
+        u_TR.copy_(self.to_rank(wide_TW, M_EWR))
+        return self.outer(z_TR, wide_TW, rank_last=True)
+
+
+class _PlainProducts(_TorchProducts):
     """One expert: ordinary GEMMs."""
 
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
@@ -146,7 +161,7 @@ class _PlainProducts:
         return (wide_TW.t() @ z_TR if rank_last else z_TR.t() @ wide_TW)[None]
 
 
-class _GroupedProducts:
+class _GroupedProducts(_TorchProducts):
     """Rows of each expert against that expert's matrix: the arithmetic does not grow with the number of experts."""
 
     def __init__(self, tokens_per_expert_E: Tensor) -> None:
@@ -179,7 +194,7 @@ class _GroupedProducts:
         return grad_EMN.masked_fill_(self.empty_E11, 0) if grad_EMN.is_cuda else grad_EMN
 
 
-class _Fp32Products:
+class _Fp32Products(_TorchProducts):
     """Half precision on a CPU without our kernels: each wide tensor is taken for fp32 once, and what comes out is
     rounded once. torch's bf16 products are loops where the processor has none, and where it has some, oneDNN compiles
     and keeps one for each number of rows (measured with 16 experts: 4.0 of plain LoRA's time, where this is 2.1)."""
@@ -200,7 +215,7 @@ class _Fp32Products:
         return self._grouped.outer(z_TR.float(), wide_TW.float(), rank_last=rank_last).to(z_TR.dtype)
 
 
-class _MaskedProducts:
+class _MaskedProducts(_TorchProducts):
     """Every expert on every token in rank space, then all but the token's own set to 0: plain GEMMs of width E * R.
 
     Only for what grouped_mm refuses (float64, rows that are not 16-byte aligned, no token at all): it is slower from 2
@@ -334,7 +349,7 @@ class _AddLoRA(torch.autograd.Function):
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
         z_TPR = products.to_rank(x_TI, _stack_ranks(A_P).transpose(1, 2))
         zw_TPR = _weigh(z_TPR, scale, weight_T)
-        for out_TO, zw_TR, B_EOR in _by_projection(base_TO, zw_TPR, B_P):
+        for out_TO, B_EOR, zw_TR in _by_projection(base_TO, B_P, zw_TPR):
             products.add_from_rank_(out_TO, zw_TR, B_EOR.transpose(1, 2))
         ctx.mark_dirty(base_TO)
         ctx.products, ctx.scale, ctx.rescaled, ctx.gradient = products, scale, rescaled, gradient
@@ -353,11 +368,14 @@ class _AddLoRA(torch.autograd.Function):
         if ctx.rescaled:
             weight_T = weight_T.sqrt()
         zw_TPR = _weigh(z_TPR, ctx.scale, weight_T)
-        u_P, dB_P = [], []
-        for g_TO, zw_TR, B_EOR in _by_projection(grad_TO, zw_TPR, B_P):
-            u_P.append(products.to_rank(g_TO, B_EOR))
-            dB_P.append(products.outer(zw_TR, g_TO, rank_last=True) if any(needs_factors) else None)
-        u_TPR = torch.cat(u_P, dim=1) if len(u_P) > 1 else u_P[0]
+        u_TPR = torch.empty_like(z_TPR)
+        dB_P: list[Tensor | None] = []
+        for g_TO, B_EOR, zw_TR, u_TR in _by_projection(grad_TO, B_P, zw_TPR, u_TPR):
+            if any(needs_factors):
+                dB_P.append(products.to_rank_with_outer(g_TO, B_EOR, zw_TR, u_TR))
+            else:
+                u_TR.copy_(products.to_rank(g_TO, B_EOR))
+                dB_P.append(None)
         dz_TPR = _weigh(u_TPR, ctx.scale, weight_T)
         dweight_T = None
         if needs_weight:
@@ -389,7 +407,7 @@ def _weigh(z_TR: Tensor, scale: float, weight_T: Tensor | None) -> Tensor:
     return (z_TR * factor_T[:, None]).to(z_TR.dtype)
 
 
-def _by_projection(wide_TO: Tensor, z_TPR: Tensor, B_P: Sequence[Tensor]) -> zip[tuple[Tensor, Tensor, Tensor]]:
-    """(columns of the projection, its ranks, its B) for each projection."""
+def _by_projection(wide_TO: Tensor, B_P: Sequence[Tensor], *ranks_TPR: Tensor) -> zip[tuple[Tensor, ...]]:
+    """(columns of the projection, its B, its part of each that lies in rank space) for each projection."""
     columns = wide_TO.split([B.shape[1] for B in B_P], dim=1)
-    return zip(columns, z_TPR.chunk(len(B_P), dim=1), B_P, strict=True)
+    return zip(columns, B_P, *(z_TPR.chunk(len(B_P), dim=1) for z_TPR in ranks_TPR), strict=True)

@@ -27,12 +27,22 @@ namespace blas = at::native::cpublas;
 
 constexpr int64_t kRows = 32;      // of a block of sorted rows
 constexpr int64_t kColumns = 128;   // of a wide tensor at a time: what they make must stay in the first cache
+constexpr int64_t kWide = 512;     // of a wide tensor that two products read, the second while it is in the second cache
 constexpr int64_t kDepth = 64;     // rows that are summed over in one product
 constexpr int64_t kAhead = 8;      // rows between one that is read and one that is sent for
 constexpr int64_t kChunk = 512;    // rows of an expert that one thread takes
 
 template <typename T>
 constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;  // rows of the second factor that lie interleaved
+
+template <typename T>
+constexpr int64_t kStep = sizeof(T) == 2 ? 32 : 8;  // a block of fewer rows is filled up to a multiple of these
+
+// How many of `most` rows a product has to take for `left` of them.
+template <typename T>
+int64_t filled_up(int64_t left, int64_t most) {
+  return std::min(most, (left + kStep<T> - 1) / kStep<T> * kStep<T>);
+}
 
 template <typename T>
 T* scratch(std::vector<uint8_t>& memory, int64_t size) {
@@ -59,12 +69,40 @@ inline float widen(at::BFloat16 value) {
   return result;
 }
 
+#ifdef __AVX512F__
+// `once`: what is not read soon goes past the caches, and what lay there need not be read first.
+template <bool once>
+inline void write(void* to, __m512i value) {
+  if (once && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), value);
+  else
+    _mm512_storeu_si512(to, value);
+}
+#endif
+
+// Other threads see what went past the caches.
+inline void written() {
+#ifdef __AVX512F__
+  _mm_sfence();
+#endif
+}
+
 // out = sums, or out += sums, n numbers side by side.
-template <bool add, typename T>
+template <bool add, bool once = false, typename T>
 inline void put(const float* __restrict__ sums, T* __restrict__ out, int64_t n) {
   int64_t i = 0;
+#ifdef __AVX512F__
+  if constexpr (once && !add && std::is_same_v<T, float>)
+    for (; i + 16 <= n; i += 16) write<true>(out + i, _mm512_loadu_si512(sums + i));
+#endif
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if constexpr (once && !add)
+      for (; i + 32 <= n; i += 32) {
+        const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums + i));
+        const __m256i high = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums + i + 16));
+        write<true>(out + i, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+      }
     for (; i + 16 <= n; i += 16) {
       __m512 sum = _mm512_loadu_ps(sums + i);
       if constexpr (add) {
@@ -79,7 +117,7 @@ inline void put(const float* __restrict__ sums, T* __restrict__ out, int64_t n) 
 }
 
 // out[c, r] = in[r, c], numbers of four bytes.
-template <typename Word>
+template <bool once = false, typename Word>
 void transpose(const Word* in, int64_t ldi, int64_t rows, int64_t columns, Word* out, int64_t ldo) {
   static_assert(sizeof(Word) == 4);
   int64_t done_rows = 0, done_columns = 0;
@@ -104,10 +142,10 @@ void transpose(const Word* in, int64_t ldi, int64_t rows, int64_t columns, Word*
         const __m512i even_below = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
         const __m512i odd_below = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
         Word* to = out + (column + j) * ldo + row;
-        _mm512_storeu_si512(to, _mm512_shuffle_i32x4(even, even_below, 0x88));
-        _mm512_storeu_si512(to + 4 * ldo, _mm512_shuffle_i32x4(odd, odd_below, 0x88));
-        _mm512_storeu_si512(to + 8 * ldo, _mm512_shuffle_i32x4(even, even_below, 0xdd));
-        _mm512_storeu_si512(to + 12 * ldo, _mm512_shuffle_i32x4(odd, odd_below, 0xdd));
+        write<once>(to, _mm512_shuffle_i32x4(even, even_below, 0x88));
+        write<once>(to + 4 * ldo, _mm512_shuffle_i32x4(odd, odd_below, 0x88));
+        write<once>(to + 8 * ldo, _mm512_shuffle_i32x4(even, even_below, 0xdd));
+        write<once>(to + 12 * ldo, _mm512_shuffle_i32x4(odd, odd_below, 0xdd));
       }
     }
 #endif
@@ -117,6 +155,25 @@ void transpose(const Word* in, int64_t ldi, int64_t rows, int64_t columns, Word*
 }
 
 inline uint32_t join(at::BFloat16 low, at::BFloat16 high) { return low.x | uint32_t(high.x) << 16; }
+
+// n numbers of two rows, narrowed, side by side.
+inline void join_rows(const float* __restrict__ low, const float* __restrict__ high, uint32_t* __restrict__ words,
+                      int64_t n) {
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  const auto bits = [](const float* at) {
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(at)));
+  };
+  for (; i + 16 <= n; i += 16)
+    _mm512_storeu_si512(words + i, _mm512_or_si512(bits(low + i), _mm512_slli_epi32(bits(high + i), 16)));
+#endif
+  for (; i < n; ++i) {
+    at::BFloat16 of_low, of_high;
+    narrow(low[i], of_low);
+    narrow(high[i], of_high);
+    words[i] = join(of_low, of_high);
+  }
+}
 
 // Have n numbers on their way to the cache: pieces of rows are too short for the processor to see them coming.
 template <typename T>
@@ -149,14 +206,15 @@ void interleave(const T* in, int64_t stride_k, int64_t stride_n, int64_t K, int6
       for (int64_t n = 0; n < N; ++n) words[whole * N + n] = join(in[(K - 1) * stride_k + n * stride_n], T(0.f));
 }
 
-// Where the rows [first, first + kRows) of a wide tensor lie one after another; a copy where they do not all exist or
-// are scattered. `leading` becomes their distance.
+// Where the rows [first, first + height) of a wide tensor lie one after another, of `all` that there are; a copy where they
+// are scattered or do not all exist. `leading` becomes their distance. Of the rows from `end` on, which are not the
+// expert's, the products' results are not used.
 template <typename T>
-const T* block_of(const T* wide, int64_t& leading, const int64_t* rows, int64_t first, int64_t end, int64_t width,
-                  std::vector<uint8_t>& memory) {
-  if (!rows && first + kRows <= end) return wide + first * leading;
+const T* block_of(const T* wide, int64_t& leading, const int64_t* rows, int64_t first, int64_t height, int64_t end,
+                  int64_t all, int64_t width, std::vector<uint8_t>& memory) {
+  if (!rows && first + height <= all) return wide + first * leading;
   T* copy = scratch<T>(memory, kRows * width);
-  for (int64_t i = 0; i < kRows; ++i) {
+  for (int64_t i = 0; i < height; ++i) {
     if (first + i < end)
       std::memcpy(copy + i * width, wide + (rows ? rows[first + i] : first + i) * leading, width * sizeof(T));
     else
@@ -190,8 +248,9 @@ void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts
       const int64_t ldm = as_it_lies ? stride_i : R;
       for (int64_t first = begin; first < end; first += kRows) {
         int64_t leading = ldx;
-        const T* block = block_of(x, leading, rows, first, end, I, of_rows);
-        blas::brgemm(kRows, R, I, leading, ldm, R, false, block, matrix, sums, kPair<T> > 1);
+        const int64_t height = filled_up<T>(starts[expert + 1] - first, kRows);
+        const T* block = block_of(x, leading, rows, first, height, end, starts[E], I, of_rows);
+        blas::brgemm(height, R, I, leading, ldm, R, false, block, matrix, sums, kPair<T> > 1);
         for (int64_t i = 0; i < std::min(kRows, end - first); ++i)
           put<false>(sums + i * R, z + (first + i) * ldz, R);
       }
@@ -222,11 +281,12 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
       for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
         const int64_t count = std::min(kRows, starts[e + 1] - first);
         int64_t leading = ldz;
-        const T* block = block_of(z, leading, nullptr, first, starts[e + 1], R, of_rows);
+        const int64_t height = filled_up<T>(count, kRows);
+        const T* block = block_of(z, leading, nullptr, first, height, starts[e + 1], starts[E], R, of_rows);
         for (int64_t column = from; column < to; column += kColumns) {
           const int64_t width = std::min(kColumns, to - column);
           const T* matrix = as_it_lies ? M + e * stride_e + column : packed + packed_rows * (column - from);
-          blas::brgemm(kRows, width, R, leading, as_it_lies ? stride_r : width, width, false, block, matrix, sums,
+          blas::brgemm(height, width, R, leading, as_it_lies ? stride_r : width, width, false, block, matrix, sums,
                        kPair<T> > 1);
           for (int64_t i = 0; i < count; ++i) {
             T* out_row = out + (rows ? rows[first + i] : first + i) * ldo + column;
@@ -241,12 +301,13 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
   }
 }
 
-// kDepth rows of a wide tensor as `interleave` leaves them, 0 beyond `count`.
+// `depth` rows of a wide tensor as `interleave` leaves them, 0 beyond `count`.
 template <typename T>
-void pack_rows(const T* wide, int64_t ldw, const int64_t* rows, int64_t first, int64_t count, int64_t width, T* out) {
+void pack_rows(const T* wide, int64_t ldw, const int64_t* rows, int64_t first, int64_t count, int64_t depth,
+               int64_t width, T* out) {
   const auto row_of = [&](int64_t k) { return wide + (rows ? rows[first + k] : first + k) * ldw; };
   constexpr int64_t pair = kPair<T>;
-  for (int64_t k = 0; k < kDepth; k += pair, out += width * pair) {
+  for (int64_t k = 0; k < depth; k += pair, out += width * pair) {
     if (k >= count) {
       std::memset(static_cast<void*>(out), 0, width * pair * sizeof(T));
     } else if constexpr (pair == 1) {
@@ -270,28 +331,39 @@ template <typename T>
 void store(const float* sums, int64_t R, int64_t width, T* grad, int64_t stride_r, int64_t stride_w,
            std::vector<uint8_t>& memory) {
   if (stride_w == 1) {
-    for (int64_t r = 0; r < R; ++r) put<false>(sums + r * width, grad + r * stride_r, width);
+    for (int64_t r = 0; r < R; ++r) put<false, true>(sums + r * width, grad + r * stride_r, width);
     return;
   }
   if constexpr (kPair<T> == 2) {
     if (stride_r == 1 && R % 2 == 0 && stride_w % 2 == 0) {  // two neighbours move as one word
       uint32_t* words = scratch<uint32_t>(memory, R / 2 * width);
       for (int64_t r = 0; r < R; r += 2)
-        for (int64_t w = 0; w < width; ++w) {
-          T low, high;
-          narrow(sums[r * width + w], low);
-          narrow(sums[(r + 1) * width + w], high);
-          words[r / 2 * width + w] = join(low, high);
-        }
-      transpose(words, width, R / 2, width, reinterpret_cast<uint32_t*>(grad), stride_w / 2);
+        join_rows(sums + r * width, sums + (r + 1) * width, words + r / 2 * width, width);
+      transpose<true>(words, width, R / 2, width, reinterpret_cast<uint32_t*>(grad), stride_w / 2);
       return;
     }
   } else if (stride_r == 1) {
-    transpose(sums, width, R, width, grad, stride_w);
+    transpose<true>(sums, width, R, width, grad, stride_w);
     return;
   }
   for (int64_t w = 0; w < width; ++w)
     for (int64_t r = 0; r < R; ++r) narrow(sums[r * width + w], grad[r * stride_r + w * stride_w]);
+}
+
+// The rows [begin, end) of z [N, R] as columns, kDepth of them at a time (a leading dimension of all would be a kernel for
+// each number of rows): [ceil((end - begin) / kDepth), R, kDepth], 0 beyond `end`.
+template <typename T>
+void transpose_ranks(const T* z, int64_t ldz, int64_t begin, int64_t end, int64_t R, T* out,
+                     std::vector<uint8_t>& memory) {
+  constexpr int64_t pair = kPair<T>;
+  using Word = std::conditional_t<pair == 2, uint32_t, T>;
+  Word* words = scratch<Word>(memory, kDepth / pair * R);
+  for (int64_t first = begin; first < end; first += kDepth, out += kDepth * R) {
+    const int64_t count = std::min(kDepth, end - first), filled = (count + pair - 1) / pair * R;
+    interleave(z + first * ldz, ldz, 1, count, R, reinterpret_cast<T*>(words));
+    std::memset(static_cast<void*>(words + filled), 0, (kDepth / pair * R - filled) * sizeof(Word));
+    transpose(words, R, kDepth / pair, R, reinterpret_cast<Word*>(out), kDepth / pair);
+  }
 }
 
 // grad[e, r, w] = sum over the rows n of e of z[n, r] wide[n, w]
@@ -309,22 +381,17 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
       const int64_t e = item / threads, part = item % threads, begin = starts[e], end = starts[e + 1];
       const int64_t from = blocks * part / threads * kColumns, to = std::min(blocks * (part + 1) / threads * kColumns, W);
       const int64_t depth = (end - begin + kDepth - 1) / kDepth * kDepth;
-      // z transposed, kDepth rows at a time, as a leading dimension of `depth` would be a kernel for each; 0 beyond the
-      // expert's rows
       T* ranks = scratch<T>(of_ranks, R * depth);
-      for (int64_t n = 0; n < depth; ++n) {
-        T* block = ranks + n / kDepth * kDepth * R + n % kDepth;
-        for (int64_t r = 0; r < R; ++r) block[r * kDepth] = begin + n < end ? z[(begin + n) * ldz + r] : T(0.f);
-      }
+      transpose_ranks(z, ldz, begin, end, R, ranks, of_words);
       for (int64_t column = from; column < to; column += kColumns) {
         const int64_t width = std::min(kColumns, to - column);
         if (begin == end) std::memset(sums, 0, R * width * sizeof(float));
         for (int64_t first = begin; first < end; first += kDepth) {
-          const int64_t count = std::min(kDepth, end - first);
-          const bool as_it_lies = kPair<T> == 1 && !rows && count == kDepth;
-          if (!as_it_lies) pack_rows(wide + column, ldw, rows, first, count, width, packed);
+          const int64_t count = std::min(kDepth, end - first), height = filled_up<T>(count, kDepth);
+          const bool as_it_lies = kPair<T> == 1 && !rows && count == height;
+          if (!as_it_lies) pack_rows(wide + column, ldw, rows, first, count, height, width, packed);
           const T* matrix = as_it_lies ? wide + first * ldw + column : packed;
-          blas::brgemm(R, width, kDepth, kDepth, as_it_lies ? ldw : width, width, first > begin,
+          blas::brgemm(R, width, height, kDepth, as_it_lies ? ldw : width, width, first > begin,
                        ranks + (first - begin) * R, matrix, sums, kPair<T> > 1);
         }
         T* to_grad = grad + e * stride_e + column * stride_w;
@@ -332,6 +399,161 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
       }
     }
     blas::brgemm_release(kPair<T> > 1);
+    written();
+  }
+}
+
+// `to_rank` and `outer` of the same wide rows, which are read once: u = wide M, grad[e, w, r] = sum of wide[n, w] z[n, r].
+template <typename T>
+void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const int64_t* starts, int64_t E, int64_t W,
+                        int64_t R, const T* M, int64_t m_stride_e, int64_t m_stride_w, int64_t m_stride_r, const T* z,
+                        int64_t ldz, T* u, int64_t ldu, T* grad, int64_t stride_e, int64_t stride_w, int64_t stride_r,
+                        int64_t threads) {
+  const int64_t blocks = (W + kColumns - 1) / kColumns;
+  std::vector<int64_t> places(E + 1, 0);  // each expert's rows in the sums of u, filled up to kDepth
+  for (int64_t e = 0; e < E; ++e)
+    places[e + 1] = places[e] + (starts[e + 1] - starts[e] + kDepth - 1) / kDepth * kDepth;
+  // Threads share the columns: each has sums of its own.
+  std::vector<uint8_t> of_u;
+  float* sums_of_u = scratch<float>(of_u, threads * places[E] * R);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<uint8_t> of_ranks, of_matrix, of_wide, of_rows, of_sums, of_words;
+    T* matrix = scratch<T>(of_matrix, (kWide + 1) * R);
+    T* packed = scratch<T>(of_wide, kDepth * kColumns);
+    T* copy = scratch<T>(of_rows, kDepth * kWide);
+    float* sums = scratch<float>(of_sums, R * kWide);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < E * threads; ++item) {
+      const int64_t e = item / threads, part = item % threads, begin = starts[e], end = starts[e + 1];
+      const int64_t from = blocks * part / threads * kColumns, to = std::min(blocks * (part + 1) / threads * kColumns, W);
+      T* ranks = scratch<T>(of_ranks, R * (places[e + 1] - places[e]));
+      transpose_ranks(z, ldz, begin, end, R, ranks, of_words);
+      float* u_of_part = sums_of_u + (part * places[E] + places[e]) * R;
+      if (from >= to) std::fill_n(u_of_part, (places[e + 1] - places[e]) * R, 0.f);
+      for (int64_t column = from; column < to; column += kWide) {
+        const int64_t width = std::min(kWide, to - column);
+        if (begin == end) std::memset(sums, 0, R * width * sizeof(float));
+        else interleave(M + e * m_stride_e + column * m_stride_w, m_stride_w, m_stride_r, width, R, matrix);
+        for (int64_t first = begin; first < end; first += kDepth) {
+          const int64_t count = std::min(kDepth, end - first), height = filled_up<T>(count, kDepth);
+          const T* block = wide + first * ldw + column;
+          int64_t leading = ldw;
+          if (rows || count < height) {
+            const auto row_of = [&](int64_t k) { return wide + (rows ? rows[first + k] : first + k) * ldw + column; };
+            for (int64_t k = 0; k < height; ++k) {
+              if (k + kAhead < count) fetch(row_of(k + kAhead), width);
+              if (k < count)
+                std::memcpy(copy + k * width, row_of(k), width * sizeof(T));
+              else
+                std::memset(static_cast<void*>(copy + k * width), 0, width * sizeof(T));
+            }
+            block = copy, leading = width;
+          }
+          for (int64_t w = 0; w < width; w += kColumns) {
+            const int64_t narrow = std::min(kColumns, width - w);
+            if constexpr (kPair<T> == 2) pack_rows(block + w, leading, nullptr, 0, height, height, narrow, packed);
+            const T* second = kPair<T> == 2 ? packed : block + w;
+            blas::brgemm(R, narrow, height, kDepth, kPair<T> == 2 ? narrow : leading, narrow, first > begin,
+                         ranks + (first - begin) * R, second, sums + w * R, kPair<T> > 1);
+          }
+          blas::brgemm(height, R, width, leading, R, R, column > from, block, matrix, u_of_part + (first - begin) * R,
+                       kPair<T> > 1);
+        }
+        for (int64_t w = 0; w < width; w += kColumns)
+          store(sums + w * R, R, std::min(kColumns, width - w), grad + e * stride_e + (column + w) * stride_w, stride_r, stride_w, of_words);
+      }
+    }
+    blas::brgemm_release(kPair<T> > 1);
+    written();
+#pragma omp for schedule(static)
+    for (int64_t e = 0; e < E; ++e)
+      for (int64_t n = starts[e]; n < starts[e + 1]; ++n) {
+        float* sum = sums_of_u + (places[e] + n - starts[e]) * R;
+        for (int64_t part = 1; part < threads; ++part)
+          for (int64_t r = 0; r < R; ++r) sum[r] += sum[part * places[E] * R + r];
+        put<false>(sum, u + n * ldu, R);
+      }
+  }
+}
+
+// kRows rows of x as fp32, columns [from, from + width): where they lie if they are all there and fp32, else a copy with
+// 0 for those that are not. `leading` becomes their distance.
+template <typename T>
+const float* floats_of(const T* x, int64_t& leading, int64_t first, int64_t tokens, int64_t from, int64_t width,
+                       float* copy) {
+  if constexpr (std::is_same_v<T, float>)
+    if (first + kRows <= tokens) return x + first * leading + from;
+  for (int64_t i = 0; i < kRows; ++i) {
+    const T* row = x + (first + i) * leading + from;
+    for (int64_t w = 0; w < width; ++w) copy[i * width + w] = first + i < tokens ? widen(row[w]) : 0.f;
+  }
+  leading = width;
+  return copy;
+}
+
+// logits [T, E] = x [T, I] weight^T + bias, in fp32 whatever x is.
+template <typename T>
+void router_logits(const T* x, const float* weight, const float* bias, int64_t tokens, int64_t I, int64_t E,
+                   float* logits, int64_t threads) {
+  std::vector<uint8_t> of_weight;
+  float* weight_IE = scratch<float>(of_weight, I * E);
+  transpose(weight, I, E, I, weight_IE, E);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<uint8_t> of_rows, of_sums;
+    float* copy = scratch<float>(of_rows, kRows * kColumns);
+    float* sums = scratch<float>(of_sums, kRows * E);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < tokens; first += kRows) {
+      for (int64_t from = 0; from < I; from += kColumns) {
+        const int64_t width = std::min(kColumns, I - from);
+        int64_t leading = I;
+        const float* block = floats_of(x, leading, first, tokens, from, width, copy);
+        blas::brgemm(kRows, E, width, leading, E, E, from > 0, block, weight_IE + from * E, sums, false);
+      }
+      for (int64_t i = 0; i < std::min(kRows, tokens - first); ++i)
+        for (int64_t e = 0; e < E; ++e) logits[(first + i) * E + e] = sums[i * E + e] + (bias ? bias[e] : 0.f);
+    }
+    blas::brgemm_release(false);
+  }
+}
+
+// Of those logits' gradient [T, E]: dweight [E, I] and, where wanted, dx [T, I].
+template <typename T>
+void router_gradients(const float* grad, const T* x, const float* weight, int64_t tokens, int64_t I, int64_t E,
+                      float* dweight, T* dx, int64_t threads) {
+  const int64_t blocks = (I + kColumns - 1) / kColumns, depth = (tokens + kRows - 1) / kRows * kRows;
+  std::vector<uint8_t> of_grad, of_transposed;
+  float* padded = scratch<float>(of_grad, depth * E);
+  std::memcpy(padded, grad, tokens * E * sizeof(float));
+  std::memset(padded + tokens * E, 0, (depth - tokens) * E * sizeof(float));
+  float* transposed = scratch<float>(of_transposed, depth * E);  // kRows tokens at a time
+  for (int64_t first = 0; first < depth; first += kRows)
+    transpose(padded + first * E, E, kRows, E, transposed + first * E, kRows);
+  // Threads share the columns, so that no two add to one number.
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t part = 0; part < threads; ++part) {
+    const int64_t stop = std::min(blocks * (part + 1) / threads * kColumns, I);
+    std::vector<uint8_t> of_rows, of_weight, of_x;
+    float* copy = scratch<float>(of_rows, kRows * kColumns);
+    float* sums = scratch<float>(of_weight, E * kColumns);
+    float* sums_of_x = scratch<float>(of_x, kRows * kColumns);
+    for (int64_t from = blocks * part / threads * kColumns; from < stop; from += kColumns) {
+      const int64_t width = std::min(kColumns, I - from);
+      if (tokens == 0) std::memset(sums, 0, E * width * sizeof(float));
+      for (int64_t first = 0; first < tokens; first += kRows) {
+        int64_t leading = I;
+        const float* block = floats_of(x, leading, first, tokens, from, width, copy);
+        blas::brgemm(E, width, kRows, kRows, leading, width, first > 0, transposed + first * E, block, sums, false);
+        if (!dx) continue;
+        blas::brgemm(kRows, width, E, E, I, width, false, padded + first * E, weight + from, sums_of_x, false);
+        for (int64_t i = 0; i < std::min(kRows, tokens - first); ++i)
+          put<false>(sums_of_x + i * width, dx + (first + i) * I + from, width);
+      }
+      for (int64_t e = 0; e < E; ++e) std::memcpy(dweight + e * I + from, sums + e * width, width * sizeof(float));
+    }
+    blas::brgemm_release(false);
   }
 }
 
@@ -367,24 +589,25 @@ void swiglu(const at::BFloat16* fused, const float* silu, int64_t T, int64_t F, 
   }
 }
 
-// dfused [T, 2F] of grad [T, F]; slope: silu's derivative.
-void swiglu_backward(const at::BFloat16* grad, const at::BFloat16* fused, const float* silu, const float* slope,
-                     int64_t T, int64_t F, at::BFloat16* dfused, int64_t threads) {
+// fused [T, 2F] becomes its own gradient, of grad [T, F]. With s = sigmoid(gate), of which there is a table too, silu is
+// gate s and its slope s (1 + gate (1 - s)).
+void swiglu_backward(const at::BFloat16* grad, at::BFloat16* fused, const float* sigmoid, int64_t T, int64_t F,
+                     int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < T; ++t) {
     float dgate[kColumns], dup[kColumns];
     for (int64_t from = 0; from < F; from += kColumns) {
-      const int64_t n = std::min(kColumns, F - from), place = t * 2 * F + from;
-      const at::BFloat16 *gate = fused + place, *of_out = grad + t * F + from;
-      look_up(slope, gate, dgate, n);
-      look_up(silu, gate, dup, n);
+      const int64_t n = std::min(kColumns, F - from);
+      at::BFloat16 *gate = fused + t * 2 * F + from, *up = gate + F;
+      const at::BFloat16* of_out = grad + t * F + from;
+      look_up(sigmoid, gate, dgate, n);
       for (int64_t i = 0; i < n; ++i) {
-        const float g = widen(of_out[i]);
-        dgate[i] *= g * widen(gate[F + i]);
-        dup[i] *= g;
+        const float s = dgate[i], x = widen(gate[i]), g = widen(of_out[i]);
+        dgate[i] = g * widen(up[i]) * (s * (1 + x * (1 - s)));
+        dup[i] = g * (x * s);
       }
-      put<false>(dgate, dfused + place, n);
-      put<false>(dup, dfused + place + F, n);
+      put<false>(dgate, gate, n);
+      put<false>(dup, up, n);
     }
   }
 }
@@ -421,6 +644,21 @@ int available() {
                                  const int64_t* starts, int64_t E, int64_t R, int64_t W, T* grad, int64_t stride_e,   \
                                  int64_t stride_r, int64_t stride_w, int64_t threads) {                               \
     outer(z, ldz, wide, ldw, rows, starts, E, R, W, grad, stride_e, stride_r, stride_w, threads);                     \
+  } \
+  extern "C" void to_rank_with_outer_##suffix(                                                                        \
+      const T* wide, int64_t ldw, const int64_t* rows, const int64_t* starts, int64_t E, int64_t W, int64_t R,        \
+      const T* M, int64_t m_stride_e, int64_t m_stride_w, int64_t m_stride_r, const T* z, int64_t ldz, T* u,          \
+      int64_t ldu, T* grad, int64_t stride_e, int64_t stride_w, int64_t stride_r, int64_t threads) {                  \
+    to_rank_with_outer(wide, ldw, rows, starts, E, W, R, M, m_stride_e, m_stride_w, m_stride_r, z, ldz, u, ldu, grad, \
+                       stride_e, stride_w, stride_r, threads);                                                        \
+  }                                                                                                                   \
+  extern "C" void router_logits_##suffix(const T* x, const float* weight, const float* bias, int64_t tokens,          \
+                                         int64_t I, int64_t E, float* logits, int64_t threads) {                      \
+    router_logits(x, weight, bias, tokens, I, E, logits, threads);                                                    \
+  }                                                                                                                   \
+  extern "C" void router_gradients_##suffix(const float* grad, const T* x, const float* weight, int64_t tokens,       \
+                                            int64_t I, int64_t E, float* dweight, T* dx, int64_t threads) {           \
+    router_gradients(grad, x, weight, tokens, I, E, dweight, dx, threads);                                            \
   }
 
 FOR_DTYPE(at::BFloat16, bf16)
@@ -436,7 +674,7 @@ extern "C" void swiglu_bf16(const at::BFloat16* fused, const float* silu, int64_
   swiglu(fused, silu, T, F, out, threads);
 }
 
-extern "C" void swiglu_backward_bf16(const at::BFloat16* grad, const at::BFloat16* fused, const float* silu,
-                                     const float* slope, int64_t T, int64_t F, at::BFloat16* dfused, int64_t threads) {
-  swiglu_backward(grad, fused, silu, slope, T, F, dfused, threads);
+extern "C" void swiglu_backward_bf16(const at::BFloat16* grad, at::BFloat16* fused, const float* sigmoid, int64_t T,
+                                     int64_t F, int64_t threads) {
+  swiglu_backward(grad, fused, sigmoid, T, F, threads);
 }

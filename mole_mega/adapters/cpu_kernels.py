@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -84,6 +84,15 @@ class CompiledProducts:
         self._call("outer", z_NR, z_NR.stride(0), wide_TW, *wide, *grad_ERW.shape, grad_ERW, *grad_ERW.stride())
         return grad
 
+    def to_rank_with_outer(self, wide_TW: Tensor, M_EWR: Tensor, z_NR: Tensor, u_NR: Tensor) -> Tensor:
+        """`outer` of z and wide with the ranks last, [E, W, R]; `to_rank` of wide and M goes to u. Reads wide once."""
+        grad_EWR = torch.empty_like(M_EWR)
+        wide, sizes = self._wide(wide_TW), M_EWR.shape
+        ranks, results = (z_NR, z_NR.stride(0), u_NR, u_NR.stride(0)), (grad_EWR, *grad_EWR.stride())
+        values = (wide_TW, *wide, *sizes, M_EWR, *M_EWR.stride(), *ranks, *results)
+        self._call("to_rank_with_outer", *values)
+        return grad_EWR
+
     def _from_rank(self, out_TO: Tensor, z_NR: Tensor, M_ERO: Tensor, *, add: bool) -> None:
         wide, sizes = self._wide(out_TO), M_ERO.shape
         self._call("from_rank", out_TO, *wide, *sizes, z_NR, z_NR.stride(0), M_ERO, *M_ERO.stride(), add)
@@ -108,12 +117,36 @@ def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor) -> Tensor:
     return out_NR
 
 
+def router_logits(found: ctypes.CDLL, x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None) -> Tensor:
+    """x weight^T + bias, [T, E]: x of any dtype here, all else fp32, and so are the sums."""
+    assert weight_EH.dtype == torch.float32 and (bias_E is None or bias_E.dtype == torch.float32)
+    x_TH, weight_EH = x_TH.contiguous(), weight_EH.contiguous()
+    sizes = (*x_TH.shape, len(weight_EH))
+    logits_TE = weight_EH.new_empty(len(x_TH), len(weight_EH))
+    _call(found, f"router_logits_{_SUFFIXES[x_TH.dtype]}", x_TH, weight_EH, bias_E, *sizes, logits_TE)
+    return logits_TE
+
+
+def router_gradients(
+    found: ctypes.CDLL, grad_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, *, needs_x: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of those logits' weight [E, H] and, in x's dtype, x [T, H], reading x once."""
+    assert grad_TE.dtype == weight_EH.dtype == torch.float32
+    grad_TE, x_TH, weight_EH = grad_TE.contiguous(), x_TH.contiguous(), weight_EH.contiguous()
+    dweight_EH, dx_TH = torch.empty_like(weight_EH), torch.empty_like(x_TH) if needs_x else None
+    name, sizes = f"router_gradients_{_SUFFIXES[x_TH.dtype]}", (*x_TH.shape, len(weight_EH))
+    _call(found, name, grad_TE, x_TH, weight_EH, *sizes, dweight_EH, dx_TH)
+    return dweight_EH, dx_TH
+
+
 @functools.cache
-def _silu_tables() -> tuple[Tensor, Tensor]:
-    """(silu rounded to bf16, its derivative) at every bf16 number, by its bits: fp32 [65536]."""
-    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    slope = torch.ops.aten.silu_backward(torch.ones(2**16), numbers.float())
-    return F.silu(numbers).float(), slope
+def _table(function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The function's fp32 value at every bf16 number, by its bits: [65536]."""
+    return function(torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)).float()
+
+
+def _sigmoid(numbers: Tensor) -> Tensor:
+    return numbers.float().sigmoid()
 
 
 def swiglu(found: ctypes.CDLL, fused_T2F: Tensor) -> Tensor:
@@ -122,16 +155,14 @@ def swiglu(found: ctypes.CDLL, fused_T2F: Tensor) -> Tensor:
     rows, columns = fused_T2F.shape
     width = columns // 2
     out_TF = fused_T2F.new_empty(rows, width)
-    _call(found, "swiglu_bf16", fused_T2F, _silu_tables()[0], rows, width, out_TF)
+    _call(found, "swiglu_bf16", fused_T2F, _table(F.silu), rows, width, out_TF)
     return out_TF
 
 
-def swiglu_backward(found: ctypes.CDLL, grad_TF: Tensor, fused_T2F: Tensor) -> Tensor:
-    """The gradient of `fused`, rounded once."""
-    grad_T2F = torch.empty_like(fused_T2F)
-    rows, width = grad_TF.shape
-    _call(found, "swiglu_backward_bf16", grad_TF, fused_T2F, *_silu_tables(), rows, width, grad_T2F)
-    return grad_T2F
+def swiglu_backward_(found: ctypes.CDLL, grad_TF: Tensor, fused_T2F: Tensor) -> None:
+    """Put the gradient of `fused`, rounded once, in its place."""
+    assert fused_T2F.is_contiguous() and grad_TF.is_contiguous()
+    _call(found, "swiglu_backward_bf16", grad_TF, fused_T2F, _table(_sigmoid), *grad_TF.shape)
 
 
 def _call(found: ctypes.CDLL, name: str, *values: Tensor | int | None) -> None:

@@ -117,10 +117,15 @@ class _Permute(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [gate | up] side by side. Keeps its input alone, and writes its gradient as one tensor."""
+    """silu(gate) * up of [gate | up] side by side.
+
+    **The input is consumed** by the backward pass, which writes its gradient there (but for a leaf of autograd): so no
+    second tensor as large as the widest activation is made. Whoever else kept it for a gradient is told by autograd.
+    """
 
     @staticmethod
     def forward(ctx: Any, fused_T2F: torch.Tensor) -> torch.Tensor:
+        ctx.is_leaf = fused_T2F.is_leaf
         ctx.save_for_backward(fused_T2F)
         kernels = cpu_kernels.library_for(fused_T2F) if fused_T2F.dtype == torch.bfloat16 else None
         if kernels is not None:
@@ -132,15 +137,17 @@ class SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TF: torch.Tensor) -> torch.Tensor:
         (fused_T2F,) = ctx.saved_tensors
+        fused_T2F = fused_T2F.clone() if ctx.is_leaf else fused_T2F.contiguous()
+        torch.autograd.graph.increment_version(fused_T2F)
         kernels = cpu_kernels.library_for(fused_T2F) if fused_T2F.dtype == torch.bfloat16 else None
         if kernels is not None:
-            return cpu_kernels.swiglu_backward(kernels, grad_TF.contiguous(), fused_T2F.contiguous())
+            cpu_kernels.swiglu_backward_(kernels, grad_TF.contiguous(), fused_T2F)
+            return fused_T2F
         gate_TF, up_TF = fused_T2F.chunk(2, dim=-1)
-        grad_T2F = torch.empty_like(fused_T2F)
-        grad_gate_TF, grad_up_TF = grad_T2F.chunk(2, dim=-1)
-        torch.mul(grad_TF, F.silu(gate_TF), out=grad_up_TF)
-        torch.ops.aten.silu_backward.grad_input(grad_TF * up_TF, gate_TF, grad_input=grad_gate_TF)
-        return grad_T2F
+        of_activation_TF = grad_TF * up_TF
+        torch.mul(grad_TF, F.silu(gate_TF), out=up_TF)
+        torch.ops.aten.silu_backward.grad_input(of_activation_TF, gate_TF, grad_input=gate_TF)
+        return fused_T2F
 
 
 class MoLEExperts(MLP):

@@ -13,6 +13,7 @@ train the router alone: they do not reach through its input into earlier layers.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters import sharding
+from mole_mega.adapters import cpu_kernels, sharding
 from mole_mega.adapters.routing import RoutingSummary, group_domains, num_groups
 from mole_mega.config import AdapterConfig
 
@@ -64,6 +66,34 @@ def sigmoid_scores(logits_TE: torch.Tensor, bias_E: torch.Tensor) -> tuple[torch
     """
     scores_TE = torch.sigmoid(logits_TE) + bias_E
     return scores_TE, scores_TE.detach().clamp(min=_LEAST_SCORE).log()
+
+
+def fp32_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
+    """R x + b in fp32 whatever x is; weight and bias are fp32."""
+    kernels = cpu_kernels.library_for(x_TH) if x_TH.dtype == torch.bfloat16 else None
+    if kernels is None:
+        return router_gating_linear(x_TH, weight_EH, bias_E, torch.float32)
+    return _CompiledLogits.apply(kernels, x_TH, weight_EH, bias_E)
+
+
+class _CompiledLogits(torch.autograd.Function):
+    """`fp32_logits` of bf16 on the CPU, without copies of x and of its gradient in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: ctypes.CDLL, x_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(x_TH, weight_EH)
+        return cpu_kernels.router_logits(kernels, x_TH, weight_EH, bias_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TH, weight_EH = ctx.saved_tensors
+        _, needs_x, _, needs_bias = ctx.needs_input_grad
+        dweight_EH, dx_TH = cpu_kernels.router_gradients(ctx.kernels, grad_TE, x_TH, weight_EH, needs_x=needs_x)
+        return None, dx_TH, dweight_EH, grad_TE.sum(0) if needs_bias else None
 
 
 class RouterSums:
@@ -196,7 +226,7 @@ class RouterSums:
                 self.pairs_PX[:, :-1].addmm_(pairs_PT, x)
             else:
                 self.pairs_PX[:, :-1] += pairs_PT @ x
-            self.pairs_PX[:, -1] += pairs_PT.sum(1, dtype=torch.float32)
+            self.pairs_PX[:, -1] += (probs_TE.T @ probs_TE)[self.first_P, self.second_P]
         self._kept.clear()
         self._has_pairs = True
 
@@ -325,7 +355,7 @@ class MoLERouter(MegatronModule):
         return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=adapter.renormalize), chosen_TE
 
     def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return router_gating_linear(x_TH, self.weight, self.bias, torch.float32)
+        return fp32_logits(x_TH, self.weight, self.bias)
 
     def _choose(self, probs_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(the experts that statistics count a token for, the likeliest first, those that it uses [T, E] bool)."""
@@ -356,7 +386,7 @@ class RowRouter(MoLERouter):
         return self._groups.tp.rank() == 0
 
     def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
-        part_TE = router_gating_linear(x_TH, self.weight, None, torch.float32)
+        part_TE = fp32_logits(x_TH, self.weight, None)
         # summed forward, and backward too: what a rank makes of the logits is a part of the loss
         logits_TE = reduce_from_tensor_model_parallel_region(part_TE, group=self._groups.tp)
         logits_TE = copy_to_tensor_model_parallel_region(logits_TE, group=self._groups.tp)

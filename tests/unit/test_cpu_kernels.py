@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from torch import Tensor
 
 from mole_mega.adapters import bank, cpu_kernels
 from mole_mega.adapters.cpu_kernels import CompiledProducts
 from mole_mega.adapters.mole import SwiGLU
+from mole_mega.adapters.routers import fp32_logits
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 # more than a chunk of 512; none; a block of 32 and one of 32 + 1
@@ -112,6 +114,89 @@ def test_outer(kernels, threads, dtype, scattered, width, rank, rank_last):
     assert_near(found.transpose(1, 2) if rank_last else found, expected)
 
 
+@SCATTERED
+@DTYPES
+@SIZES
+@pytest.mark.parametrize("rank_is_inner", [True, False])
+def test_to_rank_with_outer(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
+    products, row_N, num_rows = make(kernels, dtype, scattered)
+    wide_TW = randn(num_rows, width + 7, dtype=dtype)[:, 3 : width + 3]
+    M_EWR = randn(len(COUNTS), width, rank, dtype=dtype, seed=1)
+    if not rank_is_inner:
+        M_EWR = M_EWR.transpose(1, 2).contiguous().transpose(1, 2)
+    z_NR = randn(sum(COUNTS), 2 * rank, dtype=dtype, seed=2)[:, rank:]
+    u_N3R = torch.full((sum(COUNTS), 3 * rank), 7.0, dtype=dtype)
+    grad_EWR = products.to_rank_with_outer(wide_TW, M_EWR, z_NR, u_N3R[:, rank : 2 * rank])
+    wide_N = by_expert(wide_TW if row_N is None else wide_TW[row_N])
+    assert_near(u_N3R[:, rank : 2 * rank], torch.cat([w @ M for w, M in zip(wide_N, M_EWR.double(), strict=True)]))
+    assert (u_N3R[:, :rank] == 7).all() and (u_N3R[:, 2 * rank :] == 7).all()
+    assert_near(grad_EWR, torch.stack([w.T @ z for w, z in zip(wide_N, by_expert(z_NR), strict=True)]))
+    assert not grad_EWR[1].any()
+
+
+@DTYPES
+def test_other_experts_rows_reach_no_result(kernels, threads, dtype):
+    """Blocks are filled up with the rows that follow: what is not finite there stays there."""
+    counts = [33, 5, 600, 1]
+    products = CompiledProducts(kernels(dtype), torch.tensor(counts))
+    x_TI, z_NR = randn(sum(counts), 64, dtype=dtype), randn(sum(counts), 16, dtype=dtype, seed=1)
+    M_EIR, u_NR = randn(len(counts), 64, 16, dtype=dtype, seed=2), torch.empty_like(z_NR)
+
+    def everything():
+        grad_EIR = products.to_rank_with_outer(x_TI, M_EIR, z_NR, u_NR)
+        rows = (products.to_rank(x_TI, M_EIR), u_NR, products.from_rank(z_NR, M_EIR.transpose(1, 2), len(x_TI)))
+        by_row = [part for tensor in rows for part in tensor.split(counts)]
+        return [*by_row, *grad_EIR, *products.outer(z_NR, x_TI, rank_last=True)]
+
+    clean = [tensor.clone() for tensor in everything()]
+    last_of_second = sum(counts[:2]) - 1
+    x_TI[last_of_second], z_NR[last_of_second] = float("nan"), float("inf")
+    for number, (found, expected) in enumerate(zip(everything(), clean, strict=True)):
+        expert = number % len(counts)
+        assert torch.equal(found, expected) if expert != 1 else not found.isfinite().all()
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts"), [(0, 40, 3), (1, 40, 1), (33, 130, 3), (97, 300, 16), (64, 256, 70)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_routers_logits_and_their_gradients(kernels, threads, dtype, tokens, width, experts, bias):
+    x_TH = randn(tokens, width, dtype=dtype)
+    weight_EH, grad_TE = (randn(*shape, dtype=torch.float32) for shape in ((experts, width), (tokens, experts)))
+    bias_E = randn(experts, dtype=torch.float32, seed=1) if bias else None
+    logits_TE = cpu_kernels.router_logits(kernels(dtype), x_TH, weight_EH, bias_E)
+    assert logits_TE.dtype == torch.float32
+    expected_TE = x_TH.double() @ weight_EH.double().T
+    assert_near(logits_TE, expected_TE if bias_E is None else expected_TE + bias_E.double())
+    dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(dtype), grad_TE, x_TH, weight_EH, needs_x=True)
+    assert dweight_EH.dtype == torch.float32 and dx_TH.dtype == dtype
+    assert_near(dweight_EH, grad_TE.double().T @ x_TH.double())
+    assert_near(dx_TH, grad_TE.double() @ weight_EH.double())
+    alone_EH, none = cpu_kernels.router_gradients(kernels(dtype), grad_TE, x_TH, weight_EH, needs_x=False)
+    assert none is None and torch.equal(alone_EH, dweight_EH)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs", ["x and factors", "factors", "x"])
+def test_logits_of_bf16_are_those_of_megatron_core(kernels, bias, needs):
+    kernels(torch.bfloat16)
+    leaves = (randn(50, 96, dtype=torch.bfloat16), *(randn(*s, dtype=torch.float32) for s in ((5, 96), (5,))))
+    for leaf, name in zip(leaves, ("x", "factors", "factors"), strict=True):
+        leaf.requires_grad_(name in needs)
+    wanted = [leaf for leaf in leaves[: 3 if bias else 2] if leaf.requires_grad]
+    grad_TE = randn(50, 5, dtype=torch.float32, seed=1)
+
+    def step(logits_of):
+        logits_TE = logits_of(leaves[0], leaves[1], leaves[2] if bias else None)
+        return [logits_TE.detach(), *torch.autograd.grad(logits_TE, wanted, grad_TE)]
+
+    expected = step(lambda *inputs: router_gating_linear(*inputs, torch.float32))
+    for found, other in zip(step(fp32_logits), expected, strict=True):
+        assert found.dtype == other.dtype
+        assert_near(found, other.double())
+
+
 @pytest.mark.parametrize("rank", [2, 30, 64, 300])
 def test_weigh_has_the_bits_of_torchs_operators(kernels, rank):
     z_NR, weight_N = randn(33, rank, dtype=torch.bfloat16), randn(33, dtype=torch.float32, seed=1)
@@ -127,10 +212,17 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
     products, _, num_rows = make(kernels, dtype, scattered)
     x_TI, z_NR = randn(num_rows, 300, dtype=dtype), randn(sum(COUNTS), 32, dtype=dtype)
     M_EIR = randn(len(COUNTS), 300, 32, dtype=dtype, seed=1)
+    weight_EI, grad_TE = (randn(*shape, dtype=torch.float32) for shape in ((6, 300), (num_rows, 6)))
 
     def everything():
-        return (products.to_rank(x_TI, M_EIR), products.from_rank(z_NR, M_EIR.transpose(1, 2), num_rows),
-                products.outer(z_NR, x_TI, rank_last=True))  # fmt: skip
+        return (
+            products.to_rank(x_TI, M_EIR),
+            products.from_rank(z_NR, M_EIR.transpose(1, 2), num_rows),
+            products.outer(z_NR, x_TI, rank_last=True),
+            products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR)),
+            cpu_kernels.router_logits(kernels(dtype), x_TI, weight_EI, None),
+            *cpu_kernels.router_gradients(kernels(dtype), grad_TE, x_TI, weight_EI, needs_x=True),
+        )
 
     before = torch.get_num_threads()
     try:
@@ -155,11 +247,15 @@ def test_another_number_of_rows_compiles_no_other_kernel(kernels, dtype, scatter
         z_NR = products.to_rank(x_TI, M_EIR) + z_NR
         products.add_from_rank_(x_TI, z_NR, M_EIR.transpose(1, 2))
         products.outer(z_NR, x_TI, rank_last=True)
+        products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR))
+        cpu_kernels.router_logits(kernels(dtype), x_TI, weight_EI, None)
+        cpu_kernels.router_gradients(kernels(dtype), grad_TE[:rows], x_TI, weight_EI, needs_x=True)
 
     width, rank = (66 if scattered else 62), 26  # of no other test
     wide_TW, rank_TR = torch.zeros(4000, width, dtype=dtype), torch.zeros(4000, rank, dtype=dtype)
     M_EIR = torch.zeros(2, width, rank, dtype=dtype)
-    for rows in (4000, 63, 64, 65):
+    weight_EI, grad_TE = torch.zeros(6, width), torch.zeros(4000, 6)
+    for rows in (4000, *range(64, 136, 8)):  # every height that blocks are filled up to
         step(rows)
     before = resident()
     for rows in range(30, 4000, 64):
@@ -193,10 +289,30 @@ def test_gradient_of_swiglu(kernels, threads):
     fused = (3 * randn(50, 2 * 300, dtype=torch.bfloat16)).requires_grad_()
     grad = randn(50, 300, dtype=torch.bfloat16, seed=1)
     (found,) = torch.autograd.grad(SwiGLU.apply(fused), fused, grad)
+    assert torch.equal(fused, (3 * randn(50, 2 * 300, dtype=torch.bfloat16)))  # a leaf is the user's
     exact = fused.detach().double().requires_grad_()
     gate, up = exact.chunk(2, dim=1)
     (expected,) = torch.autograd.grad(F.silu(gate) * up, exact, grad.double())
     assert_near(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_swiglu_writes_its_gradient_over_its_input_and_others_are_told(dtype):
+    x = randn(4, 16, dtype=dtype).requires_grad_()
+    fused = 2 * x
+    place, gradients = fused.data_ptr(), []
+    fused.register_hook(lambda grad: gradients.append((grad.data_ptr(), grad.clone())))
+    SwiGLU.apply(fused).sum().backward()
+    assert gradients[0][0] == place
+    exact = (2 * x).detach().double().requires_grad_()
+    (F.silu(exact[:, :8]) * exact[:, 8:]).sum().backward()
+    assert_near(gradients[0][1], exact.grad)
+
+    fused = 2 * x
+    squared = (fused * fused).sum()  # keeps it for its own gradient
+    SwiGLU.apply(fused).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.backward()
 
 
 def test_without_kernels_the_layer_says_so_and_goes_on(monkeypatch):
