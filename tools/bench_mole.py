@@ -299,7 +299,7 @@ def _cases(asked: Sequence[str] | None) -> Sequence[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--hidden", type=int, default=Sizes.hidden)
     parser.add_argument("--ffn", type=int, default=Sizes.ffn)
     parser.add_argument("--tokens", type=int, default=Sizes.tokens)
