@@ -221,25 +221,15 @@ class RouterSums:
     def _sum_pairs(self) -> None:
         """Let go of the tokens kept, for their sums."""
         for x_TH, probs_TE in self._kept:
-            pairs_PT, x = self._pairs(probs_TE), x_TH.to(self.product_dtype)
+            pairs_TP = probs_TE.index_select(1, self.first_P).mul_(probs_TE.index_select(1, self.second_P))
+            pairs_PT, x_TH = pairs_TP.to(self.product_dtype).T, x_TH.to(self.product_dtype)
             if self.product_dtype == torch.float32:
-                self.pairs_PX[:, :-1].addmm_(pairs_PT, x)
+                self.pairs_PX[:, :-1].addmm_(pairs_PT, x_TH)
             else:
-                self.pairs_PX[:, :-1] += pairs_PT @ x
+                self.pairs_PX[:, :-1] += pairs_PT @ x_TH
             self.pairs_PX[:, -1] += (probs_TE.T @ probs_TE)[self.first_P, self.second_P]
         self._kept.clear()
         self._has_pairs = True
-
-    def _pairs(self, probs_TE: torch.Tensor) -> torch.Tensor:
-        """p_j p_k of each pair j < k, [P, T], rounded once. By rows of [E, T]: gathering columns is slow."""
-        probs_ET = probs_TE.T.contiguous()
-        pairs_PT = torch.empty(len(self.first_P), probs_ET.shape[1], dtype=self.product_dtype, device=probs_ET.device)
-        start = 0
-        for j in range(len(probs_ET) - 1):
-            stop = start + len(probs_ET) - 1 - j
-            torch.mul(probs_ET[j], probs_ET[j + 1 :], out=pairs_PT[start:stop])
-            start = stop
-        return pairs_PT
 
 
 class MoLERouter(MegatronModule):
