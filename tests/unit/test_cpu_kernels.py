@@ -297,6 +297,28 @@ def test_gradient_of_swiglu(kernels, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradient_of_swiglu_wherever_its_input_lies(dtype, leaf):
+    """Row after row, column after column, in every second row of another tensor, and in all of one."""
+    row_by_row = randn(6, 2 * 40, dtype=dtype)
+    exact = row_by_row.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=1)
+    (expected,) = torch.autograd.grad((F.silu(gate) * up).sum(), exact)
+    for place in (
+        lambda x: x * 1,
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.repeat_interleave(2, 0)[::2],
+        lambda x: x.view(2, 3, -1).flatten(0, 1),
+    ):
+        owner = row_by_row.clone().requires_grad_()
+        fused = place(owner).detach().requires_grad_() if leaf else place(owner)
+        (found,) = torch.autograd.grad(SwiGLU.apply(fused).sum(), fused)
+        assert_near(found, expected)
+        assert torch.equal(owner, row_by_row)
+        assert not found.requires_grad  # else it would hold the graph
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_swiglu_writes_its_gradient_over_its_input_and_others_are_told(dtype):
     x = randn(4, 16, dtype=dtype).requires_grad_()
     fused = 2 * x
