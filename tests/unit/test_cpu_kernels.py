@@ -209,6 +209,7 @@ def test_weigh_has_the_bits_of_torchs_operators(kernels, rank):
 @DTYPES
 @SCATTERED
 def test_threads_change_no_bit(kernels, dtype, scattered):
+    """But of what `to_rank_with_outer` writes to u, of which each thread sums a part."""
     products, _, num_rows = make(kernels, dtype, scattered)
     x_TI, z_NR = randn(num_rows, 300, dtype=dtype), randn(sum(COUNTS), 32, dtype=dtype)
     M_EIR = randn(len(COUNTS), 300, 32, dtype=dtype, seed=1)
