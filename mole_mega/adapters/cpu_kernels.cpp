@@ -1,10 +1,13 @@
 // What a MoLE layer does on the CPU that torch's own operators do in many passes.
 //
-// The thin products of a bank of LoRA experts: rows of each expert against that expert's matrix. A block of rows goes through oneDNN's small products (brgemm, as torch hands it out) in fixed shapes, so that a kernel
-// is compiled once and not for each expert's number of rows, and wide rows are read and written where they lie.
+// The thin products of a bank of LoRA experts: rows of each expert against that expert's matrix. A block of rows goes
+// through oneDNN's small products (brgemm, as torch hands it out) in fixed shapes, so that a kernel is compiled once
+// and not for each expert's number of rows, and wide rows are read and written where they lie.
 //
-// starts [E + 1]: expert e has the sorted rows starts[e] to starts[e + 1]. rows: which row of the wide tensor each sorted
-// row is, null where they are the same. Sums are fp32.
+// starts [E + 1]: expert e has the sorted rows starts[e] to starts[e + 1]. rows: which row of the wide tensor each
+// sorted row is, null where they are the same. Sums are fp32.
+//
+// A router's logits and their gradients, in fp32 without copies of all tokens in it.
 //
 // SwiGLU in bf16: of 65,536 numbers there is a table, so that it gives the bits that torch gives.
 
@@ -27,7 +30,7 @@ namespace blas = at::native::cpublas;
 
 constexpr int64_t kRows = 32;      // of a block of sorted rows
 constexpr int64_t kColumns = 128;   // of a wide tensor at a time: what they make must stay in the first cache
-constexpr int64_t kWide = 512;     // of a wide tensor that two products read, the second while it is in the second cache
+constexpr int64_t kWide = 512;     // of one that two products read, the second while it is in the second cache
 constexpr int64_t kDepth = 64;     // rows that are summed over in one product
 constexpr int64_t kAhead = 8;      // rows between one that is read and one that is sent for
 constexpr int64_t kChunk = 512;    // rows of an expert that one thread takes
@@ -138,7 +141,8 @@ void transpose(const Word* in, int64_t ldi, int64_t rows, int64_t columns, Word*
           a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
         }
       for (int j = 0; j < 4; ++j) {
-        const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+        const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
+        const __m512i odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
         const __m512i even_below = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
         const __m512i odd_below = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
         Word* to = out + (column + j) * ldo + row;
@@ -206,9 +210,9 @@ void interleave(const T* in, int64_t stride_k, int64_t stride_n, int64_t K, int6
       for (int64_t n = 0; n < N; ++n) words[whole * N + n] = join(in[(K - 1) * stride_k + n * stride_n], T(0.f));
 }
 
-// Where the rows [first, first + height) of a wide tensor lie one after another, of `all` that there are; a copy where they
-// are scattered or do not all exist. `leading` becomes their distance. Of the rows from `end` on, which are not the
-// expert's, the products' results are not used.
+// Where the rows [first, first + height) of a wide tensor lie one after another, of `all` that there are; a copy where
+// they are scattered or do not all exist. `leading` becomes their distance. Of the rows from `end` on, which are not
+// the expert's, the products' results are not used.
 template <typename T>
 const T* block_of(const T* wide, int64_t& leading, const int64_t* rows, int64_t first, int64_t height, int64_t end,
                   int64_t all, int64_t width, std::vector<uint8_t>& memory) {
@@ -350,8 +354,8 @@ void store(const float* sums, int64_t R, int64_t width, T* grad, int64_t stride_
     for (int64_t r = 0; r < R; ++r) narrow(sums[r * width + w], grad[r * stride_r + w * stride_w]);
 }
 
-// The rows [begin, end) of z [N, R] as columns, kDepth of them at a time (a leading dimension of all would be a kernel for
-// each number of rows): [ceil((end - begin) / kDepth), R, kDepth], 0 beyond `end`.
+// The rows [begin, end) of z [N, R] as columns, kDepth of them at a time (a leading dimension of all would be a kernel
+// for each number of rows): [ceil((end - begin) / kDepth), R, kDepth], 0 beyond `end`.
 template <typename T>
 void transpose_ranks(const T* z, int64_t ldz, int64_t begin, int64_t end, int64_t R, T* out,
                      std::vector<uint8_t>& memory) {
@@ -379,7 +383,8 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < E * threads; ++item) {
       const int64_t e = item / threads, part = item % threads, begin = starts[e], end = starts[e + 1];
-      const int64_t from = blocks * part / threads * kColumns, to = std::min(blocks * (part + 1) / threads * kColumns, W);
+      const int64_t from = blocks * part / threads * kColumns;
+      const int64_t to = std::min(blocks * (part + 1) / threads * kColumns, W);
       const int64_t depth = (end - begin + kDepth - 1) / kDepth * kDepth;
       T* ranks = scratch<T>(of_ranks, R * depth);
       transpose_ranks(z, ldz, begin, end, R, ranks, of_words);
@@ -403,19 +408,20 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
   }
 }
 
-// `to_rank` and `outer` of the same wide rows, which are read once: u = wide M, grad[e, w, r] = sum of wide[n, w] z[n, r].
+// `to_rank` and `outer` of the same wide rows, which are read once: u = wide M, grad[e, w, r] = sum over the rows n of
+// e of wide[n, w] z[n, r]. Threads share the columns, each with sums of u of its own: how many they are changes u's
+// last bits, and no other result here.
 template <typename T>
 void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const int64_t* starts, int64_t E, int64_t W,
                         int64_t R, const T* M, int64_t m_stride_e, int64_t m_stride_w, int64_t m_stride_r, const T* z,
                         int64_t ldz, T* u, int64_t ldu, T* grad, int64_t stride_e, int64_t stride_w, int64_t stride_r,
                         int64_t threads) {
-  const int64_t blocks = (W + kColumns - 1) / kColumns;
+  const int64_t blocks = (W + kColumns - 1) / kColumns, parts = std::min(threads, blocks);
   std::vector<int64_t> places(E + 1, 0);  // each expert's rows in the sums of u, filled up to kDepth
   for (int64_t e = 0; e < E; ++e)
     places[e + 1] = places[e] + (starts[e + 1] - starts[e] + kDepth - 1) / kDepth * kDepth;
-  // Threads share the columns: each has sums of its own.
   std::vector<uint8_t> of_u;
-  float* sums_of_u = scratch<float>(of_u, threads * places[E] * R);
+  float* sums_of_u = scratch<float>(of_u, parts * places[E] * R);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<uint8_t> of_ranks, of_matrix, of_wide, of_rows, of_sums, of_words;
@@ -424,13 +430,13 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
     T* copy = scratch<T>(of_rows, kDepth * kWide);
     float* sums = scratch<float>(of_sums, R * kWide);
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < E * threads; ++item) {
-      const int64_t e = item / threads, part = item % threads, begin = starts[e], end = starts[e + 1];
-      const int64_t from = blocks * part / threads * kColumns, to = std::min(blocks * (part + 1) / threads * kColumns, W);
+    for (int64_t item = 0; item < E * parts; ++item) {
+      const int64_t e = item / parts, part = item % parts, begin = starts[e], end = starts[e + 1];
+      const int64_t from = blocks * part / parts * kColumns;
+      const int64_t to = std::min(blocks * (part + 1) / parts * kColumns, W);
       T* ranks = scratch<T>(of_ranks, R * (places[e + 1] - places[e]));
       transpose_ranks(z, ldz, begin, end, R, ranks, of_words);
       float* u_of_part = sums_of_u + (part * places[E] + places[e]) * R;
-      if (from >= to) std::fill_n(u_of_part, (places[e + 1] - places[e]) * R, 0.f);
       for (int64_t column = from; column < to; column += kWide) {
         const int64_t width = std::min(kWide, to - column);
         if (begin == end) std::memset(sums, 0, R * width * sizeof(float));
@@ -451,17 +457,19 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
             block = copy, leading = width;
           }
           for (int64_t w = 0; w < width; w += kColumns) {
-            const int64_t narrow = std::min(kColumns, width - w);
-            if constexpr (kPair<T> == 2) pack_rows(block + w, leading, nullptr, 0, height, height, narrow, packed);
+            const int64_t columns = std::min(kColumns, width - w);
+            if constexpr (kPair<T> == 2) pack_rows(block + w, leading, nullptr, 0, height, height, columns, packed);
             const T* second = kPair<T> == 2 ? packed : block + w;
-            blas::brgemm(R, narrow, height, kDepth, kPair<T> == 2 ? narrow : leading, narrow, first > begin,
+            blas::brgemm(R, columns, height, kDepth, kPair<T> == 2 ? columns : leading, columns, first > begin,
                          ranks + (first - begin) * R, second, sums + w * R, kPair<T> > 1);
           }
           blas::brgemm(height, R, width, leading, R, R, column > from, block, matrix, u_of_part + (first - begin) * R,
                        kPair<T> > 1);
         }
-        for (int64_t w = 0; w < width; w += kColumns)
-          store(sums + w * R, R, std::min(kColumns, width - w), grad + e * stride_e + (column + w) * stride_w, stride_r, stride_w, of_words);
+        for (int64_t w = 0; w < width; w += kColumns) {
+          T* to_grad = grad + e * stride_e + (column + w) * stride_w;
+          store(sums + w * R, R, std::min(kColumns, width - w), to_grad, stride_r, stride_w, of_words);
+        }
       }
     }
     blas::brgemm_release(kPair<T> > 1);
@@ -470,15 +478,15 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
     for (int64_t e = 0; e < E; ++e)
       for (int64_t n = starts[e]; n < starts[e + 1]; ++n) {
         float* sum = sums_of_u + (places[e] + n - starts[e]) * R;
-        for (int64_t part = 1; part < threads; ++part)
+        for (int64_t part = 1; part < parts; ++part)
           for (int64_t r = 0; r < R; ++r) sum[r] += sum[part * places[E] * R + r];
         put<false>(sum, u + n * ldu, R);
       }
   }
 }
 
-// kRows rows of x as fp32, columns [from, from + width): where they lie if they are all there and fp32, else a copy with
-// 0 for those that are not. `leading` becomes their distance.
+// kRows rows of x as fp32, columns [from, from + width): where they lie if they are all there and fp32, else a copy
+// with 0 for those that are not there. `leading` becomes their distance.
 template <typename T>
 const float* floats_of(const T* x, int64_t& leading, int64_t first, int64_t tokens, int64_t from, int64_t width,
                        float* copy) {
@@ -589,8 +597,8 @@ void swiglu(const at::BFloat16* fused, const float* silu, int64_t T, int64_t F, 
   }
 }
 
-// fused [T, 2F] becomes its own gradient, of grad [T, F]. With s = sigmoid(gate), of which there is a table too, silu is
-// gate s and its slope s (1 + gate (1 - s)).
+// fused [T, 2F] becomes its own gradient, of grad [T, F]. With s = sigmoid(gate), of which there is a table too, silu
+// is gate s and its slope s (1 + gate (1 - s)).
 void swiglu_backward(const at::BFloat16* grad, at::BFloat16* fused, const float* sigmoid, int64_t T, int64_t F,
                      int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -644,7 +652,7 @@ int available() {
                                  const int64_t* starts, int64_t E, int64_t R, int64_t W, T* grad, int64_t stride_e,   \
                                  int64_t stride_r, int64_t stride_w, int64_t threads) {                               \
     outer(z, ldz, wide, ldw, rows, starts, E, R, W, grad, stride_e, stride_r, stride_w, threads);                     \
-  } \
+  }                                                                                                                   \
   extern "C" void to_rank_with_outer_##suffix(                                                                        \
       const T* wide, int64_t ldw, const int64_t* rows, const int64_t* starts, int64_t E, int64_t W, int64_t R,        \
       const T* M, int64_t m_stride_e, int64_t m_stride_w, int64_t m_stride_r, const T* z, int64_t ldz, T* u,          \

@@ -1,7 +1,7 @@
-"""What a MoLE layer does on the CPU, compiled (cpu_kernels.cpp): the thin products of a bank, in one
-pass over the wide rows whatever the number of experts, and SwiGLU in bf16.
+"""What a MoLE layer does on the CPU, compiled (cpu_kernels.cpp): the thin products of a bank, in one pass over the wide
+rows whatever the number of experts, a router's logits, and SwiGLU in bf16.
 
-Shape suffixes as in bank.py; N sorted rows, T rows of a wide tensor.
+Shape suffixes as in bank.py; N sorted rows, T rows of a wide tensor, W its columns.
 """
 
 from __future__ import annotations

@@ -119,13 +119,14 @@ class _Permute(torch.autograd.Function):
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up of [gate | up] side by side.
 
-    **The input is consumed** by the backward pass, which writes its gradient there (but for a leaf of autograd): so no
-    second tensor as large as the widest activation is made. Whoever else kept it for a gradient is told by autograd.
+    **The input is consumed** by the backward pass, which writes its gradient there (but for a leaf of autograd and a
+    view, whose memory is another's): so no second tensor as large as the widest activation is made. Whoever else kept
+    it for a gradient is told by autograd.
     """
 
     @staticmethod
     def forward(ctx: Any, fused_T2F: torch.Tensor) -> torch.Tensor:
-        ctx.is_leaf = fused_T2F.is_leaf
+        ctx.keeps_input = fused_T2F.is_leaf or fused_T2F._is_view()
         ctx.save_for_backward(fused_T2F)
         kernels = cpu_kernels.library_for(fused_T2F) if fused_T2F.dtype == torch.bfloat16 else None
         if kernels is not None:
@@ -136,8 +137,11 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TF: torch.Tensor) -> torch.Tensor:
-        (fused_T2F,) = ctx.saved_tensors
-        fused_T2F = fused_T2F.clone() if ctx.is_leaf else fused_T2F.contiguous()
+        # detached: else the gradient is the forward pass's own tensor, and who keeps it keeps the graph
+        fused_T2F = ctx.saved_tensors[0].detach()
+        if ctx.keeps_input:
+            fused_T2F = fused_T2F.clone(memory_format=torch.contiguous_format)
+        fused_T2F = fused_T2F.contiguous()
         torch.autograd.graph.increment_version(fused_T2F)
         kernels = cpu_kernels.library_for(fused_T2F) if fused_T2F.dtype == torch.bfloat16 else None
         if kernels is not None:

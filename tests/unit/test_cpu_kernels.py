@@ -209,6 +209,7 @@ def test_weigh_has_the_bits_of_torchs_operators(kernels, rank):
 @DTYPES
 @SCATTERED
 def test_threads_change_no_bit(kernels, dtype, scattered):
+    """But of what `to_rank_with_outer` writes to u, of which each thread sums a part."""
     products, _, num_rows = make(kernels, dtype, scattered)
     x_TI, z_NR = randn(num_rows, 300, dtype=dtype), randn(sum(COUNTS), 32, dtype=dtype)
     M_EIR = randn(len(COUNTS), 300, 32, dtype=dtype, seed=1)
@@ -294,6 +295,28 @@ def test_gradient_of_swiglu(kernels, threads):
     gate, up = exact.chunk(2, dim=1)
     (expected,) = torch.autograd.grad(F.silu(gate) * up, exact, grad.double())
     assert_near(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradient_of_swiglu_wherever_its_input_lies(dtype, leaf):
+    """Row after row, column after column, in every second row of another tensor, and in all of one."""
+    row_by_row = randn(6, 2 * 40, dtype=dtype)
+    exact = row_by_row.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=1)
+    (expected,) = torch.autograd.grad((F.silu(gate) * up).sum(), exact)
+    for place in (
+        lambda x: x * 1,
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.repeat_interleave(2, 0)[::2],
+        lambda x: x.view(2, 3, -1).flatten(0, 1),
+    ):
+        owner = row_by_row.clone().requires_grad_()
+        fused = place(owner).detach().requires_grad_() if leaf else place(owner)
+        (found,) = torch.autograd.grad(SwiGLU.apply(fused).sum(), fused)
+        assert_near(found, expected)
+        assert torch.equal(owner, row_by_row)
+        assert not found.requires_grad  # else it would hold the graph
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
