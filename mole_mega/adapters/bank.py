@@ -130,22 +130,7 @@ class _ShareInput(torch.autograd.Function):
         return grad_TI, None
 
 
-class _TorchProducts:
-    """What a bank multiplies, by torch's operators."""
-
-    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def outer(self, z_TR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
-        raise NotImplementedError
-
-    def to_rank_with_outer(self, wide_TW: Tensor, M_EWR: Tensor, z_TR: Tensor, u_TR: Tensor) -> Tensor:
-        """See `CompiledProducts`."""
-        u_TR.copy_(self.to_rank(wide_TW, M_EWR))
-        return self.outer(z_TR, wide_TW, rank_last=True)
-
-
-class _PlainProducts(_TorchProducts):
+class _PlainProducts:
     """One expert: ordinary GEMMs."""
 
     def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
@@ -161,7 +146,7 @@ class _PlainProducts(_TorchProducts):
         return (wide_TW.t() @ z_TR if rank_last else z_TR.t() @ wide_TW)[None]
 
 
-class _GroupedProducts(_TorchProducts):
+class _GroupedProducts:
     """Rows of each expert against that expert's matrix: the arithmetic does not grow with the number of experts."""
 
     def __init__(self, tokens_per_expert_E: Tensor) -> None:
@@ -194,7 +179,7 @@ class _GroupedProducts(_TorchProducts):
         return grad_EMN.masked_fill_(self.empty_E11, 0) if grad_EMN.is_cuda else grad_EMN
 
 
-class _Fp32Products(_TorchProducts):
+class _Fp32Products:
     """Half precision on a CPU without our kernels: each wide tensor is taken for fp32 once, and what comes out is
     rounded once. torch's bf16 products are loops where the processor has none, and where it has some, oneDNN compiles
     and keeps one for each number of rows (measured with 16 experts: 4.0 of plain LoRA's time, where this is 2.1)."""
@@ -215,7 +200,7 @@ class _Fp32Products(_TorchProducts):
         return self._grouped.outer(z_TR.float(), wide_TW.float(), rank_last=rank_last).to(z_TR.dtype)
 
 
-class _MaskedProducts(_TorchProducts):
+class _MaskedProducts:
     """Every expert on every token in rank space, then all but the token's own set to 0: plain GEMMs of width E * R.
 
     Only for what grouped_mm refuses (float64, rows that are not 16-byte aligned, no token at all): it is slower from 2
@@ -372,7 +357,7 @@ class _AddLoRA(torch.autograd.Function):
         dB_P: list[Tensor | None] = []
         for g_TO, B_EOR, zw_TR, u_TR in _by_projection(grad_TO, B_P, zw_TPR, u_TPR):
             if any(needs_factors):
-                dB_P.append(products.to_rank_with_outer(g_TO, B_EOR, zw_TR, u_TR))
+                dB_P.append(_to_rank_with_outer(products, g_TO, B_EOR, zw_TR, u_TR))
             else:
                 u_TR.copy_(products.to_rank(g_TO, B_EOR))
                 dB_P.append(None)
@@ -389,6 +374,14 @@ class _AddLoRA(torch.autograd.Function):
         if any(needs_factors):
             dA_P = products.outer(dz_TPR, x_TI, rank_last=False).chunk(len(A_P), dim=1)
         return None, None, None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
+
+
+def _to_rank_with_outer(products: _Products, wide_TW: Tensor, M_EWR: Tensor, z_TR: Tensor, u_TR: Tensor) -> Tensor:
+    """`outer` of z and wide, [E, W, R]; `to_rank` of wide and M goes to u."""
+    if isinstance(products, CompiledProducts):
+        return products.to_rank_with_outer(wide_TW, M_EWR, z_TR, u_TR)
+    u_TR.copy_(products.to_rank(wide_TW, M_EWR))
+    return products.outer(z_TR, wide_TW, rank_last=True)
 
 
 def _stack_ranks(A_P: Sequence[Tensor]) -> Tensor:

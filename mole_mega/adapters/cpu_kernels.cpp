@@ -29,7 +29,8 @@ namespace {
 namespace blas = at::native::cpublas;
 
 constexpr int64_t kRows = 32;      // of a block of sorted rows
-constexpr int64_t kColumns = 128;   // of a wide tensor at a time: what they make must stay in the first cache
+constexpr int64_t kColumns = 128;  // of a wide tensor at a time: what they make must stay in the first cache
+constexpr int64_t kAdded = 64;     // of one that is added to
 constexpr int64_t kWide = 512;     // of one that two products read, the second while it is in the second cache
 constexpr int64_t kDepth = 64;     // rows that are summed over in one product
 constexpr int64_t kAhead = 8;      // rows between one that is read and one that is sent for
@@ -267,35 +268,35 @@ template <typename T>
 void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E, int64_t R, int64_t O,
                const T* z, int64_t ldz, const T* M, int64_t stride_e, int64_t stride_r, int64_t stride_o, bool add,
                int64_t threads) {
-  const int64_t blocks = (O + kColumns - 1) / kColumns;
+  const int64_t blocks = (O + kAdded - 1) / kAdded;
   // Threads share the columns: two experts may add to one row.
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t part = 0; part < threads; ++part) {
-    const int64_t from = blocks * part / threads * kColumns, to = std::min(blocks * (part + 1) / threads * kColumns, O);
+    const int64_t from = blocks * part / threads * kAdded, to = std::min(blocks * (part + 1) / threads * kAdded, O);
     std::vector<uint8_t> of_matrix, of_rows, of_sums;
     const int64_t packed_rows = (R + kPair<T> - 1) / kPair<T> * kPair<T>;
     T* packed = scratch<T>(of_matrix, packed_rows * (to - from));
-    float* sums = scratch<float>(of_sums, kRows * kColumns);
+    float* sums = scratch<float>(of_sums, kRows * kAdded);
     for (int64_t e = 0; e < E; ++e) {
       if (starts[e] == starts[e + 1]) continue;
       const bool as_it_lies = kPair<T> == 1 && stride_o == 1;
-      for (int64_t column = from; column < to && !as_it_lies; column += kColumns)
-        interleave(M + e * stride_e + column * stride_o, stride_r, stride_o, R, std::min(kColumns, to - column),
+      for (int64_t column = from; column < to && !as_it_lies; column += kAdded)
+        interleave(M + e * stride_e + column * stride_o, stride_r, stride_o, R, std::min(kAdded, to - column),
                    packed + packed_rows * (column - from));
       for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
         const int64_t count = std::min(kRows, starts[e + 1] - first);
         int64_t leading = ldz;
         const int64_t height = filled_up<T>(count, kRows);
         const T* block = block_of(z, leading, nullptr, first, height, starts[e + 1], starts[E], R, of_rows);
-        for (int64_t column = from; column < to; column += kColumns) {
-          const int64_t width = std::min(kColumns, to - column);
+        for (int64_t column = from; column < to; column += kAdded) {
+          const int64_t width = std::min(kAdded, to - column);
           const T* matrix = as_it_lies ? M + e * stride_e + column : packed + packed_rows * (column - from);
           blas::brgemm(height, width, R, leading, as_it_lies ? stride_r : width, width, false, block, matrix, sums,
                        kPair<T> > 1);
           for (int64_t i = 0; i < count; ++i) {
             T* out_row = out + (rows ? rows[first + i] : first + i) * ldo + column;
             const float* sum = sums + i * width;
-            if (add && column + kColumns < to) fetch(out_row + kColumns, kColumns);
+            if (add && column + kAdded < to) fetch(out_row + kAdded, kAdded);
             add ? put<true>(sum, out_row, width) : put<false>(sum, out_row, width);
           }
         }
@@ -485,24 +486,17 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
   }
 }
 
-// kRows rows of x as fp32, columns [from, from + width): where they lie if they are all there and fp32, else a copy
-// with 0 for those that are not there. `leading` becomes their distance.
-template <typename T>
-const float* floats_of(const T* x, int64_t& leading, int64_t first, int64_t tokens, int64_t from, int64_t width,
-                       float* copy) {
-  if constexpr (std::is_same_v<T, float>)
-    if (first + kRows <= tokens) return x + first * leading + from;
+// out [kRows, width] = the columns [from, from + width) of kRows rows of x [T, I], 0 for rows that there are not.
+void widen_rows(const at::BFloat16* x, int64_t first, int64_t tokens, int64_t I, int64_t from, int64_t width,
+                float* out) {
   for (int64_t i = 0; i < kRows; ++i) {
-    const T* row = x + (first + i) * leading + from;
-    for (int64_t w = 0; w < width; ++w) copy[i * width + w] = first + i < tokens ? widen(row[w]) : 0.f;
+    const at::BFloat16* row = x + (first + i) * I + from;
+    for (int64_t w = 0; w < width; ++w) out[i * width + w] = first + i < tokens ? widen(row[w]) : 0.f;
   }
-  leading = width;
-  return copy;
 }
 
-// logits [T, E] = x [T, I] weight^T + bias, in fp32 whatever x is.
-template <typename T>
-void router_logits(const T* x, const float* weight, const float* bias, int64_t tokens, int64_t I, int64_t E,
+// logits [T, E] = x [T, I] weight^T + bias, in fp32.
+void router_logits(const at::BFloat16* x, const float* weight, const float* bias, int64_t tokens, int64_t I, int64_t E,
                    float* logits, int64_t threads) {
   std::vector<uint8_t> of_weight;
   float* weight_IE = scratch<float>(of_weight, I * E);
@@ -510,15 +504,14 @@ void router_logits(const T* x, const float* weight, const float* bias, int64_t t
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<uint8_t> of_rows, of_sums;
-    float* copy = scratch<float>(of_rows, kRows * kColumns);
+    float* block = scratch<float>(of_rows, kRows * kColumns);
     float* sums = scratch<float>(of_sums, kRows * E);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < tokens; first += kRows) {
       for (int64_t from = 0; from < I; from += kColumns) {
         const int64_t width = std::min(kColumns, I - from);
-        int64_t leading = I;
-        const float* block = floats_of(x, leading, first, tokens, from, width, copy);
-        blas::brgemm(kRows, E, width, leading, E, E, from > 0, block, weight_IE + from * E, sums, false);
+        widen_rows(x, first, tokens, I, from, width, block);
+        blas::brgemm(kRows, E, width, width, E, E, from > 0, block, weight_IE + from * E, sums, false);
       }
       for (int64_t i = 0; i < std::min(kRows, tokens - first); ++i)
         for (int64_t e = 0; e < E; ++e) logits[(first + i) * E + e] = sums[i * E + e] + (bias ? bias[e] : 0.f);
@@ -528,9 +521,8 @@ void router_logits(const T* x, const float* weight, const float* bias, int64_t t
 }
 
 // Of those logits' gradient [T, E]: dweight [E, I] and, where wanted, dx [T, I].
-template <typename T>
-void router_gradients(const float* grad, const T* x, const float* weight, int64_t tokens, int64_t I, int64_t E,
-                      float* dweight, T* dx, int64_t threads) {
+void router_gradients(const float* grad, const at::BFloat16* x, const float* weight, int64_t tokens, int64_t I,
+                      int64_t E, float* dweight, at::BFloat16* dx, int64_t threads) {
   const int64_t blocks = (I + kColumns - 1) / kColumns, depth = (tokens + kRows - 1) / kRows * kRows;
   std::vector<uint8_t> of_grad, of_transposed;
   float* padded = scratch<float>(of_grad, depth * E);
@@ -544,16 +536,15 @@ void router_gradients(const float* grad, const T* x, const float* weight, int64_
   for (int64_t part = 0; part < threads; ++part) {
     const int64_t stop = std::min(blocks * (part + 1) / threads * kColumns, I);
     std::vector<uint8_t> of_rows, of_weight, of_x;
-    float* copy = scratch<float>(of_rows, kRows * kColumns);
+    float* block = scratch<float>(of_rows, kRows * kColumns);
     float* sums = scratch<float>(of_weight, E * kColumns);
     float* sums_of_x = scratch<float>(of_x, kRows * kColumns);
     for (int64_t from = blocks * part / threads * kColumns; from < stop; from += kColumns) {
       const int64_t width = std::min(kColumns, I - from);
       if (tokens == 0) std::memset(sums, 0, E * width * sizeof(float));
       for (int64_t first = 0; first < tokens; first += kRows) {
-        int64_t leading = I;
-        const float* block = floats_of(x, leading, first, tokens, from, width, copy);
-        blas::brgemm(E, width, kRows, kRows, leading, width, first > 0, transposed + first * E, block, sums, false);
+        widen_rows(x, first, tokens, I, from, width, block);
+        blas::brgemm(E, width, kRows, kRows, width, width, first > 0, transposed + first * E, block, sums, false);
         if (!dx) continue;
         blas::brgemm(kRows, width, E, E, I, width, false, padded + first * E, weight + from, sums_of_x, false);
         for (int64_t i = 0; i < std::min(kRows, tokens - first); ++i)
@@ -659,18 +650,20 @@ int available() {
       int64_t ldu, T* grad, int64_t stride_e, int64_t stride_w, int64_t stride_r, int64_t threads) {                  \
     to_rank_with_outer(wide, ldw, rows, starts, E, W, R, M, m_stride_e, m_stride_w, m_stride_r, z, ldz, u, ldu, grad, \
                        stride_e, stride_w, stride_r, threads);                                                        \
-  }                                                                                                                   \
-  extern "C" void router_logits_##suffix(const T* x, const float* weight, const float* bias, int64_t tokens,          \
-                                         int64_t I, int64_t E, float* logits, int64_t threads) {                      \
-    router_logits(x, weight, bias, tokens, I, E, logits, threads);                                                    \
-  }                                                                                                                   \
-  extern "C" void router_gradients_##suffix(const float* grad, const T* x, const float* weight, int64_t tokens,       \
-                                            int64_t I, int64_t E, float* dweight, T* dx, int64_t threads) {           \
-    router_gradients(grad, x, weight, tokens, I, E, dweight, dx, threads);                                            \
   }
 
 FOR_DTYPE(at::BFloat16, bf16)
 FOR_DTYPE(float, fp32)
+
+extern "C" void router_logits_bf16(const at::BFloat16* x, const float* weight, const float* bias, int64_t tokens,
+                                   int64_t I, int64_t E, float* logits, int64_t threads) {
+  router_logits(x, weight, bias, tokens, I, E, logits, threads);
+}
+
+extern "C" void router_gradients_bf16(const float* grad, const at::BFloat16* x, const float* weight, int64_t tokens,
+                                      int64_t I, int64_t E, float* dweight, at::BFloat16* dx, int64_t threads) {
+  router_gradients(grad, x, weight, tokens, I, E, dweight, dx, threads);
+}
 
 extern "C" void weigh_bf16(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out,
                            int64_t /* threads: not worth waking */) {

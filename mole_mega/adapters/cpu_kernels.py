@@ -118,24 +118,28 @@ def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor) -> Tensor:
 
 
 def router_logits(found: ctypes.CDLL, x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None) -> Tensor:
-    """x weight^T + bias, [T, E]: x of any dtype here, all else fp32, and so are the sums."""
-    assert weight_EH.dtype == torch.float32 and (bias_E is None or bias_E.dtype == torch.float32)
+    """x weight^T + bias, [T, E]: x [T, H] bf16, all else fp32, and so are the sums."""
+    assert (
+        x_TH.dtype == torch.bfloat16
+        and weight_EH.dtype == torch.float32
+        and (bias_E is None or bias_E.dtype == torch.float32)
+    )
     x_TH, weight_EH = x_TH.contiguous(), weight_EH.contiguous()
     sizes = (*x_TH.shape, len(weight_EH))
     logits_TE = weight_EH.new_empty(len(x_TH), len(weight_EH))
-    _call(found, f"router_logits_{_SUFFIXES[x_TH.dtype]}", x_TH, weight_EH, bias_E, *sizes, logits_TE)
+    _call(found, "router_logits_bf16", x_TH, weight_EH, bias_E, *sizes, logits_TE)
     return logits_TE
 
 
 def router_gradients(
     found: ctypes.CDLL, grad_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, *, needs_x: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of those logits' weight [E, H] and, in x's dtype, x [T, H], reading x once."""
-    assert grad_TE.dtype == weight_EH.dtype == torch.float32
+    """The gradients of those logits' weight, [E, H] fp32, and of x, [T, H] bf16, reading x once."""
+    assert x_TH.dtype == torch.bfloat16 and grad_TE.dtype == weight_EH.dtype == torch.float32
     grad_TE, x_TH, weight_EH = grad_TE.contiguous(), x_TH.contiguous(), weight_EH.contiguous()
     dweight_EH, dx_TH = torch.empty_like(weight_EH), torch.empty_like(x_TH) if needs_x else None
-    name, sizes = f"router_gradients_{_SUFFIXES[x_TH.dtype]}", (*x_TH.shape, len(weight_EH))
-    _call(found, name, grad_TE, x_TH, weight_EH, *sizes, dweight_EH, dx_TH)
+    sizes = (*x_TH.shape, len(weight_EH))
+    _call(found, "router_gradients_bf16", grad_TE, x_TH, weight_EH, *sizes, dweight_EH, dx_TH)
     return dweight_EH, dx_TH
 
 

@@ -69,9 +69,9 @@ def sigmoid_scores(logits_TE: torch.Tensor, bias_E: torch.Tensor) -> tuple[torch
 
 
 def fp32_logits(x_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
-    """R x + b in fp32 whatever x is; weight and bias are fp32."""
+    """R x + b, [T, E] fp32: x [T, H] of any dtype, weight [E, H] and bias [E] fp32."""
     kernels = cpu_kernels.library_for(x_TH) if x_TH.dtype == torch.bfloat16 else None
-    if kernels is None:
+    if kernels is None or cpu_kernels.library(torch.float32) is None:  # the sums are fp32's
         return router_gating_linear(x_TH, weight_EH, bias_E, torch.float32)
     return _CompiledLogits.apply(kernels, x_TH, weight_EH, bias_E)
 
