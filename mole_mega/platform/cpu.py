@@ -97,8 +97,8 @@ def _keep_freed_memory() -> None:
     same size comes in the next layer, and each page that is new costs a fault (measured: 22 MB written in 7.5 ms new,
     in 1.0 ms reused; a MoLE layer of 2048 tokens in bf16 176 ms and 153 ms; the peak of a step was no higher).
 
-    Tensors beyond 32 MB are its limit, unless the heap happens to have room for them; so it grows by 256 MB at a time, of
-    which only what is written to takes memory. Who has told malloc by glibc's own variables what to do is obeyed."""
+    Tensors beyond 32 MB are its limit, unless the heap happens to have room for them; so it grows by 256 MB at a time,
+    of which only what is written to takes memory. Who has told malloc by glibc's own variables what to do is obeyed."""
     if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS and musl have none, or one that does nothing
