@@ -82,7 +82,9 @@ def change_signs(base_hf: Path, out: Path, seed: int, *, spare_ends: bool) -> No
     (file,) = out.glob("*.safetensors")
     tensors, generator = load_file(file), torch.Generator().manual_seed(seed)
     layers = {int(found[1]) for name in tensors if (found := re.match(r"language_model\.model\.layers\.(\d+)\.", name))}
-    spared = tuple(f"language_model.model.layers.{layer}." for layer in (min(layers), max(layers))) if spare_ends else ()
+    spared = (
+        tuple(f"language_model.model.layers.{layer}." for layer in (min(layers), max(layers))) if spare_ends else ()
+    )
     for name, weight in tensors.items():
         if ".layers." in name and name.endswith(".weight") and weight.dim() == 2 and not name.startswith(spared):
             exact_OI = weight.float()
@@ -147,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, after each seed")
     parser.add_argument("--seeds", type=int, default=8, help="how many (default 8)")
-    parser.add_argument("--case", action="append", choices=list(CASES)[1:], help="this one and `none` alone; may be repeated")
+    parser.add_argument(
+        "--case", action="append", choices=list(CASES)[1:], help="this one and `none` alone; may be repeated"
+    )
     parser.add_argument("--steps", type=int, default=200, help="of each run (default 200, the demo's)")
     args = parser.parse_args(argv)
     quiet_libraries()

@@ -63,7 +63,9 @@ def test_the_cases_are_the_demos_run_but_for_what_they_say(bench, tmp_path):
 @pytest.mark.parametrize("spare_ends", [False, True])
 def test_a_base_with_other_signs_is_off_by_fp8s_errors(bench, tmp_path, spare_ends):
     bench.change_signs(bench.EXAMPLE / "base_hf", tmp_path / "hf", 0, spare_ends=spare_ends)
-    plain, changed = (load_file(folder / "model.safetensors") for folder in (bench.EXAMPLE / "base_hf", tmp_path / "hf"))
+    plain, changed = (
+        load_file(folder / "model.safetensors") for folder in (bench.EXAMPLE / "base_hf", tmp_path / "hf")
+    )
     off = {name for name, weight in plain.items() if not torch.equal(weight.float(), changed[name].float())}
     ends = {name for name in plain if re.match(r"language_model\.model\.layers\.[03]\..*_proj", name)}
     others = {name for name in plain if re.match(r".*layers\..*(_proj|fc.)\.weight", name)} - ends
