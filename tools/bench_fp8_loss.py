@@ -5,7 +5,8 @@ pair of runs therefore says nothing. Here each seed trains all cases on the same
 turn, and the differences to the run without FP8 are averaged over seeds: a mean that is more than two standard errors
 from 0 is a cost, and the spread is chance. The case `control` differs from `none` in the order of sums alone (half the
 micro-batch size), and shows how far apart rounding of fp32 leads; `ends` is `channel` with the decoder's first and last
-layer left as they are.
+layer left as they are. `signs` and `signs ends` keep nothing in FP8: their base is off by the errors of `channel` and
+`ends`, each with a sign of chance. What they cost, any change of that size to the base costs, and FP8 no more.
 
 To reach: the mean difference of the training loss, over the second half of the steps, within 2 %.
 """
@@ -14,6 +15,8 @@ import argparse
 import json
 import math
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from mole_mega import config
 from mole_mega.config import Fp8Config, MonitorConfig, RunConfig
 from mole_mega.convert.hf_import import import_hf
 from mole_mega.errors import quiet_libraries
 from mole_mega.platform import parallel as platform
+from mole_mega.platform.fp8 import dequantise, quantise
 from mole_mega.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "channel": {"store_base": True},
     "block": {"store_base": True, "scale": "block"},
     "ends": {"store_base": True, "first_last_layers_bf16": True},
+    "signs": {},
+    "signs ends": {},
 }
 FIGURES = ("train", "held_out")
 TARGET = 0.02
@@ -48,7 +55,8 @@ TARGET = 0.02
 def run_of(case: str, seed: int, steps: int, folder: Path) -> RunConfig:
     """The demo's run, of the first `steps` of its own schedule, on one process."""
     made = folder / "data"
-    run = config.load(EXAMPLE / "run.yaml", [f"model.base={folder / 'base'}", f"run_dir={folder / f'{case}_{seed}'}"])
+    base = folder / (f"base {case} {seed}" if case.startswith("signs") else "base")
+    run = config.load(EXAMPLE / "run.yaml", [f"model.base={base}", f"run_dir={folder / f'{case} {seed}'}"])
     sources, validation = (
         tuple(replace(s, path=str(made / Path(s.path).name), image_folder=str(made)) for s in found)
         for found in (run.data.sources, run.data.validation)
@@ -66,6 +74,24 @@ def run_of(case: str, seed: int, steps: int, folder: Path) -> RunConfig:
         monitor=MonitorConfig(tensorboard=False, experts_every=0, pictures_every=0),
         fp8=Fp8Config(**CASES[case]),
     )
+
+
+def change_signs(base_hf: Path, out: Path, seed: int, *, spare_ends: bool) -> None:
+    """A copy of `base_hf` whose tower and decoder are off by the errors of FP8 by channel, each error's sign at random."""
+    shutil.copytree(base_hf, out)
+    (file,) = out.glob("*.safetensors")
+    tensors, generator = load_file(file), torch.Generator().manual_seed(seed)
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"language_model\.model\.layers\.(\d+)\.", name))}
+    spared = (
+        tuple(f"language_model.model.layers.{layer}." for layer in (min(layers), max(layers))) if spare_ends else ()
+    )
+    for name, weight in tensors.items():
+        if ".layers." in name and name.endswith(".weight") and weight.dim() == 2 and not name.startswith(spared):
+            exact_OI = weight.float()
+            error_OI = dequantise(*quantise(exact_OI, "channel"), torch.float32) - exact_OI
+            sign_OI = torch.randint(2, error_OI.shape, generator=generator) * 2 - 1
+            tensors[name] = exact_OI + sign_OI * error_OI
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def train(run: RunConfig) -> dict[str, float]:
@@ -108,7 +134,7 @@ def describe(rows: list[dict[str, Any]]) -> list[str]:
         plain = [row[figure] for row in rows if row["case"] == "none"]
         lines.append(f"{figure} loss without FP8 {statistics.fmean(plain):.4f} (mean of {len(plain)} seeds)")
         for one in compare(rows, figure):
-            verdict = f"  {one['case']:8} {one['mean']:+.2%}  {'met' if one['met'] else 'MISSED':6}  "
+            verdict = f"  {one['case']:10} {one['mean']:+.2%}  {'met' if one['met'] else 'MISSED':6}  "
             if one["seeds"] == 1:
                 lines.append(f"{verdict}one seed: chance cannot be told from cost")
                 continue
@@ -123,12 +149,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, after each seed")
     parser.add_argument("--seeds", type=int, default=8, help="how many (default 8)")
+    parser.add_argument(
+        "--case", action="append", choices=list(CASES)[1:], help="this one and `none` alone; may be repeated"
+    )
     parser.add_argument("--steps", type=int, default=200, help="of each run (default 200, the demo's)")
     args = parser.parse_args(argv)
     quiet_libraries()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    names = list(CASES)
+    names = ["none", *args.case] if args.case else list(CASES)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         maker = [sys.executable, str(ROOT / "tools" / "make_demo_data.py"), "--out", str(folder / "data")]
@@ -138,9 +167,15 @@ def main(argv: list[str] | None = None) -> int:
         platform.leave_groups()
         for seed in range(args.seeds):
             for case in names[seed % len(names) :] + names[: seed % len(names)]:
+                if case.startswith("signs"):
+                    changed = folder / f"hf {case} {seed}"
+                    change_signs(EXAMPLE / "base_hf", changed, seed, spare_ends=case == "signs ends")
+                    platform.initialize(config.ParallelConfig(), seed=0)
+                    import_hf(changed, folder / f"base {case} {seed}")
+                    platform.leave_groups()
                 found = train(run_of(case, seed, args.steps, folder))
                 rows.append({"case": case, "seed": seed, "steps": args.steps} | found)
-                print(f"seed {seed} {case:8} train {found['train']:.4f}  held out {found['held_out']:.4f}", flush=True)
+                print(f"seed {seed} {case:10} train {found['train']:.4f}  held out {found['held_out']:.4f}", flush=True)
             print("\n".join(describe(rows)), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,10 +1,15 @@
 """What the bench of FP8's loss calls a cost and what chance, and that its cases differ in what they say."""
 
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from mole_mega.platform.fp8 import dequantise, quantise
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def test_one_seed_alone_is_never_called_a_cost(bench):
 
 
 def test_the_cases_are_the_demos_run_but_for_what_they_say(bench, tmp_path):
-    none, control, channel, block, ends = (bench.run_of(case, 3, 20, tmp_path) for case in bench.CASES)
+    none, control, channel, block, ends, *signs = (bench.run_of(case, 3, 20, tmp_path) for case in bench.CASES)
     assert none.train.seed == 3 and (none.train.steps, none.train.schedule_steps) == (20, 200)
     same = replace(control.train, micro_batch_size=none.train.micro_batch_size)
     assert same == none.train and control.train.micro_batch_size < none.train.micro_batch_size
@@ -51,3 +56,23 @@ def test_the_cases_are_the_demos_run_but_for_what_they_say(bench, tmp_path):
     assert (channel.fp8.scale, block.fp8.scale) == ("channel", "block")
     assert ends.fp8.first_last_layers_bf16
     assert replace(channel, fp8=none.fp8, run_dir=none.run_dir) == none
+    for run in signs:  # which differ in their base
+        assert run.model.base != none.model.base and replace(run, model=none.model, run_dir=none.run_dir) == none
+
+
+@pytest.mark.parametrize("spare_ends", [False, True])
+def test_a_base_with_other_signs_is_off_by_fp8s_errors(bench, tmp_path, spare_ends):
+    bench.change_signs(bench.EXAMPLE / "base_hf", tmp_path / "hf", 0, spare_ends=spare_ends)
+    plain, changed = (
+        load_file(folder / "model.safetensors") for folder in (bench.EXAMPLE / "base_hf", tmp_path / "hf")
+    )
+    off = {name for name, weight in plain.items() if not torch.equal(weight.float(), changed[name].float())}
+    ends = {name for name in plain if re.match(r"language_model\.model\.layers\.[03]\..*_proj", name)}
+    others = {name for name in plain if re.match(r".*layers\..*(_proj|fc.)\.weight", name)} - ends
+    assert ends and others and off == (others if spare_ends else others | ends)
+    for name in off:
+        exact = plain[name].float()
+        q, scale = quantise(exact, "channel")
+        error, found = dequantise(q, scale, torch.float32) - exact, changed[name] - exact
+        torch.testing.assert_close(found.abs(), error.abs(), atol=1e-7, rtol=1e-4)
+        assert 0.4 < (found * error > 0).sum() / (error != 0).sum() < 0.6
