@@ -77,7 +77,7 @@ def run_of(case: str, seed: int, steps: int, folder: Path) -> RunConfig:
 
 
 def change_signs(base_hf: Path, out: Path, seed: int, *, spare_ends: bool) -> None:
-    """A copy of `base_hf` whose tower and decoder are off by the errors of FP8 by channel, each error's sign at random."""
+    """A copy of `base_hf` whose tower and decoder are off by the errors of FP8 by channel, each sign at random."""
     shutil.copytree(base_hf, out)
     (file,) = out.glob("*.safetensors")
     tensors, generator = load_file(file), torch.Generator().manual_seed(seed)
