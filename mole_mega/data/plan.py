@@ -152,21 +152,28 @@ def measure_places(source: Source, encoder: Encoder, seed: int, index: int) -> P
 def _check_usable(source: Source, encoder: Encoder, seed: int, index: int) -> None:
     """Raise ConfigError if none of the rows that the source begins with can be used: others would take its place in the
     mixture. As a rule the first one can. Opens no image."""
-    if next(_lengths(source, encoder, _first_rows(source, seed, index)), None) is None:
-        measured = min(_ROWS_MEASURED, len(source))
-        raise ConfigError(f"source {source.name!r}: none of the {measured} rows that were looked at can be used")
+    bad: list[BadSample] = []
+    if next(_lengths(source, encoder, _first_rows(source, seed, index), bad), None) is None:
+        raise ConfigError(
+            f"source {source.name!r}: none of the {len(bad)} rows that were looked at can be used; "
+            f"sample {bad[0].sample_id}, for example: {bad[0].reason}"
+        )
 
 
 def _first_rows(source: Source, seed: int, index: int) -> Iterator[int]:
     return (shuffled_row(len(source), n, index, seed) for n in range(min(_ROWS_MEASURED, len(source))))
 
 
-def _lengths(source: Source, encoder: Encoder, rows: Iterable[int]) -> Iterator[int]:
+def _lengths(
+    source: Source, encoder: Encoder, rows: Iterable[int], bad: list[BadSample] | None = None
+) -> Iterator[int]:
+    """The places of each row that can be used; why another one cannot is added to `bad`."""
     for row in rows:
         try:
             yield len(encoder.encode(source[row]).tokens)
-        except BadSample:
-            continue  # training leaves it out too, and counts it
+        except BadSample as problem:  # training leaves it out too, and counts it
+            if bad is not None:
+                bad.append(problem)
 
 
 def _size_factor(config: DataConfig, size: int, places: Places | None) -> float:

@@ -102,7 +102,8 @@ def test_mean_places_are_those_of_the_rows_that_can_be_used(monkeypatch):
 @pytest.mark.parametrize("weights_in", ["samples", "tokens"])
 def test_a_source_of_which_no_row_can_be_used_is_refused(weights_in):
     nothing = Texts("few", 40, [1], bad=range(40))
-    with pytest.raises(ConfigError, match=r"source 'few': none of the 40 rows that were looked at can be used"):
+    refused = r"source 'few': none of the 40 rows that were looked at can be used; sample \d+, for example: \w"
+    with pytest.raises(ConfigError, match=refused):
         plan_of([SHORT, nothing], weights_in=weights_in)
     plan_of([SHORT, Texts("few", 40, [1], bad=range(39))], weights_in=weights_in)
 
