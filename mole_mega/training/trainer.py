@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,7 @@ from mole_mega.training.evaluation import (
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.reseed import Reseed, reseed_expert
 from mole_mega.training.step import Evaluator, Stepper
-from mole_mega.wording import number_of
+from mole_mega.wording import number_of, ranges
 
 
 def build_model(run: RunConfig, size: LlavaSize, parallel: Parallel) -> DistributedDataParallel:
@@ -529,7 +530,8 @@ class Trainer:
 
 
 def describe_trainable(model: DistributedDataParallel, parallel: Parallel) -> list[str]:
-    """The trainable set over the whole model, a line a group: what it is called, how many tensors and numbers."""
+    """The trainable set over the whole model: of each group what it is called, how many tensors and numbers, and then
+    their names and shapes, those that layers have alike as one line, `layers.{0-3}`."""
     groups = {
         name: parameter.lr_group for name, parameter in model.module.named_parameters() if parameter.requires_grad
     }
@@ -539,8 +541,17 @@ def describe_trainable(model: DistributedDataParallel, parallel: Parallel) -> li
     whole = {key: value for part in everyone for key, value in part.items()}
     lines = []
     for group in sorted({group for group, _ in whole.values()}):
-        shapes = [shape for g, shape in whole.values() if g == group]
-        lines.append(f"trainable {group}: {sum(math.prod(s) for s in shapes):,} numbers in {len(shapes)} tensors")
+        shapes = {name: shape for name, (g, shape) in whole.items() if g == group}
+        numbers = sum(math.prod(shape) for shape in shapes.values())
+        lines.append(f"trainable {group}: {numbers:,} numbers in {len(shapes)} tensors")
+        alike: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+        for name, shape in shapes.items():
+            found = re.fullmatch(r"(?:(.*?\blayers\.)(\d+))?(.*)", name)
+            assert found is not None
+            before, layer, after = found.groups(default="")
+            alike.setdefault((before, after, shape), []).extend([int(layer)] if layer else [])
+        for (before, after, shape), layers in sorted(alike.items()):
+            lines.append(f"  {before}{f'{{{ranges(layers)}}}' if layers else ''}{after} {list(shape)}")
     return lines
 
 

@@ -57,12 +57,25 @@ ASKED = {
 
 @pytest.mark.parametrize("asked", ASKED)
 def test_the_trainable_set_that_is_said_is_what_was_asked_for(make_trainer, alone, asked):
-    lines = describe_trainable(make_trainer(**ASKED[asked]).model, alone)
+    model = make_trainer(**ASKED[asked]).model
+    lines = describe_trainable(model, alone)
     expected = [
         f"trainable {group}: {numbers:,} numbers in {tensors} tensors"
         for group, (numbers, tensors) in sorted(count(**ASKED[asked]).items())
     ]
-    assert lines == expected
+    assert [line for line in lines if not line.startswith("  ")] == expected
+    named = sorted(f"{entry.key} {list(entry.global_shape)}" for entry in trainable_entries(model).values())
+    assert sorted(name for line in lines if line.startswith("  ") for name in spelt_out(line[2:])) == named
+
+
+def spelt_out(line):
+    """The names of each layer that a line stands for: of `a.layers.{0-1,3}.b` three."""
+    before, opening, rest = line.partition("{")
+    if not opening:
+        return [line]
+    layers, _, after = rest.partition("}")
+    ends = [[int(end) for end in run.split("-")] for run in layers.split(",")]
+    return [f"{before}{layer}{after}" for run in ends for layer in range(run[0], run[-1] + 1)]
 
 
 def test_the_trainable_set_is_said_whole_under_any_layout(write_run, tmp_path):

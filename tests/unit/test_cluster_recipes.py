@@ -2,10 +2,12 @@
 name what exists."""
 
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from mole_mega import config
 from mole_mega.estimate.gpus import GPUS
@@ -14,7 +16,8 @@ from mole_mega.models.mcore_config import check_layout
 from mole_mega.models.sizes import SIZES
 from mole_mega.train import main as train
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
@@ -43,3 +46,11 @@ def test_a_layout_of_64_ranks_can_be_built(name, capsys):
     arguments = [str(EXAMPLES / name / "run.yaml"), "--dry-run", "--world-size", "64", "--size", name]
     assert train(arguments) == 0
     assert "each held whole by the ranks together" in capsys.readouterr().out
+
+
+def test_the_torch_of_nvidias_containers_is_good_enough():
+    """They name it as before its release, and pip is to leave it alone."""
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    torch = next(found for found in map(Requirement, asked) if found.name == "torch")
+    assert all(torch.specifier.contains(v, prereleases=True) for v in ("2.13.0a0+1b2c3d4", "2.13.0", "2.13.1"))
+    assert not any(torch.specifier.contains(v, prereleases=True) for v in ("2.12.1", "2.14.0", "2.14.0a0+1b2c3d4"))
