@@ -1,10 +1,11 @@
-"""Several processes on this host, under torchrun."""
+"""Several processes under torchrun; as a command, torchrun itself with exit codes that a scheduler can tell apart."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from mole_mega.errors import STOP_SIGNALS, ExitCode
@@ -16,18 +17,23 @@ QUIET = {"PYTHONWARNINGS": "ignore"}
 
 def launch(module: str, arguments: Sequence[str], nproc: int, environment: Mapping[str, str] | None = None) -> int:
     """Run `python -m module` as `nproc` processes under torchrun on this host, with `environment` added to this
-    process's own; returns the first failure's code, or what a signal to the launcher stands for."""
+    process's own; returns what `torchrun` does."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with _environment(environment or {}):
+        return torchrun(["--standalone", f"--nproc-per-node={nproc}", "-m", module, *arguments])
+
+
+def torchrun(arguments: Sequence[str]) -> int:
+    """torchrun with these arguments of its own; returns the first failure's code, or what a signal to it stands for,
+    where the command `torchrun` ends with 1 for either. SIGUSR1 goes to the processes too."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and SIGUSR1
-    args = ["--standalone", signals, f"--nproc-per-node={nproc}", "-m", module, *arguments]
     try:
-        with _environment(environment or {}):
-            run(get_args_parser().parse_args(args))
+        run(get_args_parser().parse_args([signals, *arguments]))
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
@@ -47,3 +53,7 @@ def _environment(changes: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))

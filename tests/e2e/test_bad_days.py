@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -463,6 +464,30 @@ def test_under_torchrun_a_run_directory_that_one_rank_cannot_write_is_said_once(
     assert result.returncode == INPUT_ERROR, result.stderr
     (line,) = result.stderr.splitlines()
     assert line == "error: run_dir: /proc/x cannot be written to: No such file or directory"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_cluster_launchers_torchrun_passes_a_signal_on_and_ends_with_the_code_of_a_saved_run(
+    write_run, tmp_path, number
+):
+    """The real command of examples/cluster; torchrun's own would end with 1."""
+    run = write_run(train={"steps": 10_000})
+    command = [sys.executable, "-m", "mole_mega.platform.launch", "--standalone", "--nproc-per-node", "2"]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen([*command, "-m", "mole_mega.train", run], stdout=log, stderr=log)
+        try:
+            for _ in range(600):
+                if "step 2/" in (tmp_path / "log").read_text():
+                    break
+                time.sleep(0.2)
+            launcher.send_signal(number)
+            code = launcher.wait(timeout=120)
+        finally:
+            launcher.kill()
+    text = (tmp_path / "log").read_text()
+    assert code == STOPPED_ON_SIGNAL, text
+    step = max(int(found.name.removeprefix("step_")) for found in complete_checkpoints(tmp_path / "run/checkpoints"))
+    assert step >= 2 and f"saved {tmp_path / 'run/checkpoints'}/step_{step}" in text
 
 
 @pytest.mark.parametrize(
