@@ -371,11 +371,22 @@ void transpose_ranks(const T* z, int64_t ldz, int64_t begin, int64_t end, int64_
   }
 }
 
+// What one thread takes of wide rows: one expert's [begin, end), and of their W columns one of `parts` parts,
+// [from, to).
+struct Part {
+  int64_t expert, number, begin, end, from, to;
+};
+
+inline Part part_of(int64_t item, int64_t parts, const int64_t* starts, int64_t W) {
+  const int64_t blocks = (W + kColumns - 1) / kColumns, expert = item / parts, number = item % parts;
+  return {expert, number, starts[expert], starts[expert + 1], blocks * number / parts * kColumns,
+          std::min(blocks * (number + 1) / parts * kColumns, W)};
+}
+
 // grad[e, r, w] = sum over the rows n of e of z[n, r] wide[n, w]
 template <typename T>
 void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* rows, const int64_t* starts, int64_t E,
            int64_t R, int64_t W, T* grad, int64_t stride_e, int64_t stride_r, int64_t stride_w, int64_t threads) {
-  const int64_t blocks = (W + kColumns - 1) / kColumns;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<uint8_t> of_ranks, of_wide, of_sums, of_words;
@@ -383,9 +394,7 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
     float* sums = scratch<float>(of_sums, R * kColumns);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < E * threads; ++item) {
-      const int64_t e = item / threads, part = item % threads, begin = starts[e], end = starts[e + 1];
-      const int64_t from = blocks * part / threads * kColumns;
-      const int64_t to = std::min(blocks * (part + 1) / threads * kColumns, W);
+      const auto [e, part, begin, end, from, to] = part_of(item, threads, starts, W);
       const int64_t depth = (end - begin + kDepth - 1) / kDepth * kDepth;
       T* ranks = scratch<T>(of_ranks, R * depth);
       transpose_ranks(z, ldz, begin, end, R, ranks, of_words);
@@ -432,9 +441,7 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
     float* sums = scratch<float>(of_sums, R * kWide);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < E * parts; ++item) {
-      const int64_t e = item / parts, part = item % parts, begin = starts[e], end = starts[e + 1];
-      const int64_t from = blocks * part / parts * kColumns;
-      const int64_t to = std::min(blocks * (part + 1) / parts * kColumns, W);
+      const auto [e, part, begin, end, from, to] = part_of(item, parts, starts, W);
       T* ranks = scratch<T>(of_ranks, R * (places[e + 1] - places[e]));
       transpose_ranks(z, ldz, begin, end, R, ranks, of_words);
       float* u_of_part = sums_of_u + (part * places[E] + places[e]) * R;
