@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -759,13 +759,38 @@ def _build(kind: type, tree: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for key in tree:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown config key {prefix}{key}; the nearest valid key is {prefix}{near[0]}")
+            raise ConfigError(f"unknown config key {prefix}{key}; {_hint(str(key), hints, prefix)}")
     for entry in dataclasses.fields(kind):
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if required and entry.name not in tree:
             raise ConfigError(f"config key {prefix}{entry.name} is missing")
     return kind(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in tree.items()})
+
+
+def _hint(key: str, known: Iterable[str], prefix: str) -> str:
+    """What may have been meant by a key that is not one of the `known` below `prefix`: the keys of its name elsewhere
+    in the tree; else the one spelt like it, here or elsewhere; else the nearest here."""
+    places = _places(RunConfig)
+    alike = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    found = [key] if key in places else difflib.get_close_matches(key, places, n=1, cutoff=0.8) if not alike else []
+    if found:
+        return f"did you mean {' or '.join(places[found[0]])}?"
+    (near,) = alike or difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"the nearest valid key is {prefix}{near}"
+
+
+def _places(kind: type, prefix: str = "") -> dict[str, list[str]]:
+    """{last name: the whole keys that end with it} of a section and of those in it, a list's by its items' names."""
+    places: dict[str, list[str]] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        places.setdefault(name, []).append(f"{prefix}{name}")
+        items = typing.get_origin(hint) is tuple
+        inner = typing.get_args(hint)[0] if items else hint
+        if dataclasses.is_dataclass(inner):
+            below = _places(typing.cast(type, inner), f"{prefix}{name}.{'NAME.' * items}")
+            for last, keys in below.items():
+                places.setdefault(last, []).extend(keys)
+    return places
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -82,6 +82,28 @@ def test_a_misspelt_key_inside_a_list_is_named_with_its_index(kind):
     assert f"data.{kind}[1].wieght; the nearest valid key is data.{kind}[1].weight" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("precision=fp32", "train.precision"),
+        ("train.rank=4", "adapter.rank"),
+        ("adapter.parallel.tensor=2", "parallel"),
+        ("monitor.dead_steps=9", "monitor.alarms.dead_steps"),
+        ("every=2", "validation.every or checkpoint.every or monitor.every"),
+        ("weight=2", "data.sources.NAME.weight or data.validation.NAME.weight"),
+        ("micro_batchsize=2", "train.micro_batch_size"),
+    ],
+)
+def test_a_key_at_a_wrong_level_is_told_where_it_belongs(write, override, meant):
+    key = override.partition("=")[0].removesuffix(".tensor")
+    assert refused_override(write(), override) == f"unknown config key {key}; did you mean {meant}?"
+
+
+def test_a_key_spelt_like_one_beside_it_is_not_sent_elsewhere():
+    assert refused(train={"step": 3}).endswith("the nearest valid key is train.steps")
+    assert refused(validation={"sample": 3}).endswith("the nearest valid key is validation.samples")
+
+
 def test_keys_that_are_not_text_are_unknown_keys():
     assert "unknown config key train.7" in refused(train={7: 1})
 
