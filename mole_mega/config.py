@@ -81,6 +81,14 @@ class ParallelConfig:
         return world_size // (self.tensor * self.pipeline * self.context)
 
 
+# The keys of AdapterConfig that make a mixture; adapter.method lora hears none of them.
+MIXTURE_KEYS = frozenset({
+    "num_experts", "gate", "top_k", "router_scope", "renormalize", "rescale_gate", "share_A", "shared_B",
+    "mix_temperature", "expert_form", "router_score", "score_bias_rate", "balance_weight", "balance_scope",
+    "z_loss_weight", "expert_parallel", "router_bias",
+})  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """What is trained beside the frozen base (LLaVA-MoLE, arXiv 2401.16160)."""
@@ -147,6 +155,14 @@ class AdapterConfig:
             "adapter.expert_form is mlp": self.expert_form == "mlp",
         }
         return next((reason for reason, holds in reasons.items() if holds), "")
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """The keys of this section that nothing hears beside its others: they may hold anything."""
+        if self.method == "lora":
+            return MIXTURE_KEYS
+        idle = {"mix_temperature": self.shared_B == 0, "score_bias_rate": self.router_score != "sigmoid"}
+        return frozenset(key for key, holds in idle.items() if holds)
 
     @property
     def num_choices(self) -> int:
@@ -410,6 +426,31 @@ def validate(config: RunConfig) -> None:
     _validate_sources("sources", config.data.sources)
     _validate_sources("validation", config.data.validation)
     _validate_alarms(config.monitor.alarms, config.adapter)
+
+
+def idle_keys(config: RunConfig) -> frozenset[str]:
+    """The whole keys of sections adapter and train that nothing hears beside the others."""
+    adapter = config.adapter
+    has_routers = adapter.method == "mole" and adapter.router_scope != "task"
+    unheard = {f"adapter.{key}" for key in adapter.without_effect}
+    return frozenset(unheard if has_routers else unheard | {"train.router_lr"})
+
+
+def describe_idle(config: RunConfig) -> list[str]:
+    """For people, a line a reason: what is set, to something else than its default, and changes nothing."""
+    idle, lines = idle_keys(config), []
+    unheard = [
+        f"{name}.{entry.name} {str(_plain(getattr(section, entry.name))).lower()}"
+        for name, section in (("adapter", config.adapter), ("train", config.train))
+        for entry in dataclasses.fields(section)
+        if f"{name}.{entry.name}" in idle and getattr(section, entry.name) != entry.default
+    ]
+    if unheard:
+        why = "adapter.method lora: " if config.adapter.method == "lora" else ""
+        lines.append(f"{why}these keys have no effect: {', '.join(unheard)}")
+    if config.validation.every and not config.data.validation:
+        lines.append(f"validation.every is {config.validation.every}, but data.validation is empty: nothing is validated")
+    return lines
 
 
 def check_batch(train: TrainConfig, data_parallel: int) -> None:

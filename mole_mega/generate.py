@@ -192,7 +192,8 @@ def _open(args: argparse.Namespace) -> Model:
 
 def _domain(trained: Trained, source: str | None) -> int:
     """Which of a run's sources a question is like. Only experts that serve a task each need to know."""
-    routes_by_task = trained.adapter is not None and trained.adapter.router_scope == "task"
+    adapter = trained.adapter
+    routes_by_task = adapter is not None and adapter.method == "mole" and adapter.router_scope == "task"
     names = [entry.name for entry in trained.run.data.sources] if routes_by_task else []
     if source is None and not routes_by_task:
         return 0

@@ -299,7 +299,7 @@ def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
         source = run_config.load(path / "config.yaml").adapter
     else:
         raise files.CheckpointError(f"{path} holds no adapters: it has neither {ADAPTER_FILE} nor config.yaml")
-    keys = ["method", "num_experts", "rank", "share_A"] if adapter.method == "mole" else ["method", "rank"]
+    keys = [key for key in ("method", "num_experts", "rank", "share_A") if key not in adapter.without_effect]
     if not math.isclose(adapter.scale, source.scale, rel_tol=1e-6):
         keys += ["alpha", "scaling"]
     for key in keys:
@@ -312,7 +312,7 @@ def _check_same_keys(path: Path, old: RunConfig, new: RunConfig, train_keys: tup
     for section, keys in (("adapter", _ADAPTER_KEYS), ("train", train_keys)):
         for key in keys:
             ours, theirs = getattr(getattr(new, section), key), getattr(getattr(old, section), key)
-            if ours != theirs:
+            if ours != theirs and f"{section}.{key}" not in run_config.idle_keys(new):
                 raise files.CheckpointError(f"{path} was written with {section}.{key} = {theirs}, this run has {ours}")
 
 
@@ -331,6 +331,8 @@ def _training_keys(run: RunConfig) -> dict[str, Any]:
     if run.monitor.alarms.reaction != "none":
         sections["monitor.alarms"] = run.monitor.alarms
     keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
+    for key in run_config.idle_keys(run):
+        del keys[key]
     keys |= {"model.backend": run.model.backend, **_fp8_keys(run)}
     keys["train.schedule_steps"] = run.train.schedule_steps or run.train.steps
     if run.train.schedule == "constant":

@@ -237,7 +237,7 @@ class Trainer:
             row, result = self._step(step)
             row |= throughput.step(result.places)
             self._log_step(row, result, self._watch_routing(step, result), logs)
-            if self._due(run.validation.every, step):
+            if run.data.validation and self._due(run.validation.every, step):
                 self._watchdog.at(step, "validation")
                 self._log_validation(step, logs)
                 throughput.restart()
@@ -461,6 +461,8 @@ class Trainer:
         self._say(f"validation after step {step}: {'  '.join(parts)}")
 
     def _announce(self) -> None:
+        for line in run_config.describe_idle(self.run):
+            self._say(line)
         for line in describe_trainable(self.model, self.parallel):
             self._say(line)
         kept, instead_of = fp8.bytes_kept(self.model.module)

@@ -135,6 +135,36 @@ def test_a_run_goes_on_only_with_the_adapters_that_it_began_with(train, tmp_path
     assert (tmp_path / "run/config.yaml").read_bytes() == config
 
 
+def test_what_plain_lora_does_not_hear_changes_nothing_in_it(train, tmp_path):
+    """Every key of a mixture changed in the middle of a run: told, and bit for bit the run without them."""
+    plain = {"method": "lora", "num_experts": 3, "z_loss_weight": 0.0}
+    unheard = {
+        "method": "lora", "num_experts": 8, "gate": "none", "top_k": 2, "router_scope": "task", "renormalize": True,
+        "rescale_gate": True, "share_A": True, "shared_B": 2, "mix_temperature": 0.5, "expert_form": "mlp",
+        "router_score": "sigmoid", "score_bias_rate": 0.1, "balance_weight": 0.5, "balance_scope": "model",
+        "z_loss_weight": 0.1, "expert_parallel": "weights", "router_bias": False,
+    }  # fmt: skip
+    validation = {"every": 1}  # and no data for it
+    code, text = train("straight", adapter=plain, train={"steps": 3}, validation=validation)
+    assert code == 0, text
+    assert "have no effect" not in text
+    assert "validation after step" not in text
+    assert "validation.every is 1, but data.validation is empty: nothing is validated\n" in text
+    short = {"steps": 2, "schedule_steps": 3}
+    assert train("split", adapter=plain, train=short)[0] == 0
+    code, text = train("split", adapter=unheard, train={"steps": 3, "router_lr": 1.0})
+    assert code == 0, text
+    (line,) = [line for line in text.splitlines() if "have no effect" in line]
+    assert line.startswith("adapter.method lora: these keys have no effect: adapter.num_experts 8, adapter.gate none,")
+    assert all(f"adapter.{key} " in line for key in unheard.keys() - {"method"}) and "train.router_lr 1.0" in line
+    assert changed(text) == []
+    rows = [[{**row, "lr/router": None} for row in read_rows(tmp_path / name)] for name in ("split", "straight")]
+    assert rows[0] == rows[1]
+    tensors, expected = (read_checkpoint(tmp_path / name / "checkpoints/step_3") for name in ("split", "straight"))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
 def changed(text):
     return [line for line in text.splitlines() if line.startswith("changed since")]
 

@@ -456,14 +456,44 @@ STORED = Fp8Config(store_base=True)
 )  # fmt: skip
 def test_a_base_that_computes_otherwise_is_said(tmp_path, first, then, told):
     """Adapters that were trained beside one base go on beside another one; what a run does not hear is not told."""
+    assert store_after(tmp_path, first, then).changes_since(tmp_path) == told
 
-    def run_of(precision="bf16", **sections):
-        source = SourceConfig(name="a", path=str(tmp_path / "a"))
+
+def store_after(folder: Path, first: dict[str, Any], then: dict[str, Any]) -> CheckpointStore:
+    """The store of a run with the sections `then`, beside the config of one with the sections `first`."""
+
+    def run_of(precision="bf16", router_lr=None, **sections):
+        source = SourceConfig(name="a", path=str(folder / "a"))
         sections = {"model": ModelConfig(base="base")} | sections
         return RunConfig(
-            run_dir=str(tmp_path), train=TrainConfig(steps=4, precision=precision),
+            run_dir=str(folder), train=TrainConfig(steps=4, precision=precision, router_lr=router_lr),
             data=DataConfig(sources=(source,)), **sections,
         )  # fmt: skip
 
-    (tmp_path / "config.yaml").write_text(config.dump(run_of(**first)))
-    assert CheckpointStore(run_of(**then), None).changes_since(tmp_path) == told
+    (folder / "config.yaml").write_text(config.dump(run_of(**first)))
+    return CheckpointStore(run_of(**then), None)
+
+
+LORA = AdapterConfig(method="lora")
+UNHEARD = {"num_experts": 8, "gate": "none", "top_k": 2, "share_A": True, "router_bias": False, "balance_weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"adapter": LORA}, {"adapter": replace(LORA, **UNHEARD), "router_lr": 1e-3}),
+        ({"adapter": AdapterConfig()}, {"adapter": AdapterConfig(mix_temperature=0.5, score_bias_rate=1e-3)}),
+    ],
+)  # fmt: skip
+def test_keys_without_effect_neither_stop_a_run_from_going_on_nor_are_told(tmp_path, first, then):
+    for one, other in ((first, then), (then, first)):
+        store = store_after(tmp_path, one, other)
+        store._check_compatible(tmp_path)
+        assert store.changes_since(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", [{"rank": 4}, {"layers": (1,)}, {"attention": False}, {"scaling": "rslora"}])
+def test_keys_that_plain_lora_hears_still_stop_it(tmp_path, change):
+    store = store_after(tmp_path, {"adapter": LORA}, {"adapter": replace(LORA, **change)})
+    with pytest.raises(CheckpointError, match=f"written with adapter.{next(iter(change))} = "):
+        store._check_compatible(tmp_path)

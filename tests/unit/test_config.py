@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mole_mega import config as run_config
-from mole_mega.config import ConfigError, RunConfig
+from mole_mega.config import AdapterConfig, ConfigError, RunConfig
 
 SMALLEST: dict[str, Any] = {
     "run_dir": "out",
@@ -707,3 +707,39 @@ def test_alarms_come_back_from_a_dumped_config_and_can_be_overridden(write):
     run = run_config.load(write(), ["monitor.alarms.reaction=reseed", "monitor.alarms.collapse=3"])
     assert (run.monitor.alarms.reaction, run.monitor.alarms.collapse) == ("reseed", 3.0)
     assert run_config.load(write(run_config.dump(run))) == run
+
+
+# --- what has no effect ---
+
+HEARD_BY_LORA = {"method", "rank", "alpha", "dropout", "attention", "layers", "scaling", "methods"}
+
+
+def test_every_key_of_the_adapters_is_plain_loras_or_a_mixtures():
+    assert {entry.name for entry in dataclasses.fields(AdapterConfig)} == HEARD_BY_LORA | run_config.MIXTURE_KEYS
+    assert not HEARD_BY_LORA & run_config.MIXTURE_KEYS
+
+
+def test_what_plain_lora_does_not_hear_is_told_with_its_value():
+    asked = {"num_experts": 8, "rank": 4, "gate": "none", "renormalize": True, "balance_weight": 0.0}
+    (line,) = run_config.describe_idle(make(adapter=asked | {"method": "lora"}, train={"router_lr": 1e-3}))
+    assert line == (
+        "adapter.method lora: these keys have no effect: adapter.num_experts 8, adapter.gate none, adapter.renormalize "
+        "true, adapter.balance_weight 0.0, train.router_lr 0.001"
+    )
+    assert run_config.describe_idle(make(adapter={"method": "lora", "rank": 4})) == []
+
+
+def test_a_mixture_hears_its_keys_but_those_of_what_it_has_not():
+    assert run_config.describe_idle(make(adapter={"num_experts": 8, "gate": "none"}, train={"router_lr": 1e-3})) == []
+    (line,) = run_config.describe_idle(make(adapter={"mix_temperature": 0.2, "score_bias_rate": 1e-3}))
+    assert line == "these keys have no effect: adapter.mix_temperature 0.2, adapter.score_bias_rate 0.001"
+    sigmoid = {"router_score": "sigmoid", "renormalize": True, "router_bias": False, "balance_weight": 0}
+    sigmoid |= {"top_k": 2, "expert_parallel": "weights", "score_bias_rate": 1e-3}
+    assert run_config.describe_idle(make(adapter=sigmoid)) == []
+
+
+def test_validation_without_a_source_is_told():
+    (line,) = run_config.describe_idle(make(validation={"every": 2}))
+    assert line == "validation.every is 2, but data.validation is empty: nothing is validated"
+    source = [{"name": "a", "path": "a.json"}]
+    assert run_config.describe_idle(make(validation={"every": 2}, data={"validation": source})) == []
