@@ -449,7 +449,9 @@ def describe_idle(config: RunConfig) -> list[str]:
         why = "adapter.method lora: " if config.adapter.method == "lora" else ""
         lines.append(f"{why}these keys have no effect: {', '.join(unheard)}")
     if config.validation.every and not config.data.validation:
-        lines.append(f"validation.every is {config.validation.every}, but data.validation is empty: nothing is validated")
+        lines.append(
+            f"validation.every is {config.validation.every}, but data.validation is empty: nothing is validated"
+        )
     return lines
 
 

@@ -208,7 +208,7 @@ def _load_peft(folder: Path, base: Path | None, dtype: Any) -> tuple[Any, Path]:
     """(model, the base's folder): the base is a Hugging Face folder, or one of ours."""
     from mole_mega.checkpoint.files import folder_hash
     from mole_mega.convert.folders import load_adapter, load_base, load_exported
-    from mole_mega.convert.peft import base_hash
+    from mole_mega.convert.provenance import base_hash
 
     named = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     base = base or Path(named or "")

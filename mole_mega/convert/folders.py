@@ -23,6 +23,7 @@ from mole_mega.convert.hf_sources import open_source
 from mole_mega.convert.llava_config import llava_config
 from mole_mega.convert.mole_folder import MODELING_FILE, mole_tensors
 from mole_mega.convert.peft_import import table_name
+from mole_mega.convert.provenance import BASE_JSON, base_hash
 from mole_mega.convert.serving import write_serving_files
 
 Tensors = Mapping[str, LazyTensor]
@@ -58,7 +59,7 @@ def find_counterpart(
     if model_type == "llava_mole":
         return replace(_of_mole(trained, folder), base_hashes=_base_hashes(trained, folder))
     if model_type == "llava":
-        return _of_merged(trained, folder)
+        return replace(_of_merged(trained, folder), base_hashes=_base_hashes(trained, folder))
     raise ConfigError(f"{folder / CONFIG} describes {model_type!r}: no export of a run")
 
 
@@ -188,8 +189,8 @@ def _base_hashes(trained: Trained, folder: Path) -> dict[str, tuple[str, str]]:
     have no base of their own: any that they fit will do."""
     if trained.step is None or (trained.step / ADAPTER_FILE).is_file():
         return {}
-    parts = [path.parent for path in (*folder.glob(peft.BASE_JSON), *folder.glob(f"*/{peft.BASE_JSON}"))]
-    named = {path.name: peft.base_hash(path) for path in parts}
+    parts = [path.parent for path in (*folder.glob(BASE_JSON), *folder.glob(f"*/{BASE_JSON}"))]
+    named = {path.name: base_hash(path) for path in parts}
     if (folder / CONFIG).is_file():
         named[CONFIG] = read_json(folder / CONFIG).get("base_hash")
     own = checkpoint_files.folder_hash(trained.base)

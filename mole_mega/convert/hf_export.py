@@ -24,6 +24,7 @@ from mole_mega.convert.hf_files import CONFIG, PROCESSOR_FILES, TOKENIZER_FILES,
 from mole_mega.convert.hf_import import UNUSED_FILE
 from mole_mega.convert.hf_writer import copy_files, new_folder, write_tensors
 from mole_mega.convert.llava_config import llava_config
+from mole_mega.convert.provenance import write_provenance
 from mole_mega.convert.serving import write_serving_files
 from mole_mega.convert.source import SOURCE_FILE, Source, Stored
 from mole_mega.models.sizes import LlavaSize
@@ -97,8 +98,8 @@ def export_merged(trained: Trained, out: Path) -> Exported:
     """Write a base with its adapters added in and its trained projector: W' = cast(W + s B A).
 
     The sum is in fp32 and cast to the dtype that W is stored in; `merge_report.json` in `out` says how much of each
-    change outlived the cast. Only where every token meets the same factors: method lora, or one expert. Raises
-    ConfigError, saying why, otherwise.
+    change outlived the cast, and `base.json` which base it was. Only where every token meets the same factors: method
+    lora, or one expert. Raises ConfigError, saying why, otherwise.
     """
     check_one_expert(trained)
     base = BaseTensors(trained.base, trained.size)
@@ -109,6 +110,7 @@ def export_merged(trained: Trained, out: Path) -> Exported:
         write_serving_files(base.base, base.size, folder)
         _write_json(folder / CONFIG, _config(base))
         _write_json(folder / MERGE_REPORT, report.to_dict())
+        write_provenance(trained.base, folder)
     return Exported((*missing_files(trained.base), *_more_rows(trained.size)), report.to_dict())
 
 

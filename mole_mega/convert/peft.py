@@ -13,20 +13,17 @@ from typing import Any
 import torch
 
 from mole_mega.adapters.mixed_factors import mix_factors
-from mole_mega.checkpoint import files
 from mole_mega.checkpoint.stream import LazyTensor
 from mole_mega.checkpoint.tensors import StoredTensors
 from mole_mega.checkpoint.trained import Trained
 from mole_mega.config import AdapterConfig, ConfigError
 from mole_mega.convert.adapter_names import AdapterRow, adapter_rows
 from mole_mega.convert.hf_export import Exported, trained_projector
-from mole_mega.convert.hf_files import CONFIG, read_json
 from mole_mega.convert.hf_writer import new_folder, write_tensors
+from mole_mega.convert.provenance import origin, write_provenance
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What PEFT does not read: the base that an adapter is of, by name and by the hash of our checkpoint of it.
-BASE_JSON = "base.json"
 # Beside the folders of several experts.
 MOLE_JSON = "mole.json"
 ROUTER_WEIGHTS = "router.safetensors"
@@ -124,13 +121,6 @@ def expert_folder(index: int) -> str:
     return f"expert_{index}"
 
 
-def base_hash(folder: Path) -> str | None:
-    """The hash of the base that an adapter's folder names; None when it names none."""
-    path = folder / BASE_JSON
-    found = read_json(path).get("base_hash") if path.is_file() else None
-    return found if isinstance(found, str) else None
-
-
 def _open(trained: Trained) -> StoredTensors:
     assert trained.step is not None
     return StoredTensors(trained.step)
@@ -147,7 +137,7 @@ def _write_experts(folder: Path, trained: Trained, adapter: AdapterConfig, step:
     # what the adapters compute, not the methods that they were trained with
     computed = {key: value for key, value in dataclasses.asdict(adapter).items() if key != "methods"}
     computed["shared_B"] = 0  # each adapter here has its own
-    tree = {"experts": names, "adapter": computed, "base": _origin(trained.base)}
+    tree = {"experts": names, "adapter": computed, "base": origin(trained.base)}
     (folder / MOLE_JSON).write_text(json.dumps(tree, indent=2) + "\n")
     if adapter.router_scope == "task":
         sources = trained.run.data.sources
@@ -173,8 +163,7 @@ def _write_adapter(folder: Path, trained: Trained, step: StoredTensors, expert: 
     write_tensors(folder, tensors, dict.fromkeys(tensors, ADAPTER_WEIGHTS))
     tree = _adapter_config(trained, has_projector=bool(trained_projector(step)))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
-    base = {"base": _origin(trained.base), "base_hash": files.folder_hash(trained.base)}
-    (folder / BASE_JSON).write_text(json.dumps(base, indent=2) + "\n")
+    write_provenance(trained.base, folder)
 
 
 def _adapter_config(trained: Trained, *, has_projector: bool) -> dict[str, Any]:
@@ -183,7 +172,7 @@ def _adapter_config(trained: Trained, *, has_projector: bool) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": _origin(trained.base),
+        "base_model_name_or_path": origin(trained.base),
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
@@ -229,10 +218,3 @@ def _mixed(step: StoredTensors, common_B: str, expert: int, temperature: float) 
         return mix_factors(B_NOR, weight_EN, transform_ERR, temperature)[expert].contiguous()
 
     return LazyTensor(step.shape(common_B)[1:], step.dtype(common_B), put_together)
-
-
-def _origin(base: Path) -> str | None:
-    """What the base's own config calls the model that it came from."""
-    path = base / CONFIG
-    name = read_json(path).get("_name_or_path") if path.is_file() else None
-    return name if isinstance(name, str) and name else None

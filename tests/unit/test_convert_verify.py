@@ -185,7 +185,7 @@ RUNS = {
 }
 ROWS = {
     "mole": ["names", "tensors", "files", "base", "logits", "experts"],
-    "merged": ["names", "tensors", "files", "logits"],
+    "merged": ["names", "tensors", "files", "base", "logits"],
     "peft": ["names", "tensors", "base", "logits"],
     "peft, experts": [
         *(f"expert_{i}: {row}" for i in range(3) for row in ("names", "tensors")),
@@ -226,7 +226,7 @@ def test_a_folder_that_takes_its_base_from_elsewhere_is_compared_in_what_it_hold
     assert unequal(compare(trained, tmp_path / "out", alone)).keys() == {"logits"}
 
 
-@pytest.mark.parametrize(("name", "file"), [("mole", "config.json"), ("peft", "base.json")])
+@pytest.mark.parametrize(("name", "file"), [("mole", "config.json"), ("peft", "base.json"), ("merged", "base.json")])
 def test_an_export_of_a_run_on_another_base_is_told_by_the_hash_that_it_names(name, file, pairs, alone, tmp_path):
     trained, folder = pairs[name]
     path = copy(folder, tmp_path / "other") / file
