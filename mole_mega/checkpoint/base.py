@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, is_main_replica
 
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.stream import TENSORS_JSON, LazyTensor, describe_tensors, write_tensors
@@ -29,6 +30,8 @@ from mole_mega.platform.parallel import Parallel
 
 # Of weights read at a time to be kept in FP8.
 _PORTION_BYTES = 2**28
+# What torch writes around a tensor: names, shapes, padding.
+_BYTES_AROUND = 1500
 
 
 def model_entries(model: LLaVA, *, trainable: bool | None = None) -> ShardedStateDict:
@@ -45,6 +48,12 @@ def model_entries(model: LLaVA, *, trainable: bool | None = None) -> ShardedStat
     }
 
 
+def bytes_to_write(entries: ShardedStateDict) -> int:
+    """About how many bytes of entries this rank writes; others write what it only has a copy of."""
+    mine = [e for e in nested_values(entries) if isinstance(e, ShardedTensor) and is_main_replica(e.replica_id)]
+    return sum(entry.data.numel() * entry.data.element_size() + _BYTES_AROUND for entry in mine)
+
+
 def write_base(size: LlavaSize, tensors: Mapping[str, LazyTensor], out: Path, extra_files: Iterable[Path] = ()) -> str:
     """Write a base checkpoint from tensors read one by one; returns its hash. `out` must not exist. For one process.
 
@@ -54,7 +63,7 @@ def write_base(size: LlavaSize, tensors: Mapping[str, LazyTensor], out: Path, ex
     folder = files.incomplete_name(out)
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with files.shared_disk_errors("writing", out):
+        with files.shared_disk_errors("writing", out, sum(tensor.num_bytes for tensor in tensors.values())):
             folder.mkdir(parents=True)
             write_tensors(folder, tensors)
             _complete(folder, out, size, extra_files)
@@ -72,8 +81,8 @@ def save_base(model: LLaVA, out: Path, extra_files: Iterable[Path] = ()) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     model.parallel.barrier()
-    with files.shared_disk_errors("writing", out):
-        entries = _without_padding(model_entries(model, trainable=False), model)
+    entries = _without_padding(model_entries(model, trainable=False), model)
+    with files.shared_disk_errors("writing", out, bytes_to_write(entries)):
         dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
         if model.parallel.is_main:
             _drop_storage_metadata(folder)

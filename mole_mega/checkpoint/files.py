@@ -7,6 +7,7 @@ and SHA-256; the hash of the manifest is the folder's own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -30,6 +31,8 @@ from mole_mega.config import ConfigError
 MANIFEST = "manifest.json"
 # What saving and loading a distributed checkpoint raises. torch's is no Exception: `except Exception` lets it pass.
 LIBRARY_ERRORS = (CheckpointingException, CheckpointException)
+# What a disk without room is called, by the error that it gives.
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
 class CheckpointError(ConfigError):
@@ -197,11 +200,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def shared_disk_errors(action: str, path: Path) -> Iterator[None]:
+def shared_disk_errors(action: str, path: Path, needed: int = 0) -> Iterator[None]:
     """Run a block whose failure to write at `path`, on any rank, becomes a CheckpointError on all of them.
 
-    The message is that of a rank that met the failure itself, not of one that was told, and says how full the disk is:
-    torch's writer names a full disk "unexpected pos".
+    The message is that of a rank that met the failure itself, not of one that was told, and says how much room there
+    was beside what all ranks need, each `needed` bytes (0: not known).
     """
     fine = (2, "")
     mine = fine
@@ -211,14 +214,28 @@ def shared_disk_errors(action: str, path: Path) -> Iterator[None]:
         except (OSError, *LIBRARY_ERRORS) as error:
             met_here = isinstance(error, OSError) or bool(logged)
             mine = (0 if met_here else 1, logged[0] if logged else reason(error))
-    everyone = [mine]
+    everyone = [(mine, needed)]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = [fine] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-    worst = min(everyone)
+        everyone = [(fine, 0)] * dist.get_world_size()
+        dist.all_gather_object(everyone, (mine, needed))
+    worst, _ = min(everyone)
     if worst != fine:
-        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-        raise CheckpointError(f"{action} {path} failed: {worst[1]} ({free / 2**20:.1f} MiB free on its disk)")
+        raise CheckpointError(f"{action} {path} failed: {_disk_trouble(worst[1], path, sum(n for _, n in everyone))}")
+
+
+def _disk_trouble(told: str, path: Path, needed: int) -> str:
+    """What a disk did by what was told of it: in plain words where it was full, which torch's writer of tensors never
+    says (its file is shorter than it should be, "unexpected pos")."""
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    written = [entry.stat().st_size for entry in incomplete_name(path).glob("*") if entry.is_file()]
+    room = free + sum(written)
+    full = next((words for number, words in _FULL.items() if os.strerror(number) in told), "")
+    if "unexpected pos" in told and room < needed:
+        full = _FULL[errno.ENOSPC]
+    if not full:
+        return f"{told} ({free / 2**20:.1f} MiB free on its disk)"
+    wanted = f" where about {needed / 2**20:.1f} MiB are needed" if needed else ""
+    return f"{full}: {room / 2**20:.1f} MiB free{wanted}"
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from mole_mega import config as run_config
 from mole_mega.adapters.routing import RouterMemory
 from mole_mega.checkpoint import files
-from mole_mega.checkpoint.base import model_entries
+from mole_mega.checkpoint.base import bytes_to_write, model_entries
 from mole_mega.checkpoint.stream import LazyTensor, write_tensors
 from mole_mega.config import AdapterConfig, RunConfig
 from mole_mega.platform.parallel import Parallel, seed_generators
@@ -99,18 +99,19 @@ class CheckpointStore:
         """
         final = self.folder / f"step_{state.step}"
         folder = files.incomplete_name(final)
-        with files.shared_disk_errors("saving", final):
+        entries = weight_entries(model) | _optimizer_entries(model, optimizer, is_loading=False) | (more or {})
+        needed = bytes_to_write(entries)
+        with files.shared_disk_errors("saving", final, needed):
             if self.parallel.is_main:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self.folder.glob(".*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir()
-        entries = weight_entries(model) | _optimizer_entries(model, optimizer, is_loading=False) | (more or {})
-        with files.shared_disk_errors("saving", final):
+        with files.shared_disk_errors("saving", final, needed):
             dist_checkpointing.save(entries, str(folder), async_sharded_save=False)
             rng = folder / f"rng_{self.parallel.rank}.safetensors"
             rng.write_bytes(safetensors.torch.save(_rng_state()))  # save_file would keep other users from reading it
-        with files.shared_disk_errors("saving", final):
+        with files.shared_disk_errors("saving", final, needed):
             if self.parallel.is_main:
                 (folder / "config.yaml").write_text(run_config.dump(self.run))
                 (folder / "state.json").write_text(json.dumps(state.to_tree() | {"layout": self._layout()}) + "\n")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,38 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_names_it(start_again, tm
     assert code == 0, text
     assert "going on after step 2" in text
     assert {path.name for path in checkpoints.iterdir()} == {"step_2", "step_4", "latest"}
+
+
+def small_disk(folder, size, rank):
+    """For `prepare`: a real disk of so many bytes at `folder`, which this process alone sees."""
+    os.unshare(os.CLONE_NEWNS)
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
+
+
+def can_mount():
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+# one checkpoint takes 2.1 MB: the second, in the middle of its tensors and at their end
+@pytest.mark.parametrize("size", [2_500_000, 3_400_000, 4_000_000])
+@pytest.mark.skipif(not can_mount(), reason="no file system can be mounted here")
+def test_a_disk_that_is_really_full_is_told_as_that(write_run, trained, tmp_path, size):
+    checkpoints = tmp_path / "run/checkpoints"
+    run = write_run(train={"steps": 4}, checkpoint={"every": 2})
+    line = error_line(*commands.run([run], tmp_path / "log", prepare=partial(small_disk, checkpoints, size)))
+    found = re.fullmatch(
+        rf"error: saving {checkpoints}/step_4 failed: the disk is full: (.*) MiB free where about (.*) MiB are needed. "
+        rf"Last good checkpoint: {checkpoints}/step_2",
+        line,
+    )
+    assert found, line
+    free, needed = map(float, found.groups())
+    step = sum(path.stat().st_size for path in (trained / "checkpoints/step_2").iterdir())
+    assert free < needed == pytest.approx(step / 2**20, rel=0.05)
+    assert free == pytest.approx((size - step) / 2**20, abs=0.1)
 
 
 def fail_after_the_tensors(on_rank, rank):

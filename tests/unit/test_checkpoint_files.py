@@ -1,6 +1,7 @@
 """A checkpoint folder is whole or not seen, unaltered or refused, and never runs code when it is read."""
 
 import copy
+import errno
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import pickle
 import resource
 import shutil
 import time
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +207,7 @@ def test_a_kill_between_the_renames_leaves_the_old_or_nothing_but_never_a_mixtur
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(27, "File too large"), "File too large"),
         (CheckpointingException("two\nlines"), "two lines"),
         # not even an Exception, and its own text is every rank's traceback
         (CheckpointException("", {3: (ValueError("later"), None), 1: (ValueError("first"), None)}), "first"),  # type: ignore[dict-item]
@@ -219,6 +221,33 @@ def test_each_error_of_writing_becomes_one_line(error, says, tmp_path):
         files.shared_disk_errors("saving", tmp_path / "x"),
     ):
         raise error
+
+
+ENOSPC, EDQUOT = (OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT))
+LOGGED = CheckpointingException("Local worker 0 encountered an error: [Errno 28] No space left on device")
+# torch's words for a file that came out short, whatever shortened it
+SHORT = CheckpointingException("Local worker 0: [enforce fail at inline_container.cc:672] . unexpected pos 704 vs 5")
+
+
+@pytest.mark.parametrize(
+    ("error", "needed", "says"),
+    [
+        (ENOSPC, 3, "the disk is full: 1.5 MiB free where about 3.0 MiB are needed"),
+        (ENOSPC, 0, "the disk is full: 1.5 MiB free"),
+        (LOGGED, 2, "the disk is full: 1.5 MiB free where about 2.0 MiB are needed"),
+        (EDQUOT, 1, "the disk quota is used up: 1.5 MiB free where about 1.0 MiB are needed"),
+        (SHORT, 3, "the disk is full: 1.5 MiB free where about 3.0 MiB are needed"),
+        (SHORT, 1, f"{SHORT} (0.5 MiB free on its disk)"),
+        (OSError(errno.EIO, "Input/output error"), 3, "Input/output error (0.5 MiB free on its disk)"),
+    ],
+)
+def test_a_full_disk_is_told_as_that_with_the_room_that_there_was(error, needed, says, tmp_path, monkeypatch):
+    """0.5 MiB are free beside 1 MiB that was written (`needed` is in MiB); the disk's answers are made up here."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**19))
+    write(incomplete_name(tmp_path / "x"), {"a": bytes(2**19), "b": bytes(2**19)})
+    with pytest.raises(CheckpointError) as caught, files.shared_disk_errors("saving", tmp_path / "x", needed * 2**20):
+        raise error
+    assert str(caught.value) == f"saving {tmp_path}/x failed: {says}"
 
 
 # --- a real checkpoint, honest and hostile ---
