@@ -70,6 +70,8 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
     try:
         yield outcome
     except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
         outcome.code = ExitCode.INTERRUPTED
     except Exception as error:
         rank = os.environ.get("RANK", "0")

@@ -29,7 +29,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, build, run. Returns the exit code (0 done; 2 input; 3 failed check; 4 stopped itself; 75 on a signal)."""
+    """Parse, build, run. Returns the exit code: 0 done; 2 input; 3 failed check; 4 stopped itself; 75 stopped on a
+    signal; 130 by Ctrl-C."""
     args = parse(argv)
     with report_errors(debug=args.debug) as outcome:
         run = config.load(args.run, args.overrides)

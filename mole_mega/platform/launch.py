@@ -13,6 +13,8 @@ from mole_mega.errors import STOP_SIGNALS, ExitCode
 # For `environment`: processes find no GPU, whatever the host has; libraries do not warn while they are imported.
 WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 QUIET = {"PYTHONWARNINGS": "ignore"}
+# What processes may take after a signal to finish their step and save; torchrun would kill them after 30 s.
+_SAVE_SECONDS = 600
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int, environment: Mapping[str, str] | None = None) -> int:
@@ -33,12 +35,12 @@ def torchrun(arguments: Sequence[str]) -> int:
 
     signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and SIGUSR1
     try:
-        run(get_args_parser().parse_args([signals, *arguments]))
+        run(get_args_parser().parse_args([signals, f"--shutdown-timeout={_SAVE_SECONDS}", *arguments]))
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
-        # The launcher has passed the signal on. Only on STOP_SIGNALS do the processes save before they stop; any other
-        # ends them where they are, and the code is the shell's: 130 (INTERRUPTED) for Ctrl-C.
+        # The launcher has passed the signal on. A run saves on STOP_SIGNALS and on Ctrl-C; any other ends it where it
+        # is. Only the former say that it wants to be started again; else the code is the shell's: 130 (INTERRUPTED).
         return ExitCode.STOPPED_ON_SIGNAL if error.sigval in STOP_SIGNALS else 128 + error.sigval
     return ExitCode.DONE
 

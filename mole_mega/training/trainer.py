@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import re
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data import tally
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
-from mole_mega.errors import STOP_SIGNALS, CheckFailedError, ExitCode
+from mole_mega.errors import CheckFailedError, ExitCode
 from mole_mega.estimate.plan import misfit
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.llava import LLaVA
@@ -63,6 +62,7 @@ from mole_mega.training.evaluation import (
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.reseed import Reseed, reseed_expert
 from mole_mega.training.step import Evaluator, Stepper
+from mole_mega.training.stopping import StopSignals
 from mole_mega.wording import number_of, ranges
 
 
@@ -210,7 +210,7 @@ class Trainer:
             self._remember(self.state.routers or RouterMemory.empty(len(self._router_layers), run.adapter.num_experts))
         # trainable tensors that no gradient was seen to reach yet; a resumed run saw them before
         self._unproved = set() if self.state.applied_steps else _names_to_prove(run, self.model)
-        self._signal_received = False
+        self._signals = StopSignals(parallel)
         self._watchdog = Watchdog(run.train.hang_seconds)
 
     def train(self) -> int:
@@ -220,9 +220,7 @@ class Trainer:
             had = number_of(self.state.step, "step")
             self._say(f"nothing to train: this run already has {had}, of {run.train.steps:,} asked (train.steps)")
             return ExitCode.DONE
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-        with self._watchdog:
+        with self._signals, self._watchdog:
             return self._train()
 
     def _train(self) -> int:
@@ -248,7 +246,7 @@ class Trainer:
                 )
                 code = ExitCode.STOPPED_ITSELF
                 break
-            stop = self._stop_agreed()
+            stop = self._signals.agreed()
             if stop or self._due(run.checkpoint.every, step) or step == run.train.steps:
                 if not self.state.bad_steps_in_row:
                     self._watchdog.at(step, "saving")
@@ -256,9 +254,11 @@ class Trainer:
                     self._save()
                 throughput.restart()
             if stop and step < run.train.steps:
-                left = "saved" if saved == step else f"skipped; last good checkpoint: {self.store.latest() or 'none'}"
-                self._say(f"stopped on a signal after step {step}, {left}: run the same command again to go on")
-                code = ExitCode.STOPPED_ON_SIGNAL
+                why = "by Ctrl-C" if stop == ExitCode.INTERRUPTED else "on a signal"
+                last = self.store.latest() or "none"
+                left = f"saved in {last}" if saved == step else f"skipped; last good checkpoint: {last}"
+                self._say(f"stopped {why} after step {step}, {left}: run the same command again to go on")
+                code = ExitCode(stop)
                 break
         if code == ExitCode.DONE and self.state.bad_steps_in_row:
             self._say(
@@ -516,15 +516,6 @@ class Trainer:
     def _say_skipped_samples(self) -> None:
         for line in _skipped_lines(skipped_samples(self.loader, self.parallel), self.loader):
             self._say(line)
-
-    def _on_signal(self, *_: object) -> None:
-        self._signal_received = True
-
-    def _stop_agreed(self) -> bool:
-        """Whether any rank was told to stop; all agree on the step."""
-        flag = torch.tensor(int(self._signal_received), device=self.parallel.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
 
     @staticmethod
     def _due(every: int, step: int) -> bool:

@@ -105,11 +105,23 @@ def kill_before_step(step: int, rank: int) -> None:
 
 def terminate_before_step(step: int, on_rank: int, rank: int, number: int = signal.SIGTERM) -> None:
     """For `prepare`: SIGTERM, or another signal, to one rank before step `step` reads its data."""
+    heed_interrupts()
     if rank == on_rank:
         _at_step(step, functools.partial(os.kill, os.getpid(), number))
 
 
-def _at_step(step: int, action: Callable[[], None]) -> None:
+def interrupt_twice_before_step(step: int, rank: int) -> None:
+    """For `prepare`: Ctrl-C and again Ctrl-C before step `step` reads its data."""
+    heed_interrupts()
+    _at_step(step, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+
+
+def heed_interrupts() -> None:
+    """As a command in the foreground does; a shell starts those in the background deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _at_step(step: int, action: Callable[[], object]) -> None:
     from mole_mega.data.loader import Loader
 
     read = Loader.micro_batches

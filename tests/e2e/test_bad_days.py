@@ -1,6 +1,7 @@
 """What goes wrong outside of the program: full disks, damaged and hostile files, numbers that are not finite, typing
 errors. Each is found, said in one line with a way on, and ends with the exit code promised for it (DESIGN 5)."""
 
+import contextlib
 import io
 import json
 import os
@@ -499,28 +500,59 @@ def test_under_torchrun_a_run_directory_that_one_rank_cannot_write_is_said_once(
     assert line == "error: run_dir: /proc/x cannot be written to: No such file or directory"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_cluster_launchers_torchrun_passes_a_signal_on_and_ends_with_the_code_of_a_saved_run(
-    write_run, tmp_path, number
-):
-    """The real command of examples/cluster; torchrun's own would end with 1."""
-    run = write_run(train={"steps": 10_000})
+@contextlib.contextmanager
+def launcher(run, log):
+    """The real command of examples/cluster on two processes, which is what `--nproc 2` does; (it, what it said)."""
     command = [sys.executable, "-m", "mole_mega.platform.launch", "--standalone", "--nproc-per-node", "2"]
-    with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen([*command, "-m", "mole_mega.train", run], stdout=log, stderr=log)
-        try:
-            for _ in range(600):
-                if "step 2/" in (tmp_path / "log").read_text():
-                    break
-                time.sleep(0.2)
-            launcher.send_signal(number)
-            code = launcher.wait(timeout=120)
-        finally:
-            launcher.kill()
-    text = (tmp_path / "log").read_text()
-    assert code == STOPPED_ON_SIGNAL, text
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*command, "-m", "mole_mega.train", run], stdout=file, stderr=file, preexec_fn=commands.heed_interrupts
+        )
+    try:
+        yield process, log.read_text
+    finally:
+        process.kill()
+
+
+def wait_for_text(text, said):
+    for _ in range(600):
+        if text in said():
+            return
+        time.sleep(0.2)
+    raise AssertionError(said())
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, STOPPED_ON_SIGNAL), (signal.SIGUSR1, STOPPED_ON_SIGNAL), (signal.SIGINT, INTERRUPTED)],
+)
+def test_the_launcher_passes_a_signal_on_and_ends_with_the_code_that_says_so(write_run, tmp_path, number, code):
+    """torchrun's own command would end with 1."""
+    with launcher(write_run(train={"steps": 10_000}), tmp_path / "log") as (process, said):
+        wait_for_text("step 2/", said)
+        process.send_signal(number)
+        assert process.wait(timeout=120) == code, said()
     step = max(int(found.name.removeprefix("step_")) for found in complete_checkpoints(tmp_path / "run/checkpoints"))
-    assert step >= 2 and f"saved {tmp_path / 'run/checkpoints'}/step_{step}" in text
+    saved = f"{tmp_path / 'run/checkpoints'}/step_{step}"
+    why = "by Ctrl-C" if number == signal.SIGINT else "on a signal"
+    assert step >= 2 and f"stopped {why} after step {step}, saved in {saved}: run the same" in said()
+    assert "Traceback" not in said()
+
+
+def test_a_second_ctrl_c_reaches_the_processes_of_the_launcher(write_run, tmp_path):
+    """In the middle of a step that takes minutes."""
+    run = write_run(train={"steps": 2, "global_batch_size": 20_000})
+    with launcher(run, tmp_path / "log") as (process, said):
+        wait_for_text("prompts:", said)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        wait_for_text("Ctrl-C: saving and stopping after this step", said)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == INTERRUPTED, said()
+    assert "step 1/" not in said() and "Traceback" not in said()
+    assert not complete_checkpoints(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,26 @@
 """A run that was stopped goes on as if nothing had happened (DESIGN 6.2)."""
 
 import json
+import os
+import signal
 from functools import partial
 
 import commands
 import pytest
 import torch
-from commands import kill_before_step, read_checkpoint, read_rows, terminate_before_step
+from commands import (
+    heed_interrupts,
+    interrupt_twice_before_step,
+    kill_before_step,
+    read_checkpoint,
+    read_rows,
+    terminate_before_step,
+)
 
 # as between layouts anywhere (DESIGN 6.1): what a tensor-parallel sum rounds differently, Adam magnifies
 # of a tensor's norm, and of any one weight
 WEIGHT_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-4, 1e-6
-INPUT_ERROR, KILLED, STOPPED_ON_SIGNAL = 2, -9, 75
+INPUT_ERROR, KILLED, STOPPED_ON_SIGNAL, INTERRUPTED = 2, -9, 75, 130
 
 
 @pytest.fixture
@@ -85,11 +94,22 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_sigterm_to_any_rank_saves_and_exits_75_and_the_same_command_goes_on(train, tmp_path, nproc):
+@pytest.mark.parametrize(
+    ("number", "code", "why"),
+    [(signal.SIGTERM, STOPPED_ON_SIGNAL, "on a signal"), (signal.SIGINT, INTERRUPTED, "by Ctrl-C")],
+)
+def test_a_signal_to_any_rank_saves_and_exits_with_its_code_and_the_same_command_goes_on(
+    train, tmp_path, nproc, number, code, why
+):
     sections = {"checkpoint": {"every": 0}, "parallel": {"expert": nproc}}
-    code, text = train("split", nproc, partial(terminate_before_step, 4, nproc - 1), **sections)
-    assert code == STOPPED_ON_SIGNAL
-    assert "stopped on a signal after step 4" in text
+    stop = partial(terminate_before_step, 4, nproc - 1, number=number)
+    stopped_with, text = train("split", nproc, stop, **sections)
+    assert stopped_with == code, text
+    saved = tmp_path / "split/checkpoints/step_4"
+    assert f"stopped {why} after step 4, saved in {saved}: run the same command again to go on\n" in text
+    # the one who is typing is told at once; it is rank 0 that speaks
+    hint = "Ctrl-C: saving and stopping after this step; once more stops at once, without saving\n"
+    assert text.count(hint) == (number == signal.SIGINT and nproc == 1)
     assert [row["step"] for row in read_rows(tmp_path / "split")] == [1, 2, 3, 4]
     code, text = train("split", nproc, **sections)
     assert code == 0
@@ -97,6 +117,39 @@ def test_sigterm_to_any_rank_saves_and_exits_75_and_the_same_command_goes_on(tra
     assert train("straight", nproc, **sections)[0] == 0
     assert read_rows(tmp_path / "split") == read_rows(tmp_path / "straight")
     assert_same_tensors(tmp_path / "split/checkpoints/step_6", tmp_path / "straight/checkpoints/step_6")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(train, tmp_path):
+    code, text = train("run", prepare=partial(interrupt_twice_before_step, 5))
+    assert code == -signal.SIGINT, text
+    assert "Ctrl-C: saving and stopping after this step" in text and "stopped" not in text.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_3"]
+
+
+def background(prepare, rank):
+    """For `prepare`: a shell without job control starts what is in the background so."""
+    prepare(rank)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def test_a_run_in_the_background_does_not_hear_what_is_typed(train):
+    stop = partial(terminate_before_step, 4, 0, number=signal.SIGINT)
+    code, text = train("run", prepare=partial(background, stop))
+    assert code == 0, text
+    assert "Ctrl-C" not in text
+
+
+def test_ctrl_c_before_training_is_told(train, tmp_path):
+    code, text = train("run", prepare=interrupt_the_start)
+    assert (code, text) == (INTERRUPTED, "interrupted\n")
+
+
+def interrupt_the_start(rank):
+    """For `prepare`: Ctrl-C as the base is looked at."""
+    from mole_mega.training import trainer
+
+    heed_interrupts()
+    trainer.read_size = lambda *_: os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_last_step_is_logged_whatever_the_interval(train, tmp_path):
