@@ -38,6 +38,7 @@ from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import bytes_to_write, model_entries
 from mole_mega.checkpoint.stream import LazyTensor, write_tensors
 from mole_mega.config import AdapterConfig, RunConfig
+from mole_mega.errors import StoppedError
 from mole_mega.platform.parallel import Parallel, seed_generators
 
 # What converted adapters say of themselves; a step has its run's `config.yaml`.
@@ -95,8 +96,11 @@ class CheckpointStore:
         """Write the checkpoint of `state.step`, point `latest` at it and drop the oldest beyond `checkpoint.keep`.
         `more` are entries that no other of it holds: what methods and FP8's scales remember.
 
-        Raises CheckpointError on every rank when the disk fails; earlier checkpoints stay as they were.
+        Raises StoppedError when a weight is not finite, from which no run could go on, and CheckpointError when the
+        disk fails, on every rank; earlier checkpoints stay as they were.
         """
+        if broken := not_finite(model):
+            raise StoppedError(f"numbers that are not finite in {_first_of(broken)}")
         final = self.folder / f"step_{state.step}"
         folder = files.incomplete_name(final)
         entries = weight_entries(model) | _optimizer_entries(model, optimizer, is_loading=False) | (more or {})
@@ -157,6 +161,7 @@ class CheckpointStore:
                 if moments:
                     moments["step"] = torch.tensor(float(tree["applied_steps"]))
         _copy_into(entries, loaded)
+        _refuse_not_finite(path, model)
         if layout == self._layout():
             _set_rng_state(safetensors.torch.load_file(path / f"rng_{self.parallel.rank}.safetensors"))
         else:
@@ -241,6 +246,7 @@ def load_weights(model: DistributedDataParallel | Any, path: Path) -> None:
     files.refuse_unsafe(path)
     entries = weight_entries(model)
     _copy_into(entries, _load(entries, path))
+    _refuse_not_finite(path, model)
 
 
 def warm_start(model: DistributedDataParallel | Any, path: Path, adapter: AdapterConfig) -> list[str]:
@@ -265,6 +271,7 @@ def warm_start(model: DistributedDataParallel | Any, path: Path, adapter: Adapte
             raise files.CheckpointError(f"{path} does not hold {name}, which this run trains")
     entries = {name: entry for name, entry in entries.items() if entry.key in stored}
     _copy_into(entries, _load(entries, path))
+    _refuse_not_finite(path, model)
     return missing
 
 
@@ -367,6 +374,26 @@ def weight_entries(model: DistributedDataParallel | Any) -> ShardedStateDict:
     moves by other rules (a router's score bias)."""
     llava = getattr(model, "module", model)
     return model_entries(llava, trainable=True) | trainable_entries(llava)
+
+
+def not_finite(model: DistributedDataParallel | Any) -> list[str]:
+    """The tensors among those that a run changes, by their names in the whole model, in which any rank holds a number
+    that is not finite; all ranks call it."""
+    entries = weight_entries(model)
+    mine = [entry.key for entry in entries.values() if not entry.data.isfinite().all()]
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return sorted({key for part in everyone for key in part})
+
+
+def _refuse_not_finite(path: Path, model: DistributedDataParallel | Any) -> None:
+    """Of what was just loaded; no checkpoint is written so, but others' files may be, and those of older versions."""
+    if broken := not_finite(model):
+        raise files.CheckpointError(f"{path} holds numbers that are not finite, in {_first_of(broken)}")
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
 
 
 def _optimizer_entries(

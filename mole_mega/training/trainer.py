@@ -23,6 +23,7 @@ from mole_mega.adapters.routing import RouterMemory
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.base import load_base, read_size
 from mole_mega.checkpoint.store import (
+    LATEST,
     CheckpointStore,
     RunState,
     check_trained_with,
@@ -35,7 +36,7 @@ from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data import tally
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
-from mole_mega.errors import CheckFailedError, ExitCode
+from mole_mega.errors import CheckFailedError, ExitCode, StoppedError
 from mole_mega.estimate.plan import misfit
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.llava import LLaVA
@@ -244,14 +245,23 @@ class Trainer:
                     f"stopped: {self.state.bad_steps_in_row} steps in a row had a loss or gradient that is not finite. "
                     f"Last good checkpoint: {self.store.latest() or 'none was written'}"
                 )
+                self._say_doubt()
                 code = ExitCode.STOPPED_ITSELF
                 break
             stop = self._signals.agreed()
             if stop or self._due(run.checkpoint.every, step) or step == run.train.steps:
                 if not self.state.bad_steps_in_row:
                     self._watchdog.at(step, "saving")
+                    try:
+                        self._save()
+                    except StoppedError as error:
+                        self._say(
+                            f"stopped after step {step}, not saved: {error}. "
+                            f"Last good checkpoint: {self.store.latest() or 'none'}"
+                        )
+                        code = ExitCode.STOPPED_ITSELF
+                        break
                     saved = step
-                    self._save()
                 throughput.restart()
             if stop and step < run.train.steps:
                 why = "by Ctrl-C" if stop == ExitCode.INTERRUPTED else "on a signal"
@@ -512,6 +522,15 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.parallel.is_main:
             print(text, file=self._out, flush=True)
+
+    def _say_doubt(self) -> None:
+        """A checkpoint is finite, but it may be what no step can go on from: its weights are far out, say."""
+        *older, newest = self.store.complete() or [None]
+        if newest is not None and newest.name == f"step_{self.state.step - self.state.bad_steps_in_row}":
+            self._say(
+                f"no step after {newest.name} was good: if none is when the same command goes on from it, remove it "
+                f"and {newest.with_name(LATEST)} to go on from {older[-1].name if older else 'the start'}"
+            )
 
     def _say_skipped_samples(self) -> None:
         for line in _skipped_lines(skipped_samples(self.loader, self.parallel), self.loader):

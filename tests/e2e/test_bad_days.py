@@ -319,6 +319,78 @@ def test_a_run_whose_loss_is_no_number_stops_itself_and_names_the_last_good_chec
     assert all(tensor.isfinite().all() for tensor in read_checkpoint(newest).values())
 
 
+@pytest.mark.parametrize("layout", [({}, 1, False), ({"expert": 2}, 2, True)])
+@pytest.mark.parametrize("steps", [2, 9])
+def test_weights_that_are_no_numbers_are_not_saved_and_stop_the_run(write_run, tmp_path, layout, steps):
+    """The step's own loss and gradient are fine. Also at the last step, which is then not done."""
+    parallel, nproc, distributed = layout
+    train = {"steps": steps, "warmup_steps": 0, "distributed_optimizer": distributed}
+    run = write_run(parallel=parallel, train=train, checkpoint={"every": 1})
+    code, text = commands.run([run], tmp_path / "log", nproc, partial(spoil_a_weight_after, 2, nproc - 1))
+    assert code == STOPPED_ITSELF, text
+    assert [row["skipped"] for row in read_rows(tmp_path / "run")] == [0, 0]
+    weight = r"language_model\.decoder\.layers\.\S*lora\S*"
+    last = re.escape(f"{tmp_path}/run/checkpoints/step_1")
+    told = rf"stopped after step 2, not saved: numbers that are not finite in {weight}\. Last good checkpoint: "
+    assert re.search(rf"{told}{last}\n", text), text
+    assert "done" not in text
+    (newest,) = complete_checkpoints(tmp_path / "run/checkpoints")
+    assert (newest.name, (newest.parent / "latest").read_text()) == ("step_1", "step_1\n")
+    # without what spoilt it, the same command goes on from there
+    code, text = commands.run([run, "train.steps=3"], tmp_path / "log", nproc)
+    assert code == 0, text
+    assert "going on after step 1" in text
+
+
+def spoil_a_weight_after(step, on_rank, rank):
+    """For `prepare`: one number of an expert becomes infinite on one rank, behind the optimizer's back."""
+    from mole_mega.training.step import Stepper
+
+    train_step = Stepper.train_step
+
+    def train_and_spoil(self, *args, **kwargs):
+        result = train_step(self, *args, **kwargs)
+        if rank == on_rank and self.applied_steps == step:
+            named = self.model.module.named_parameters()
+            weight = next(p for name, p in named if p.requires_grad and "lora" in name and "experts" in name)
+            weight.detach().view(-1)[-1] = float("inf")
+        return result
+
+    Stepper.train_step = train_and_spoil
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(write_run, tmp_path):
+    run = write_run(train={"steps": 2}, checkpoint={"every": 1})
+    code, text = commands.run([run], tmp_path / "log", prepare=save_spoilt)
+    assert code == 0, text
+    line = error_line(*commands.run([run, "train.steps=3"], tmp_path / "log"))
+    assert f"{tmp_path}/run/checkpoints/step_2 holds numbers that are not finite, in language_model" in line
+
+
+def save_spoilt(rank):
+    """For `prepare`: a weight that is no number, and a version that saves it."""
+    from mole_mega.checkpoint import store
+
+    store.not_finite = lambda model: []
+    spoil_a_weight_after(2, 0, rank)
+
+
+def test_the_last_good_checkpoint_is_doubted_where_no_step_after_it_was_good(write_run, tmp_path):
+    run = write_run(train={"steps": 9, "max_bad_steps": 2}, checkpoint={"every": 1})
+    code, text = commands.run([run], tmp_path / "log", prepare=partial(spoil_steps, (3, 4)))
+    assert code == STOPPED_ITSELF, text
+    checkpoints = tmp_path / "run/checkpoints"
+    assert f"Last good checkpoint: {checkpoints}/step_2\n" in text
+    doubt = (
+        f"no step after step_2 was good: if none is when the same command goes on from it, remove it and {checkpoints}"
+    )
+    assert f"{doubt}/latest to go on from step_1\n" in text
+    shutil.rmtree(checkpoints / "step_2")
+    (checkpoints / "latest").unlink()
+    code, text = commands.run([run, "train.steps=3"], tmp_path / "log")
+    assert code == 0 and "going on after step 1" in text
+
+
 def test_a_bad_step_is_skipped_counted_and_forgotten_after_a_good_one(write_run, tmp_path):
     run = write_run(train={"steps": 5, "max_bad_steps": 2}, checkpoint={"every": 1, "keep": 9})
     code, text = commands.run([run], tmp_path / "log", prepare=partial(spoil_steps, (2, 4)))
