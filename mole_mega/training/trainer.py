@@ -525,8 +525,8 @@ class Trainer:
 
     def _say_doubt(self) -> None:
         """A checkpoint is finite, but it may be what no step can go on from: its weights are far out, say."""
-        *older, newest = self.store.complete() or [None]
-        if newest is not None and newest.name == f"step_{self.state.step - self.state.bad_steps_in_row}":
+        *older, newest = self.store.complete() or [Path()]
+        if newest.name == f"step_{self.state.step - self.state.bad_steps_in_row}":
             self._say(
                 f"no step after {newest.name} was good: if none is when the same command goes on from it, remove it "
                 f"and {newest.with_name(LATEST)} to go on from {older[-1].name if older else 'the start'}"
