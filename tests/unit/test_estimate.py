@@ -537,6 +537,12 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path, capsys, argu
     assert f"{first['seconds']['total']:.3g}" in text
 
 
+@pytest.mark.parametrize(("images", "words"), [("1", "with 1 image\n"), ("0", "with 0 images\n"), ("2", "2 images\n")])
+def test_the_command_counts_images(run_file, capsys, images, words):
+    assert estimate_command([str(run_file), "--gpus", "8", "--size", "llava15_7b", "--debug", "--images", images]) == 0
+    assert words in capsys.readouterr().out
+
+
 def test_the_command_says_what_travels(run_file, tmp_path, capsys):
     figures = tmp_path / "figures.json"
     command = [str(run_file), "--gpus", "6", "--size", "llava15_7b", "--json", str(figures), "--debug"]
@@ -549,7 +555,16 @@ def test_the_command_says_what_travels(run_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--gpus", "0"], "--gpus must be from 1 to 1,000,000,000, got 0"),
+        (["--gpus", str(10**400)], "--gpus must be from 1 to 1,000,000,000, got 1"),
+        (["--gpus", "8", f"train.global_batch_size={10**400}"], "train.global_batch_size must be from 1 to"),
+        (
+            ["--gpus", "7", "--search"],
+            "no layout divides over 7 GPUs; data parallelism alone: train.global_batch_size 64",
+        ),
+        (["--gpus", "8", "--images", "1e308"], "--images must be at most 3.556, got 1e+308: an image takes 576 places"),
+        (["--gpus", "8", "--images", "4"], "got 4: an image takes 576 places, a sample has 2,048 at most (data.max_le"),
+        (["--gpus", "8", "--images", "2", "--length", "600"], "a sample has 600 at most (--length)"),
         (["--gpus", "3"], "train.global_batch_size 64 is not a multiple of train.micro_batch_size 1 x 3"),
         (["--gpus", "8", "--length", "4096"], "--length must be in [1, data.max_length 2048], got 4096"),
         (["--gpus", "8", "--images", "-1"], "--images must be a number of at least 0, got -1"),
