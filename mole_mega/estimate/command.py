@@ -15,10 +15,11 @@ from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 from mole_mega.estimate.gpus import GPUS, usable_memory
 from mole_mega.estimate.memory import Memory
 from mole_mega.estimate.plan import Estimate, Sample, estimate, layout_words
-from mole_mega.estimate.roofline import ASSUMPTIONS, FP8_ASSUMPTIONS
+from mole_mega.estimate.roofline import ASSUMPTIONS, fp8_assumptions
 from mole_mega.estimate.traffic import Traffic
 from mole_mega.models.sizes import SIZES, find_size
 from mole_mega.outputs import check_file
+from mole_mega.platform.recipes import recipe_of
 from mole_mega.wording import number_of
 
 SHOWN = 10
@@ -104,7 +105,7 @@ def describe(one: Estimate) -> list[str]:
         f"a step of {run.train.global_batch_size:,} samples takes {time.total:.3g} s, "
         f"{one.tokens_per_second:,.0f} tokens/s: {parts} (seconds, slowest stage)",
         f"assumed: {ASSUMPTIONS}",
-        *([f"assumed of FP8: {FP8_ASSUMPTIONS}"] if run.train.precision == "fp8" else []),
+        *([f"assumed of FP8: {fp8_assumptions(recipe, gpu)}"] if (recipe := recipe_of(run)) else []),
     ]
 
 
