@@ -40,14 +40,23 @@ class Range:
     def __str__(self) -> str:
         if self.high == math.inf:
             return f"{'above' if self.low_open else 'at least'} {self.low}"
+        if self.high > 1 and not self.low_open and not self.high_open:
+            return f"from {self.low} to {self.high:,}"
         return f"in {'(' if self.low_open else '['}{self.low}, {self.high}{')' if self.high_open else ']'}"
 
 
 # of a source, so that sums of weights times sizes stay finite
 _LARGEST_WEIGHT = 1e100
+# of steps, samples, pixels, processes: two of them multiplied fit in 64 bits
+LARGEST_COUNT = 10**9
+# of ranks and experts: a bank of them, as wide as any model, has a number of numbers that fits in 64 bits
+_LARGEST_SIZE = 2**16
+# what processes and steps add to it fits in 64 bits too
+_LARGEST_SEED = 10**18
 
-Count = Annotated[int, Range(0)]
-PositiveInt = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0, LARGEST_COUNT)]
+PositiveInt = Annotated[int, Range(1, LARGEST_COUNT)]
+Size = Annotated[int, Range(1, _LARGEST_SIZE)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, low_open=True)]
 Share = Annotated[float, Range(0, 1)]
@@ -94,8 +103,8 @@ class AdapterConfig:
     """What is trained beside the frozen base (LLaVA-MoLE, arXiv 2401.16160)."""
 
     method: Literal["mole", "lora"] = "mole"
-    num_experts: PositiveInt = 3
-    rank: PositiveInt = 32
+    num_experts: Size = 3
+    rank: Size = 32
     alpha: Positive = 64.0
     dropout: ProperShare = 0.0
     # The weight of a chosen expert's output: 1; its probability; 1 with the probability's gradient. dense: all experts,
@@ -114,7 +123,7 @@ class AdapterConfig:
     share_A: bool = False
     # So many B a linear, of which each expert's is a mixture of its own, with the softmax of its weights over
     # mix_temperature, behind a transform of the ranks (MTL-LoRA, arXiv 2410.09437). 0: a B each.
-    shared_B: Count = 0
+    shared_B: Annotated[int, Range(0, _LARGEST_SIZE)] = 0
     mix_temperature: Positive = 0.1
     # What the weights weigh: what LoRA adds to each linear, or whole MLPs, each with its own activation (MixLoRA, arXiv
     # 2404.15159).
@@ -178,7 +187,7 @@ class TrainConfig:
     schedule_steps: PositiveInt | None = None
     global_batch_size: PositiveInt = 16
     micro_batch_size: PositiveInt = 1
-    seed: Count = 0
+    seed: Annotated[int, Range(0, _LARGEST_SEED)] = 0
     lr: NonNegative = 2e-4
     projector_lr: NonNegative | None = None
     router_lr: NonNegative | None = None
@@ -254,7 +263,7 @@ class DataConfig:
     weights_in: Literal["samples", "tokens"] = "samples"
     temperature: Positive | None = None
     validation: tuple[SourceConfig, ...] = ()
-    max_length: Annotated[int, Range(2)] = 2048
+    max_length: Annotated[int, Range(2, LARGEST_COUNT)] = 2048
     # A sample that cannot be used (broken image, no assistant turn, too long): leave it out and count it, or stop.
     on_bad_sample: Literal["skip", "stop"] = "skip"
     max_image_pixels: PositiveInt = 89_478_485
@@ -730,8 +739,8 @@ def _validate_weight(source: SourceConfig, where: str) -> None:
         raise ConfigError(f"{where}: a weight must be at least 0, got {min(weights)}")
     if max(weights) > _LARGEST_WEIGHT:
         raise ConfigError(f"{where}: a weight must be at most {_LARGEST_WEIGHT:g}, got {max(weights):g}")
-    if source.epochs is not None and source.epochs < 1:
-        raise ConfigError(f"{where}: epochs must be at least 1, got {source.epochs}")
+    if source.epochs is not None and source.epochs not in (bounds := Range(1, LARGEST_COUNT)):
+        raise ConfigError(f"{where}: epochs must be {bounds}, got {source.epochs}")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -11,6 +11,9 @@ from mole_mega import config
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 from mole_mega.outputs import check_folder
 
+# torch counts a store's milliseconds in 32 bits
+_LONGEST_PATIENCE = 1_000_000
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mole-mega train", description="Train a run, or go on with one.")
@@ -34,9 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with report_errors(debug=args.debug) as outcome:
         run = config.load(args.run, args.overrides)
-        if args.dry_run or args.world_size or args.size:
+        if args.dry_run or args.world_size is not None or args.size is not None:
             _dry_run(args, run)
             return outcome.code
+        if not 0 < args.rendezvous_timeout <= _LONGEST_PATIENCE:  # NaN lies nowhere
+            raise ConfigError(
+                f"--rendezvous-timeout must be above 0 and at most {_LONGEST_PATIENCE:,} seconds, got "
+                f"{args.rendezvous_timeout:g}"
+            )
         check_folder(Path(run.run_dir), "run_dir")
         if not args.debug:
             quiet_libraries()
@@ -56,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dry_run(args: argparse.Namespace, run: config.RunConfig) -> None:
-    if not args.dry_run or not args.world_size:
+    if not args.dry_run or args.world_size is None:
         raise ConfigError("--dry-run and --world-size N go together, and --size with them")
-    if args.world_size < 1:
-        raise ConfigError(f"--world-size must be at least 1, got {args.world_size}")
+    if args.world_size not in (bounds := config.Range(1, config.LARGEST_COUNT)):
+        raise ConfigError(f"--world-size must be {bounds}, got {args.world_size}")
     if "RANK" in os.environ:
         raise ConfigError("--dry-run stands for all processes in one: leave --nproc or torchrun out")
     if not args.debug:

@@ -15,10 +15,12 @@ from mole_mega.errors import ConfigError, quiet_libraries, report_errors
 from mole_mega.estimate.gpus import GPUS, usable_memory
 from mole_mega.estimate.memory import Memory
 from mole_mega.estimate.plan import Estimate, Sample, estimate, layout_words
-from mole_mega.estimate.roofline import ASSUMPTIONS, FP8_ASSUMPTIONS
+from mole_mega.estimate.roofline import ASSUMPTIONS, fp8_assumptions
 from mole_mega.estimate.traffic import Traffic
 from mole_mega.models.sizes import SIZES, find_size
 from mole_mega.outputs import check_file
+from mole_mega.platform.recipes import recipe_of
+from mole_mega.wording import number_of
 
 SHOWN = 10
 _MB, _GB = 1e6, 1e9
@@ -44,8 +46,8 @@ def main(argv: list[str]) -> int:
         if not args.debug:
             quiet_libraries()
         run = config.load(args.run, args.overrides)
-        if args.gpus < 1:
-            raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")
+        if args.gpus not in (bounds := config.Range(1, config.LARGEST_COUNT)):
+            raise ConfigError(f"--gpus must be {bounds}, got {args.gpus}")
         if args.length is not None and not 1 <= args.length <= run.data.max_length:
             raise ConfigError(f"--length must be in [1, data.max_length {run.data.max_length}], got {args.length}")
         if not 0 <= args.images < math.inf:
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> int:
         if args.json:
             check_file(args.json, "--json")
         size = find_size(Path(run.model.base), args.size)
+        _check_images(args.images, args.length, run, size.vision.num_places)
         # with the rooms that build come torch and Megatron-Core
         from mole_mega.estimate.search import check, check_gpu, search
 
@@ -72,6 +75,16 @@ def main(argv: list[str]) -> int:
     return outcome.code
 
 
+def _check_images(images: float, length: int | None, run: config.RunConfig, places: int) -> None:
+    """Raise ConfigError where so many images, of so many `places` each, are longer than the longest sample."""
+    most, named = (run.data.max_length, "data.max_length") if length is None else (length, "--length")
+    if images * places > most:
+        raise ConfigError(
+            f"--images must be at most {most / places:.4g}, got {images:g}: an image takes {places} places, a "
+            f"sample has {most:,} at most ({named})"
+        )
+
+
 def describe(one: Estimate) -> list[str]:
     """An estimate for people."""
     run, shape, gpu, time = one.run, one.shape, one.gpu, one.time
@@ -81,7 +94,8 @@ def describe(one: Estimate) -> list[str]:
     need = f"stage {fullest} needs {one.memory[fullest].total / _GB:.1f} GB a GPU"
     return [
         f"{one.world_size:,} x {gpu.name}: {layout_words(run, one.world_size)}; recompute "
-        f"{run.train.recompute}; micro-batch of {shape.samples} x {shape.length:,} places with {shape.images} images",
+        f"{run.train.recompute}; micro-batch of {shape.samples} x {shape.length:,} places with "
+        f"{number_of(shape.images, 'image')}",
         *(travels if run.parallel.expert > 1 else []),
         "memory of one rank at its peak, MB:",
         *_table(_by_stage(one.memory)),
@@ -91,7 +105,7 @@ def describe(one: Estimate) -> list[str]:
         f"a step of {run.train.global_batch_size:,} samples takes {time.total:.3g} s, "
         f"{one.tokens_per_second:,.0f} tokens/s: {parts} (seconds, slowest stage)",
         f"assumed: {ASSUMPTIONS}",
-        *([f"assumed of FP8: {FP8_ASSUMPTIONS}"] if run.train.precision == "fp8" else []),
+        *([f"assumed of FP8: {fp8_assumptions(recipe, gpu)}"] if (recipe := recipe_of(run)) else []),
     ]
 
 

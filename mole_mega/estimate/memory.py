@@ -89,9 +89,17 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def stage_memory(run: RunConfig, size: LlavaSize, world_size: int, stage: int, shape: Shape) -> Memory:
-    """What a rank of pipeline stage `stage` holds at the peak of a step."""
-    frozen, trained, gradients, optimizer = _static(run, size, world_size, stage)
+def stage_memory(
+    run: RunConfig,
+    size: LlavaSize,
+    world_size: int,
+    stage: int,
+    shape: Shape,
+    capability: tuple[int, int] | None = None,
+) -> Memory:
+    """What a rank of pipeline stage `stage` holds at the peak of a step, on GPUs of a compute capability (None: those
+    that hold most)."""
+    frozen, trained, gradients, optimizer = _static(run, size, world_size, stage, capability)
     num_flying = in_flight(run, world_size, stage)
     saved = saved_activations(run, size, stage, shape)
     workspace, dispatch = _decoder_workspace(run, size, stage, shape), _dispatch(run, size, stage, shape)
@@ -139,7 +147,9 @@ def num_micro_batches(run: RunConfig, world_size: int) -> int:
     return max(1, run.train.global_batch_size // samples)
 
 
-def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tuple[int, int, int, int]:
+def _static(
+    run: RunConfig, size: LlavaSize, world_size: int, stage: int, capability: tuple[int, int] | None
+) -> tuple[int, int, int, int]:
     """(frozen weights, trained weights, gradients, optimizer state)."""
     numbers, train = stage_parameters(run, size, stage), run.train
     width = BYTES[train.dtype]
@@ -157,7 +167,7 @@ def _static(run: RunConfig, size: LlavaSize, world_size: int, stage: int) -> tup
     frozen = width * numbers.frozen(projector=train.projector) + (FP32 - width) * numbers.score_biases
     if recipe := recipe_of(run):  # beside the base in bf16, or instead of it
         instead_of = width if run.fp8.store_base else 0
-        frozen += int((recipe.weight_bytes - instead_of) * multiplied_in_fp8(run, size, stage))
+        frozen += int((recipe.weight_bytes(capability) - instead_of) * multiplied_in_fp8(run, size, stage))
     elif run.fp8.store_base:
         num_weights, scales = fp8_bytes(run, size, stage)
         frozen += scales - (width - 1) * num_weights

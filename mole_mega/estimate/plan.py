@@ -58,7 +58,7 @@ def estimate(run: RunConfig, size: LlavaSize, world_size: int, gpu: Gpu, sample:
         world_size=world_size,
         gpu=gpu,
         shape=shape,
-        memory=tuple(stage_memory(run, size, world_size, stage, shape) for stage in stages),
+        memory=tuple(stage_memory(run, size, world_size, stage, shape, gpu.capability) for stage in stages),
         traffic=tuple(stage_traffic(run, size, world_size, stage, shape) for stage in stages),
         time=step_time(run, size, world_size, shape, gpu),
         expert_parallel=expert_parallel(run, size),
@@ -75,10 +75,17 @@ def layout_words(run: RunConfig, world_size: int) -> str:
     )
 
 
-def misfit(run: RunConfig, size: LlavaSize, world_size: int, device_memory: float) -> str | None:
-    """What to warn of before training on GPUs of so many bytes, with the numbers; None when the estimate fits."""
-    shape = micro_batch(run)
-    stages = [stage_memory(run, size, world_size, stage, shape) for stage in range(run.parallel.pipeline)]
+def misfit(
+    run: RunConfig,
+    size: LlavaSize,
+    world_size: int,
+    device_memory: float,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """What to warn of before training on GPUs of so many bytes and a compute capability, with the numbers; None when
+    the estimate fits."""
+    shape, num_stages = micro_batch(run), run.parallel.pipeline
+    stages = [stage_memory(run, size, world_size, stage, shape, capability) for stage in range(num_stages)]
     fullest = max(stages, key=lambda memory: memory.total)
     usable = usable_memory(device_memory)
     if fullest.total <= usable:

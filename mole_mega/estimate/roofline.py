@@ -30,7 +30,7 @@ from mole_mega.estimate.parameters import (
 )
 from mole_mega.estimate.traffic import stage_traffic
 from mole_mega.models.sizes import LlavaSize
-from mole_mega.platform.recipes import recipe_of
+from mole_mega.platform.recipes import Recipe, recipe_of
 
 EFFICIENCY = 0.5
 LINK_EFFICIENCY = 0.7
@@ -39,10 +39,11 @@ ASSUMPTIONS = (
     "every sample of the longest length"
 )
 
-FP8_ASSUMPTIONS = (
-    "its products at the same share of FP8's peak, rounding costs nothing; each weight is kept twice, as it is and "
-    "turned (a Blackwell's tensorwise and delayed keep one)"
-)
+
+def fp8_assumptions(recipe: Recipe, gpu: Gpu) -> str:
+    """What is assumed of products by a recipe on a GPU, and of the weights that they keep."""
+    kept = {1: "once: its products read it either way", 2: "twice, as it is and turned"}[recipe.copies(gpu.capability)]
+    return f"its products at the same share of FP8's peak, rounding costs nothing; each weight is kept {kept}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +120,14 @@ def fp8_flops(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> floa
 
 def _stage_time(run: RunConfig, size: LlavaSize, world_size: int, stage: int, shape: Shape, gpu: Gpu) -> StepTime:
     parallel, num_batches = run.parallel, num_micro_batches(run, world_size)
-    memory = stage_memory(run, size, world_size, stage, shape)
+    memory = stage_memory(run, size, world_size, stage, shape, gpu.capability)
     traffic = stage_traffic(run, size, world_size, stage, shape)
     in_fp8 = fp8_flops(run, size, stage, shape)
     others = micro_batch_flops(run, size, stage, shape) - in_fp8
     compute = (others / gpu.peak(run.train.dtype) + in_fp8 / gpu.peak("fp8")) / EFFICIENCY
     weights = float(memory.frozen)
     if recipe := recipe_of(run):  # each pass reads one byte a weight of all that is kept
-        kept = recipe.weight_bytes + (0 if run.fp8.store_base else BYTES[run.train.dtype])
+        kept = recipe.weight_bytes(gpu.capability) + (0 if run.fp8.store_base else BYTES[run.train.dtype])
         weights -= (kept - 1) * multiplied_in_fp8(run, size, stage)
     elif run.fp8.store_base:  # what is decoded is written and read
         weights += 2 * BYTES[run.train.dtype] * fp8_bytes(run, size, stage)[0]

@@ -13,6 +13,7 @@ from mole_mega.models.sizes import LlavaSize
 from mole_mega.platform.parallel import check_world
 from mole_mega.platform.recipes import dotted, recipe_of
 from mole_mega.platform.te import check_precision
+from mole_mega.wording import number_of
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 _CONTEXTS = (1, 2, 4, 8)
@@ -37,10 +38,17 @@ def check_gpu(run: RunConfig, gpu: Gpu) -> None:
 def search(run: RunConfig, size: LlavaSize, world_size: int, gpu: Gpu, sample: Sample) -> tuple[list[Estimate], int]:
     """(layouts that fit, the fastest first; how many were looked at): tensor, pipeline and expert parallelism, with
     Transformer Engine context parallelism too, micro-batch and recompute vary, all else is the run's. Tensor-parallel
-    ranks stay on one host."""
+    ranks stay on one host. Raises ConfigError, with the numbers of the simplest layout, where none divides."""
     found = [
         estimate(candidate, size, world_size, gpu, sample) for candidate in _candidates(run, size, world_size, gpu)
     ]
+    if not found:
+        simplest = replace(run, parallel=ParallelConfig(), train=replace(run.train, micro_batch_size=1))
+        try:
+            check(simplest, size, world_size)
+        except ConfigError as error:
+            text = f"no layout divides over {number_of(world_size, 'GPU')}; data parallelism alone: {error}"
+            raise ConfigError(text) from error
     return sorted((e for e in found if e.fits), key=lambda e: e.time.total), len(found)
 
 

@@ -95,6 +95,11 @@ class Parallel:
         """Bytes of this rank's GPU; None on the CPU, whose memory processes share."""
         return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
 
+    @property
+    def device_capability(self) -> tuple[int, int] | None:
+        """The compute capability of this rank's GPU; None on the CPU."""
+        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else None
+
     def barrier(self) -> None:
         dist.barrier()
 

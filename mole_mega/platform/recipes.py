@@ -15,13 +15,15 @@ _PAD_TO = 8
 class Recipe:
     """A way to scale tensors. `format`: hybrid has gradients in e5m2. `multiple`: of what rows (tokens) and widths of a
     product must be a multiple. `capability`: the least of a GPU, and `below`, which it must be below; `cuda`: the least
-    of what torch was built for. `weight_bytes`: what is kept of each number of a frozen weight, scales included."""
+    of what torch was built for. `copy_bytes`: what one copy of a frozen weight takes of each number, scales included;
+    `per_tensor`: by one scale a tensor."""
 
     format: str
     multiple: int
     capability: tuple[int, int]
     gpus: str
-    weight_bytes: float
+    copy_bytes: float
+    per_tensor: bool = False
     below: tuple[int, int] | None = None
     cuda: tuple[int, int] = (12, 1)
 
@@ -35,16 +37,26 @@ class Recipe:
             return f"needs a torch built for CUDA {dotted(self.cuda)} or later, this one is for {dotted(cuda)}"
         return ""
 
+    def copies(self, capability: tuple[int, int] | None) -> int:
+        """How many copies of a frozen weight a GPU needs: one for the forward product and, the other way round, one for
+        the backward product. A single one where a scale of the whole tensor is that of either, and the GPU's products
+        read either way (Transformer Engine's `is_non_tn_fp8_gemm_supported`). None is a GPU that is not known: two."""
+        if capability is None or not self.per_tensor:
+            return 2
+        return 1 if (10, 0) <= capability < (12, 0) or capability >= (13, 0) else 2
+
+    def weight_bytes(self, capability: tuple[int, int] | None) -> float:
+        """What is kept of each number of a frozen weight on such a GPU, scales included."""
+        return self.copies(capability) * self.copy_bytes
+
 
 # As Transformer Engine 2.20 checks them. It takes rows in eights and widths in sixteens; the gradient's product swaps
-# the two. Of a weight it keeps two copies, for the forward product and, the other way round, for the backward one. (One
-# by delayed and tensorwise on Blackwell, whose products read either way; counted are two.) Scales: an fp32 number a
-# 128 x 128 block, a byte for each 32 numbers.
+# the two. Scales: an fp32 number a 128 x 128 block, a byte for each 32 numbers.
 RECIPES = {
-    "delayed": Recipe("hybrid", 16, (8, 9), "Ada, Hopper, Blackwell", 2),
-    "tensorwise": Recipe("hybrid", 16, (8, 9), "Ada, Hopper, Blackwell", 2),
-    "blockwise": Recipe("e4m3", 16, (9, 0), "Hopper, Blackwell", 2 * (1 + 4 / 128**2), cuda=(12, 9)),
-    "mxfp8": Recipe("e4m3", 32, (10, 0), "Blackwell", 2 * (1 + 1 / 32), below=(12, 0)),
+    "delayed": Recipe("hybrid", 16, (8, 9), "Ada, Hopper, Blackwell", 1, per_tensor=True),
+    "tensorwise": Recipe("hybrid", 16, (8, 9), "Ada, Hopper, Blackwell", 1, per_tensor=True),
+    "blockwise": Recipe("e4m3", 16, (9, 0), "Hopper, Blackwell", 1 + 4 / 128**2, cuda=(12, 9)),
+    "mxfp8": Recipe("e4m3", 32, (10, 0), "Blackwell", 1 + 1 / 32, below=(12, 0)),
 }
 
 

@@ -10,28 +10,35 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import linecache
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 
+import megatron.core
+import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from mole_mega.errors import ExitCode, StoppedError
 
 _KEY, _REASON = "mole_mega/place", "mole_mega/reason"
 _MOST_BETWEEN_BEATS = 5.0  # seconds
 _NAMED = 4  # ranks, at most
+_OURS, _MEGATRON = Path(__file__).parents[1], Path(megatron.core.__file__).parents[1]
 
 
 @dataclass(frozen=True)
 class Place:
     """Where one process stands. `passed` counts the places before, the same on all ranks that are at one; `inside` is
-    the collective that it waits in, if any; `beat` counts its signs of life."""
+    the collective that it waits in, if any, and `line` where, both looked up once it stands for longer than a beat;
+    `beat` counts its signs of life."""
 
     rank: int
     host: str
@@ -39,10 +46,12 @@ class Place:
     doing: str = "starting"
     passed: int = 0
     inside: str = ""
+    line: str = ""
     beat: int = 0
 
     def __str__(self) -> str:
-        return f"step {self.step}, {self.doing}" + (f", in {self.inside}" if self.inside else "")
+        where = [text for text in (self.inside and f"in {self.inside}", self.line and f"at {self.line}") if text]
+        return f"step {self.step}, {self.doing}" + (f", {' '.join(where)}" if where else "")
 
 
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
@@ -94,7 +103,8 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     @property
     def _mine(self) -> Place:
         step, doing, passed = self._standing
-        return Place(self.rank, self._host, step, doing, passed, _collective(), self._beats)
+        stand = _where_it_stands() if time.monotonic() - self._since > self.interval else _Stand()
+        return Place(self.rank, self._host, step, doing, passed, stand.inside, stand.line, self._beats)
 
     def _watch(self) -> None:
         while not self._over.wait(self.interval):
@@ -125,21 +135,11 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             for _ in range(3):  # others look for whom they wait too, and go on beating
                 time.sleep(self.interval)
                 self._beat()
-            reason = self._compare(before, self._places(), only_gone)
+            reason = _compare(before, self._places(), self.rank, only_gone=only_gone)
             return self._store.compare_set(_REASON, "", reason).decode() if reason else ""
         except RuntimeError:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             return f"{place}, where the processes met, does not answer: rank 0 has ended, or its host is cut off"
-
-    def _compare(self, before: Sequence[Place], after: Sequence[Place], only_gone: bool) -> str:
-        gone = [new for old, new in zip(before, after, strict=True) if new.beat == old.beat and new.rank != self.rank]
-        if gone:
-            return f"no sign of life from {_names(gone)}, last seen at {gone[0]}"
-        behind = min(place.passed for place in after)
-        late = [place for place in after if place.passed == behind]
-        if only_gone or len(late) == len(after):
-            return ""
-        return f"{_names(late)} late: at {late[0]}"
 
     def _places(self) -> list[Place]:
         """Of all ranks; one that never came is at the start."""
@@ -163,31 +163,87 @@ def _join_store(timeout_seconds: float) -> dist.Store:
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0", store)
 
 
+def _compare(before: Sequence[Place], after: Sequence[Place], rank: int, *, only_gone: bool) -> str:
+    """Who stands out of all ranks, looked up twice by one of them, in words; empty when nobody does."""
+    gone = [new for old, new in zip(before, after, strict=True) if new.beat == old.beat and new.rank != rank]
+    if gone:
+        return f"no sign of life from {_names(gone)}, last seen at {gone[0]}"
+    if only_gone:
+        return ""
+    behind = min(place.passed for place in after)
+    late = [place for place in after if place.passed == behind]
+    if len(late) == len(after):  # at one place, of which some are in a collective that the others do not come to
+        late = [place for place in after if not place.inside]
+    if late and len(late) < len(after):
+        return f"{_names(late)} late: at {late[0]}"
+    unlike = {place.inside + place.line: place for place in after}
+    return f"ranks wait in unlike collectives: {'; '.join(_stands(unlike.values()))}" if len(unlike) > 1 else ""
+
+
+def _stands(places: Iterable[Place]) -> list[str]:
+    """Of each, its rank and host and where it stands; of the first few."""
+    return [f"rank {place.rank} on {place.host} at {place}" for place in places][:_NAMED]
+
+
 def _names(places: Sequence[Place]) -> str:
     """rank 2 on node7, rank 3 on node7 and 6 more"""
     named = ", ".join(f"rank {place.rank} on {place.host}" for place in places[:_NAMED])
     return named + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
 
 
-def _collective() -> str:
-    """What a thread of this process waits for in torch.distributed: the collective, and who called it."""
-    for thread, frame in sys._current_frames().items():
-        if thread == threading.get_ident():
-            continue
-        found, inside = frame, ""
-        while found is not None and not inside:
-            inside = _called(found)
-            found = found.f_back  # type: ignore[assignment]
-        if inside:
-            return inside
+@dataclass(frozen=True)
+class _Stand:
+    """What a process waits in, if in any collective, and the line of ours or of Megatron-Core's that it is at."""
+
+    inside: str = ""
+    line: str = ""
+
+
+def _where_it_stands() -> _Stand:
+    """Of the thread that waits in a collective; where none does, of the main one. All threads are looked at: on CUDA
+    the backward pass, with its collectives, runs in autograd's."""
+    frames = sys._current_frames()
+    main = frames.get(threading.main_thread().ident or 0)
+    for thread, frame in frames.items():
+        if thread != threading.get_ident() and (inside := _waits_in(frame)):
+            return _Stand(inside, _line(frame))
+    # the host may be ahead of the device, and what it is at not be what it waits for
+    return _Stand(_unfinished("nccl"), _line(main))
+
+
+def _waits_in(frame: FrameType) -> str:
+    """The collective that a thread with this innermost frame waits in; empty for one that waits in none."""
+    for outer in _outwards(frame):
+        name = outer.f_code.co_name
+        if outer.f_code.co_filename == dist.distributed_c10d.__file__ and not name.startswith("_"):
+            return name
+    if ".wait()" in linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0):  # for one that began before
+        return _unfinished("") or "wait"
     return ""
 
 
-def _called(frame: FrameType) -> str:
-    """The public function of torch.distributed that this frame is, with its caller; empty when it is none."""
-    name, caller = frame.f_code.co_name, frame.f_back
-    if not frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py") or name.startswith("_"):
-        return ""
-    while caller is not None and "/torch/" in caller.f_code.co_filename:  # wrappers
-        caller = caller.f_back
-    return f"{name} of {caller.f_code.co_name}" if caller is not None else name
+def _unfinished(backend: str) -> str:
+    """The oldest collective that a backend (any, where it is empty) has not done, as torch's flight recorder has it."""
+    entries = json.loads(_distributed_c10d._dump_fr_trace_json(True, True)).get("entries", [])
+    if torch.cuda.is_available():
+        entries += json.loads(_distributed_c10d._dump_nccl_trace_json(True, True)).get("entries", [])
+    waiting = [one for one in entries if not one["retired"] and one["profiling_name"].startswith(backend)]
+    oldest = min(waiting, key=lambda one: one["time_created_ns"], default=None)
+    return oldest["profiling_name"].partition(":")[2] if oldest else ""
+
+
+def _line(frame: FrameType | None) -> str:
+    """mole_mega/training/step.py:188 Stepper._finalize: the innermost of ours, or of Megatron-Core's. What stands in
+    `platform` stands there for others."""
+    for outer in _outwards(frame):
+        path, code = Path(outer.f_code.co_filename), outer.f_code
+        for package in (_OURS, _MEGATRON):
+            if path.is_relative_to(package) and not path.is_relative_to(_OURS / "platform"):
+                return f"{path.relative_to(package.parent)}:{outer.f_lineno} {code.co_qualname}"
+    return ""
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -156,7 +156,7 @@ def figures(case: SpeedCase, speed: Speed, gpu: Gpu | None) -> dict[str, Any]:
     row: dict[str, Any] = dataclasses.asdict(speed) | {
         "tokens_per_second": speed.tokens_per_second,
         "tflops_per_second": speed.tflops_per_second,
-        "estimated_bytes": stage_memory(run, size, 1, 0, shape).total,
+        "estimated_bytes": stage_memory(run, size, 1, 0, shape, gpu.capability if gpu else None).total,
         "decoder_layers": size.language.num_layers,
         "hidden_size": size.language.hidden_size,
         "length": shape.length,

@@ -65,8 +65,8 @@ class DryRun:
             f"{self.world_size:,} processes = {layout_words(self.run, self.world_size)}",
             *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
             "  (parameters of one rank)",
-            f"built {self.num_parts} parts, all there are: ranks that differ in their data-parallel index alone hold "
-            f"the same; {self.seconds:.0f} s",
+            f"built {number_of(self.num_parts, 'part')}, all there are: ranks that differ in their data-parallel index "
+            f"alone hold the same; {self.seconds:.0f} s",
             f"checked: sizes and batch divide; {self.num_tensors} tensors, each held whole by the ranks together; the "
             f"frozen ones {base}",
             "not looked at: the data (mole-mega data preview), memory (mole-mega estimate)",

@@ -502,8 +502,10 @@ class Trainer:
             self._say(f"this mixture is asked from step {self._first_of_phase + 1} on, another one before:")
         for line in self.plan.describe(self.run.train.steps, self._first_of_phase):
             self._say(line)
-        if p.device_memory is not None and (warning := misfit(self.run, self.size, p.world_size, p.device_memory)):
-            self._say(warning)
+        if p.device_memory is not None:
+            warning = misfit(self.run, self.size, p.world_size, p.device_memory, p.device_capability)
+            if warning is not None:
+                self._say(warning)
 
     def _check_gradients(self, seen: set[str], *, had_images: bool) -> None:
         """Raise CheckFailedError unless a gradient reached everything that it should reach: at the first step, and the

@@ -137,7 +137,9 @@ def test_what_cannot_be_scored_or_written_is_one_line(evaluate, rows, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in error_of(evaluate("--answers", tmp_path / "file" / "answers.jsonl"))
     assert "exclude each other" in error_of(evaluate("--answers", tmp_path / "a", "--no-generate"))
-    assert "validation.max_new_tokens must be at least 1, got 0" in error_of(evaluate("--max-new-tokens", "0"))
+    assert "validation.max_new_tokens must be from 1 to 1,000,000,000, got 0" in error_of(
+        evaluate("--max-new-tokens", "0")
+    )
 
 
 def fail_scoring(rank):

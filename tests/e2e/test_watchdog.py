@@ -18,21 +18,53 @@ def hang_before_step(step, on_rank, rank):
         commands._at_step(step, partial(time.sleep, 60))
 
 
+def hang_in_the_passes(step, on_rank, rank):
+    """For `prepare`: one rank does not come to the collectives of a step that it has begun as the others have."""
+    from mole_mega.training.step import Stepper
+
+    backward = Stepper.backward
+
+    def backward_or_hang(self, *args, **kwargs):
+        if self.applied_steps + 1 == step:
+            time.sleep(60)
+        return backward(self, *args, **kwargs)
+
+    if rank == on_rank:
+        Stepper.backward = backward_or_hang
+
+
 def die_before_step(step, on_rank, rank):
     """For `prepare`: one rank is killed."""
     if rank == on_rank:
         commands._at_step(step, partial(os.kill, os.getpid(), signal.SIGKILL))
 
 
-def test_a_rank_that_hangs_is_named_with_what_it_does_and_where_the_others_wait(write_run, tmp_path):
-    run = write_run(train={"steps": 4, "hang_seconds": 3})
+STEP, TRAINER = r"mole_mega/training/step\.py:\d+", r"mole_mega/training/trainer\.py:\d+"
+READING = rf"reading data, at {TRAINER} Trainer\._step"
+BETWEEN_STAGES = r"wait at megatron/core/pipeline_parallel/p2p_communication\.py:\d+ \w+\._communicate\w*"
+
+
+@pytest.mark.parametrize(
+    ("layout", "hang", "waits", "late"),
+    [
+        ({}, hang_before_step, rf"all_reduce at {STEP} Stepper\._finalize", READING),
+        ({"pipeline": 2}, hang_before_step, BETWEEN_STAGES, READING),
+        ({}, hang_in_the_passes, rf"all_reduce at {STEP} Stepper\._finalize",
+         rf"passes and update, at {STEP} Stepper\.train_step"),
+    ],
+    ids=["between steps", "between stages", "in one place"],
+)  # fmt: skip
+def test_a_rank_that_hangs_is_named_with_its_line_and_the_collective_of_the_others(
+    write_run, tmp_path, layout, hang, waits, late
+):
+    run = write_run(train={"steps": 4, "hang_seconds": 3}, parallel=layout)
     started = time.monotonic()
-    code, text = commands.run([run], tmp_path / "log", 2, partial(hang_before_step, 3, 1))
+    code, text = commands.run([run], tmp_path / "log", 2, partial(hang, 3, 1))
     assert code == STOPPED_ITSELF, text
     assert time.monotonic() - started < 45
-    assert "rank 1 on " in text and "late: at step 3, reading data" in text
     (line,) = (line for line in text.splitlines() if "error (rank 0" in line)
-    assert "no progress for" in line and "step 3, passes and update, in " in line
+    here = rf"no progress for \d+ s at step 3, passes and update, in {waits}"
+    assert re.search(rf"{here}: rank 1 on \S+ late: at step 3, {late}$", line), line
     assert "Traceback" not in text
 
 

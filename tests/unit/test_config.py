@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def write(tmp_path):
         return path
 
     return write_file
+
+
+def nested(*keys: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} of the keys a and b."""
+    first, *others = keys
+    return {first: nested(*others, value=value) if others else value}
 
 
 def refused_override(path: Path, override: str) -> str:
@@ -217,12 +224,30 @@ def test_a_config_made_in_code_is_checked_for_nan_too(section, key):
         ("data", "max_image_pixels", 0), ("checkpoint", "every", -1), ("checkpoint", "keep", 0),
         ("validation", "every", -1), ("validation", "samples", 0), ("validation", "max_new_tokens", 0),
         ("monitor", "every", 0),
-        ("monitor", "experts_every", -1), ("monitor", "pictures_every", -1),
+        ("monitor", "experts_every", -1), ("monitor", "pictures_every", -1), ("monitor.alarms", "dead_steps", -1),
+        ("monitor.alarms", "repeat_every", 0),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_its_key_and_number(section, key, value):
-    message = refused(**{section: {key: value}})
+    message = refused(**nested(*section.split("."), key, value=value))
     assert message.startswith(f"{section}.{key} must be") and message.endswith(f"got {value}")
+
+
+def whole_numbers(kind: type, *above: str) -> list[tuple[str, ...]]:
+    """The keys of all whole numbers of a section and of those in it, but for what lies in lists."""
+    hints, found = typing.get_type_hints(kind), []
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            found += whole_numbers(typing.cast(type, hint), *above, name)
+        elif hint is int or int in typing.get_args(hint):
+            found.append((*above, name))
+    return found
+
+
+@pytest.mark.parametrize("keys", whole_numbers(RunConfig), ids=".".join)
+def test_a_whole_number_that_nothing_can_count_to_is_refused_with_its_key(keys):
+    message = refused(**nested(*keys, value=10**24))
+    assert message.startswith(f"{'.'.join(keys)} must be from ") and message.endswith(f"got {10**24}")
 
 
 TASK = {"router_scope": "task", "gate": "none", "balance_weight": 0.0, "num_experts": 1}
@@ -418,7 +443,8 @@ def test_weights_are_not_negative_and_not_all_zero(kind, weights, parts):
         ({"weight": 1e308}, "data.sources 'a': a weight must be at most 1e+100, got 1e+308"),
         ({"weight": [[0, 1], [8, 0]]}, "all weights are 0 at step 8"),
         ({"weight": [[0, 0], [8, 1]]}, "data.sources: all weights are 0"),
-        ({"epochs": 0}, "data.sources 'a': epochs must be at least 1, got 0"),
+        ({"epochs": 0}, "data.sources 'a': epochs must be from 1 to 1,000,000,000, got 0"),
+        ({"epochs": 10**24}, f"epochs must be from 1 to 1,000,000,000, got {10**24}"),
         ({"epochs": 1.5}, "epochs must be"),
     ],
 )
@@ -660,8 +686,8 @@ def test_the_untrained_router_is_allowed_where_there_is_no_choice_or_another_los
 @pytest.mark.parametrize(
     ("name", "low", "value"),
     [
-        ("collapse", 0, -0.5), ("dead_steps", 0, -1), ("entropy_floor", 0, -1.0), ("repeat_every", 1, 0),
-        ("balance_factor", 1, 0.5), ("max_balance_weight", 0, -1.0), ("reseed_noise", 0, -0.1),
+        ("collapse", 0, -0.5), ("entropy_floor", 0, -1.0), ("balance_factor", 1, 0.5), ("max_balance_weight", 0, -1.0),
+        ("reseed_noise", 0, -0.1),
     ],
 )  # fmt: skip
 def test_an_alarm_out_of_range_is_refused_with_its_number(name, low, value):

@@ -231,11 +231,27 @@ def test_the_command_says_what_it_checked(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "8 processes = tensor 2 x pipeline 1 x data 4, experts over 1" in text
     assert "NOT compared with a base" in text
+    assert "built 2 parts, all there are" in text
+    assert any("built 1 part, all there are" in line for line in dry_run(run_of(), TINY, 2, None).describe())
     for arguments, message in (
         (["--dry-run"], "--dry-run and --world-size N go together"),
         (["--dry-run", "--world-size", "2"], "nowhere is not a base checkpoint"),
         (["--dry-run", "--world-size", "2", "--size", "7b"], "--size 7b is not known: it is one of tiny"),
-        (["--dry-run", "--world-size", "-2", "--size", "tiny"], "--world-size must be at least 1, got -2"),
+        (["--dry-run", "--world-size", "-2", "--size", "tiny"], "--world-size must be from 1 to 1,000,000,000, got -2"),
+        (["--dry-run", "--world-size", "0"], "--world-size must be from 1 to 1,000,000,000, got 0"),
+        (["--world-size", "0"], "--dry-run and --world-size N go together"),
+        (["--dry-run", "--world-size", str(10**24)], f"--world-size must be from 1 to 1,000,000,000, got {10**24}"),
+        (["--dry-run", "--world-size", "8", f"adapter.rank={10**24}"], "adapter.rank must be from 1 to 65,536, got 1"),
+        (
+            ["--rendezvous-timeout", "nan"],
+            "--rendezvous-timeout must be above 0 and at most 1,000,000 seconds, got nan",
+        ),
+        (
+            ["--rendezvous-timeout", "inf"],
+            "--rendezvous-timeout must be above 0 and at most 1,000,000 seconds, got inf",
+        ),
+        (["--rendezvous-timeout", "-1"], "--rendezvous-timeout must be above 0 and at most 1,000,000 seconds, got -1"),
+        (["--rendezvous-timeout", "1e30"], "1,000,000 seconds, got 1e+30"),
     ):
         assert train.main([str(run), "--debug", *arguments]) == 2
         assert message in capsys.readouterr().err

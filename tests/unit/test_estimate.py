@@ -458,16 +458,21 @@ def with_te(run, **fp8):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "kept"), [("tensorwise", 2), ("delayed", 2), ("blockwise", 2 * 1.000244140625), ("mxfp8", 2.0625)]
-)
-def test_what_transformer_engine_keeps_of_weights_in_fp8_is_counted(recipe, kept):
-    """By hand: 32 layers of q, k, v, o and gate, up, down. Both copies, of the decoder alone."""
+    ("recipe", "gpu", "kept"),
+    [
+        ("tensorwise", "h100", 2), ("delayed", "h100", 2), ("blockwise", "h100", 2 * 1.000244140625),
+        ("tensorwise", "b200", 1), ("delayed", "b200", 1), ("blockwise", "b200", 2 * 1.000244140625),
+        ("mxfp8", "b200", 2.0625),
+    ],
+)  # fmt: skip
+def test_what_transformer_engine_keeps_of_weights_in_fp8_is_counted(recipe, gpu, kept):
+    """By hand: 32 layers of q, k, v, o and gate, up, down. All copies, of the decoder alone."""
     size, train = SIZES["llava15_7b"], {"global_batch_size": 64, "micro_batch_size": 1}
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
 
     def frozen(precision, **fp8):
         run = with_te(run_of(train=train | {"precision": precision}), **fp8)
-        return stage_memory(run, size, 8, 0, micro_batch(run)).frozen
+        return estimate(run, size, 8, GPUS[gpu], Sample()).memory[0].frozen
 
     bf16 = frozen("bf16")
     assert frozen("fp8", recipe=recipe) - bf16 == pytest.approx(kept * weights, abs=1)
@@ -537,6 +542,19 @@ def test_the_command_prints_and_writes_the_same(run_file, tmp_path, capsys, argu
     assert f"{first['seconds']['total']:.3g}" in text
 
 
+@pytest.mark.parametrize(("gpu", "kept"), [("h100", "kept twice, as it is and turned"), ("b200", "kept once")])
+def test_the_command_says_how_often_a_weight_is_kept(run_file, capsys, gpu, kept):
+    command = [str(run_file), "--gpus", "8", "--gpu", gpu, "--size", "llava15_7b", "--debug", *IN_FP8]
+    assert estimate_command(command) == 0
+    assert f"each weight is {kept}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("images", "words"), [("1", "with 1 image\n"), ("0", "with 0 images\n"), ("2", "2 images\n")])
+def test_the_command_counts_images(run_file, capsys, images, words):
+    assert estimate_command([str(run_file), "--gpus", "8", "--size", "llava15_7b", "--debug", "--images", images]) == 0
+    assert words in capsys.readouterr().out
+
+
 def test_the_command_says_what_travels(run_file, tmp_path, capsys):
     figures = tmp_path / "figures.json"
     command = [str(run_file), "--gpus", "6", "--size", "llava15_7b", "--json", str(figures), "--debug"]
@@ -549,7 +567,16 @@ def test_the_command_says_what_travels(run_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--gpus", "0"], "--gpus must be from 1 to 1,000,000,000, got 0"),
+        (["--gpus", str(10**400)], "--gpus must be from 1 to 1,000,000,000, got 1"),
+        (["--gpus", "8", f"train.global_batch_size={10**400}"], "train.global_batch_size must be from 1 to"),
+        (
+            ["--gpus", "7", "--search"],
+            "no layout divides over 7 GPUs; data parallelism alone: train.global_batch_size 64",
+        ),
+        (["--gpus", "8", "--images", "1e308"], "--images must be at most 3.556, got 1e+308: an image takes 576 places"),
+        (["--gpus", "8", "--images", "4"], "got 4: an image takes 576 places, a sample has 2,048 at most (data.max_le"),
+        (["--gpus", "8", "--images", "2", "--length", "600"], "a sample has 600 at most (--length)"),
         (["--gpus", "3"], "train.global_batch_size 64 is not a multiple of train.micro_batch_size 1 x 3"),
         (["--gpus", "8", "--length", "4096"], "--length must be in [1, data.max_length 2048], got 4096"),
         (["--gpus", "8", "--images", "-1"], "--images must be a number of at least 0, got -1"),

@@ -101,6 +101,16 @@ def test_a_gpu_takes_its_recipes(gpu, recipe, capability):
 
 
 @pytest.mark.parametrize(
+    ("capability", "copies"),
+    [((8, 9), 2), ((9, 0), 2), ((10, 0), 1), ((10, 3), 1), ((11, 0), 1), ((12, 0), 2), ((13, 0), 1), (None, 2)],
+)
+def test_a_weight_is_kept_once_where_products_read_it_either_way_and_one_scale_is_all(capability, copies):
+    assert {name: recipe.copies(capability) for name, recipe in RECIPES.items()} == {
+        "delayed": copies, "tensorwise": copies, "blockwise": 2, "mxfp8": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("recipe", "capability", "cuda", "parts"),
     [
         ("tensorwise", (8, 0), "13.0", ["8.9", "Ada", "GPU of 8.0", "model.backend local"]),
