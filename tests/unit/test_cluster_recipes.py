@@ -1,6 +1,7 @@
 """The recipes for clusters, as far as they can be looked at without one: run files load, divide and fit, and launchers
 name what exists."""
 
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -29,6 +30,21 @@ def test_a_run_file_loads_divides_and_fits_its_gpus(name):
         data = world_size // (run.parallel.tensor * run.parallel.pipeline)
         assert run.train.global_batch_size % (run.train.micro_batch_size * data) == 0
         assert estimate(run, size, world_size, GPUS["h100"], Sample()).fits
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
+def test_the_figures_of_a_layout_are_the_estimates(name):
+    run, size = config.load(EXAMPLES / name / "run.yaml"), SIZES[name]
+    rows = re.findall(
+        r"^\| (\d+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|", (EXAMPLES / name / "README.md").read_text(), re.M
+    )
+    assert [int(gpus) for gpus, *_ in rows] == [8, 16, 64]
+    for gpus, layout, *figures in rows:
+        one = estimate(run, size, int(gpus), GPUS["h100"], Sample())
+        parts = {"tensor": run.parallel.tensor, "pipeline": run.parallel.pipeline, "data": run.parallel.data(int(gpus))}
+        assert layout == " x ".join(f"{part} {number}" for part, number in parts.items() if number > 1)
+        memory, seconds = one.memory[one.fullest].total / 1e9, one.time.total
+        assert figures == [f"{memory:.1f}", f"{seconds:.3g}", f"{round(one.tokens_per_second, -2):,.0f}"]
 
 
 def test_launchers_parse_and_name_what_exists():
