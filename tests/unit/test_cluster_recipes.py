@@ -64,6 +64,17 @@ def test_a_layout_of_64_ranks_can_be_built(name, capsys):
     assert "each held whole by the ranks together" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_an_image_is_of_what_exists_runs_as_nobody_special_and_has_a_budget(name):
+    text = (ROOT / "docker" / name).read_text()
+    steps = [line.split() for line in text.splitlines() if line and not line.startswith((" ", "#"))]
+    copied = [source for step, *words in steps if step == "COPY" for source in words[:-1] if source[0] != "-"]
+    assert copied and all((ROOT / source).exists() for source in copied)
+    users = [words[0] for step, *words in steps if step == "USER"]
+    assert users == ["10001"] and ["ENTRYPOINT", '["mole-mega"]'] in steps
+    assert re.search(r"^# .*Budget: at most \d+\.\d GB over the base image", text, re.M)
+
+
 def test_the_torch_of_nvidias_containers_is_good_enough():
     """They name it as before its release, and pip is to leave it alone."""
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
