@@ -4,8 +4,8 @@ Static: weights, fp32 gradients, Adam. Moving: what autograd keeps of the micro-
 Megatron-Core's local attention, which keeps its score matrices; Transformer Engine's keeps none), and the largest
 workspace beside it. Sequences are as long as `Shape.length`, so what is counted is the longest that the run may meet.
 
-Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, NCCL's
-buffers, and what dropout keeps.
+Not counted: what a process holds before a model is built (Python, torch, a CUDA context), the allocator's gaps, and
+NCCL's buffers.
 
 Shape suffixes in formulas: T tokens of a micro-batch, S sequence, H hidden, F ffn, V vocabulary, E experts, K experts
 that a token uses.
@@ -251,6 +251,7 @@ def _attention(run: RunConfig, size: LlavaSize, shape: Shape, *, recomputed: boo
         # x of q, k, v (whole: gathered from the ranks), A x, and the stacked A
         saved += width * (tokens * (hidden + 3 * adapter.rank) + 3 * adapter.rank * hidden)
         saved += width * tokens * (heads // tensor + adapter.rank)  # the same of o
+        saved += _dropped(run, tokens * (hidden + heads // tensor))
     rotated = tokens * heads // tensor  # queries
     is_grouped = language.num_kv_heads < language.num_heads
     if recomputed or not is_grouped:
@@ -268,7 +269,7 @@ def _mlp(run: RunConfig, size: LlavaSize, shape: Shape, *, adapted: bool) -> int
     if not adapted:
         return saved + width * tokens * 4 * ffn
     if adapter.method == "lora":
-        return saved + width * tokens * (hidden + 3 * adapter.rank + 5 * ffn)
+        return saved + width * tokens * (hidden + 3 * adapter.rank + 5 * ffn) + _dropped(run, tokens * (hidden + ffn))
     saved += _routing(run, size, shape) + _experts(run, size, shape) + gathered_bank(run, size)
     return saved + _mixed_factors(run, size)
 
@@ -286,6 +287,12 @@ def _mixed_factors(run: RunConfig, size: LlavaSize) -> int:
     return saved
 
 
+def _dropped(run: RunConfig, numbers: int) -> int:
+    """What dropout of so many numbers keeps: which of them it left, a byte each (on CUDA; the CPU multiplies by a
+    tensor of their own type). What enters an adapter is kept in any case."""
+    return numbers if run.adapter.dropout else 0
+
+
 def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     """Of the routers of one block: their input, where the experts do not keep that very tensor, probabilities, weights
     and choices."""
@@ -299,8 +306,11 @@ def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     if form != "tokens":
         saved += (shape.tokens - own) * FP32 * adapter.num_experts  # weights of all ranks' tokens
     reads = adapter.router_scope in ("block", "linear")
-    if reads and not (form == "masked" and tensor == 1):
+    # experts whose input is dropped keep another tensor
+    if reads and not (form == "masked" and tensor == 1 and not adapter.dropout):
         saved += own * size.language.hidden_size * width
+    if adapter.router_scope == "linear" and adapter.dropout:
+        saved += shape.tokens * size.language.ffn_hidden_size // tensor * width
     return saved
 
 
@@ -310,15 +320,16 @@ def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     adapter, tensor, width = run.adapter, run.parallel.tensor, BYTES[run.train.dtype]
     hidden, ffn, ranks = size.language.hidden_size, size.language.ffn_hidden_size // tensor, 3 * adapter.rank
     form, used = mixture_form(run, size), adapter.top_k
+    dropped = _dropped(run, shape.tokens * (hidden + (used if adapter.expert_form == "mlp" else 1) * ffn))
     if form == "masked":
         ranks *= 1 if adapter.share_A else adapter.num_experts
-        return shape.tokens * width * (hidden + ranks + 3 * ffn)
+        return dropped + shape.tokens * width * (hidden + ranks + 3 * ffn)
     # weights, and the order of the rows there and back; of pairs also their experts
     numbering = used * (FP32 + 8 * (2 if form == "tokens" else 4))
     if adapter.expert_form == "mlp":
         # each pair has an MLP's middle of its own: in, out, and what it is more than the frozen one's
-        return shape.tokens * (width * used * (hidden + ranks + 4 * ffn) + numbering)
-    return shape.tokens * (width * (used * (hidden + ranks + ffn) + 2 * ffn) + numbering)
+        return dropped + shape.tokens * (width * used * (hidden + ranks + 4 * ffn) + numbering)
+    return dropped + shape.tokens * (width * (used * (hidden + ranks + ffn) + 2 * ffn) + numbering)
 
 
 def _decoder_workspace(run: RunConfig, size: LlavaSize, stage: int, shape: Shape) -> int:

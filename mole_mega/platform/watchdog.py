@@ -224,9 +224,14 @@ def _waits_in(frame: FrameType) -> str:
 
 def _unfinished(backend: str) -> str:
     """The oldest collective that a backend (any, where it is empty) has not done, as torch's flight recorder has it."""
-    entries = json.loads(_distributed_c10d._dump_fr_trace_json(True, True)).get("entries", [])
+    # private, and not in torch's stubs
+    dumps = [_distributed_c10d._dump_fr_trace_json]  # type: ignore[attr-defined]
     if torch.cuda.is_available():
-        entries += json.loads(_distributed_c10d._dump_nccl_trace_json(True, True)).get("entries", [])
+        dumps.append(_distributed_c10d._dump_nccl_trace_json)  # type: ignore[attr-defined]
+    entries = []
+    for dump in dumps:
+        with contextlib.suppress(RuntimeError, ValueError):  # what is said of a hang must not end the watch over it
+            entries += json.loads(dump(True, True)).get("entries", [])
     waiting = [one for one in entries if not one["retired"] and one["profiling_name"].startswith(backend)]
     oldest = min(waiting, key=lambda one: one["time_created_ns"], default=None)
     return oldest["profiling_name"].partition(":")[2] if oldest else ""

@@ -1,6 +1,7 @@
 """The recipes for clusters, as far as they can be looked at without one: run files load, divide and fit, and launchers
 name what exists."""
 
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -31,6 +32,21 @@ def test_a_run_file_loads_divides_and_fits_its_gpus(name):
         assert estimate(run, size, world_size, GPUS["h100"], Sample()).fits
 
 
+@pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
+def test_the_figures_of_a_layout_are_the_estimates(name):
+    run, size = config.load(EXAMPLES / name / "run.yaml"), SIZES[name]
+    rows = re.findall(
+        r"^\| (\d+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|", (EXAMPLES / name / "README.md").read_text(), re.M
+    )
+    assert [int(gpus) for gpus, *_ in rows] == [8, 16, 64]
+    for gpus, layout, *figures in rows:
+        one = estimate(run, size, int(gpus), GPUS["h100"], Sample())
+        parts = {"tensor": run.parallel.tensor, "pipeline": run.parallel.pipeline, "data": run.parallel.data(int(gpus))}
+        assert layout == " x ".join(f"{part} {number}" for part, number in parts.items() if number > 1)
+        memory, seconds = one.memory[one.fullest].total / 1e9, one.time.total
+        assert figures == [f"{memory:.1f}", f"{seconds:.3g}", f"{round(one.tokens_per_second, -2):,.0f}"]
+
+
 def test_launchers_parse_and_name_what_exists():
     folder = EXAMPLES / "cluster"
     for script in ("torchrun.sh", "slurm.sbatch"):
@@ -46,6 +62,17 @@ def test_a_layout_of_64_ranks_can_be_built(name, capsys):
     arguments = [str(EXAMPLES / name / "run.yaml"), "--dry-run", "--world-size", "64", "--size", name]
     assert train(arguments) == 0
     assert "each held whole by the ranks together" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_an_image_is_of_what_exists_runs_as_nobody_special_and_has_a_budget(name):
+    text = (ROOT / "docker" / name).read_text()
+    steps = [line.split() for line in text.splitlines() if line and not line.startswith((" ", "#"))]
+    copied = [source for step, *words in steps if step == "COPY" for source in words[:-1] if source[0] != "-"]
+    assert copied and all((ROOT / source).exists() for source in copied)
+    users = [words[0] for step, *words in steps if step == "USER"]
+    assert users == ["10001"] and ["ENTRYPOINT", '["mole-mega"]'] in steps
+    assert re.search(r"^# .*Budget: at most \d+\.\d GB over the base image", text, re.M)
 
 
 def test_the_torch_of_nvidias_containers_is_good_enough():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -186,6 +187,22 @@ def test_activations_are_what_autograd_keeps(alone, kind, size):
     run = run_of(**KINDS[kind])
     expected = saved_activations(run, size, 0, micro_batch(run))
     assert kept_by_autograd(run, size, alone) == pytest.approx(expected, rel=0.01)
+
+
+def cuda_dropout(x, p, training=True, inplace=False):
+    """F.dropout as it is on CUDA, where it keeps a byte a number."""
+    return torch.native_dropout(x, p, training)[0] if p > 0 and training else x
+
+
+@pytest.mark.parametrize("kind", KINDS | MIXTURES)
+def test_what_dropout_keeps_is_what_autograd_keeps(alone, monkeypatch, kind):
+    # as on a GPU
+    monkeypatch.setattr(cpu_kernels, "library", lambda dtype: None)
+    monkeypatch.setattr(F, "dropout", cuda_dropout)
+    sections = (KINDS | MIXTURES)[kind]
+    run = run_of(**sections | {"adapter": sections.get("adapter", {}) | {"dropout": 0.1}})
+    expected = saved_activations(run, SIZE, 0, micro_batch(run))
+    assert kept_by_autograd(run, SIZE, alone) == pytest.approx(expected, rel=0.01)
 
 
 BUILT = KINDS | MIXTURES | {
