@@ -19,6 +19,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -563,6 +564,76 @@ void router_gradients(const float* grad, const at::BFloat16* x, const float* wei
   }
 }
 
+// pairs [P, ldp] += the sum over tokens of p_j p_k x, for each pair j < k of experts: probs [T, E], x [T, I]. The
+// products of probabilities are rounded, the sums are not.
+void sum_pairs(const at::BFloat16* x, const float* probs, int64_t tokens, int64_t I, int64_t E, float* pairs,
+               int64_t ldp, int64_t threads) {
+  const int64_t P = E * (E - 1) / 2, depth = (tokens + kDepth - 1) / kDepth * kDepth;
+  const int64_t blocks = (I + kColumns - 1) / kColumns;
+  std::vector<uint8_t> of_products;
+  at::BFloat16* products = scratch<at::BFloat16>(of_products, depth * P);  // [ceil(T / kDepth), P, kDepth]
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<uint8_t> of_probs, of_transposed, of_x, of_sums;
+    float* some = scratch<float>(of_probs, kDepth * E);
+    float* transposed = scratch<float>(of_transposed, kDepth * E);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < depth; first += kDepth) {
+      const int64_t count = std::min(kDepth, tokens - first);
+      std::memcpy(some, probs + first * E, count * E * sizeof(float));
+      std::memset(some + count * E, 0, (kDepth - count) * E * sizeof(float));
+      transpose(some, E, kDepth, E, transposed, kDepth);
+      at::BFloat16* out = products + first * P;
+      float product[kDepth];
+      for (int64_t j = 0; j < E; ++j)
+        for (int64_t k = j + 1; k < E; ++k, out += kDepth) {
+          for (int64_t t = 0; t < kDepth; ++t) product[t] = transposed[j * kDepth + t] * transposed[k * kDepth + t];
+          put<false>(product, out, kDepth);
+        }
+    }
+    at::BFloat16* packed = scratch<at::BFloat16>(of_x, kDepth * kColumns);
+    float* sums = scratch<float>(of_sums, P * kColumns);
+    // Threads share the columns, so that no two add to one number.
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t column = block * kColumns, width = std::min(kColumns, I - column);
+      for (int64_t first = 0; first < tokens; first += kDepth) {
+        pack_rows(x + column, I, nullptr, first, std::min(kDepth, tokens - first), kDepth, width, packed);
+        blas::brgemm(P, width, kDepth, kDepth, width, width, first > 0, products + first * P, packed, sums, true);
+      }
+      for (int64_t p = 0; p < (tokens ? P : 0); ++p)
+        for (int64_t w = 0; w < width; ++w) pairs[p * ldp + column + w] += sums[p * width + w];
+    }
+    blas::brgemm_release(true);
+  }
+}
+
+// Adds to row [3 + E + G E], over valid tokens: the squared logarithm of the sum of the logits' exponentials, the
+// entropy of probs, by how much the chosen expert leads, probs, and for each group of tokens how often each expert was
+// chosen. choice [T, K], the likeliest first; groups null where there is one.
+void sum_routing(const float* logits, const float* probs, const int64_t* choice, const bool* valid,
+                 const int64_t* groups, int64_t tokens, int64_t E, int64_t K, float* row) {
+  double z = 0, entropy = 0, margin = 0;
+  float* counts = row + 3 + E;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (!valid[t]) continue;
+    const float *logit = logits + t * E, *p = probs + t * E;
+    const int64_t* chosen = choice + t * K;
+    float largest = logit[0], exponentials = 0, mean = 0, second = 0;
+    for (int64_t e = 1; e < E; ++e) largest = std::max(largest, logit[e]);
+    for (int64_t e = 0; e < E; ++e) {
+      mean += p[e] * logit[e];
+      row[3 + e] += p[e];
+      if (e != chosen[0]) second = std::max(second, p[e]);
+    }
+    for (int64_t e = 0; e < E; ++e) exponentials += std::exp(logit[e] - largest);
+    const float partition = largest + std::log(exponentials);
+    z += partition * partition, entropy += partition - mean, margin += p[chosen[0]] - second;
+    for (int64_t i = 0; i < K; ++i) counts[(groups ? groups[t] : 0) * E + chosen[i]] += 1;
+  }
+  row[0] += float(z), row[1] += float(entropy), row[2] += float(margin);
+}
+
 // out[n] = weight[n] z[n], rounded once.
 void weigh(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out) {
   float product[kColumns];
@@ -670,6 +741,17 @@ extern "C" void router_logits_bf16(const at::BFloat16* x, const float* weight, c
 extern "C" void router_gradients_bf16(const float* grad, const at::BFloat16* x, const float* weight, int64_t tokens,
                                       int64_t I, int64_t E, float* dweight, at::BFloat16* dx, int64_t threads) {
   router_gradients(grad, x, weight, tokens, I, E, dweight, dx, threads);
+}
+
+extern "C" void sum_pairs_bf16(const at::BFloat16* x, const float* probs, int64_t tokens, int64_t I, int64_t E,
+                               float* pairs, int64_t ldp, int64_t threads) {
+  sum_pairs(x, probs, tokens, I, E, pairs, ldp, threads);
+}
+
+extern "C" void sum_routing(const float* logits, const float* probs, const int64_t* choice, const bool* valid,
+                            const int64_t* groups, int64_t tokens, int64_t E, int64_t K, float* row,
+                            int64_t /* threads: not worth waking */) {
+  sum_routing(logits, probs, choice, valid, groups, tokens, E, K, row);
 }
 
 extern "C" void weigh_bf16(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out,

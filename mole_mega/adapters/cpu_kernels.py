@@ -132,15 +132,47 @@ def router_logits(found: ctypes.CDLL, x_TH: Tensor, weight_EH: Tensor, bias_E: T
 
 
 def router_gradients(
-    found: ctypes.CDLL, grad_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, *, needs_x: bool
+    found: ctypes.CDLL, grad_TE: Tensor, x_TH: Tensor, weight_EH: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of those logits' weight, [E, H] fp32, and of x, [T, H] bf16, reading x once."""
-    assert x_TH.dtype == torch.bfloat16 and grad_TE.dtype == weight_EH.dtype == torch.float32
-    grad_TE, x_TH, weight_EH = grad_TE.contiguous(), x_TH.contiguous(), weight_EH.contiguous()
-    dweight_EH, dx_TH = torch.empty_like(weight_EH), torch.empty_like(x_TH) if needs_x else None
-    sizes = (*x_TH.shape, len(weight_EH))
+    """The gradients of those logits' weight, [E, H] fp32, and, where the weight is given, of x, [T, H] bf16; reads x
+    once."""
+    assert x_TH.dtype == torch.bfloat16 and grad_TE.dtype == torch.float32
+    grad_TE, x_TH = grad_TE.contiguous(), x_TH.contiguous()
+    dweight_EH, dx_TH = grad_TE.new_empty(grad_TE.shape[1], x_TH.shape[1]), None
+    if weight_EH is not None:
+        assert weight_EH.dtype == torch.float32 and weight_EH.shape == dweight_EH.shape
+        weight_EH, dx_TH = weight_EH.contiguous(), torch.empty_like(x_TH)
+    sizes = (*x_TH.shape, len(dweight_EH))
     _call(found, "router_gradients_bf16", grad_TE, x_TH, weight_EH, *sizes, dweight_EH, dx_TH)
     return dweight_EH, dx_TH
+
+
+def sum_pairs_(found: ctypes.CDLL, pairs_PH: Tensor, x_TH: Tensor, probs_TE: Tensor) -> None:
+    """pairs += the sum over tokens of p_j p_k x for each pair j < k of experts, in the order of `torch.triu_indices`;
+    x bf16, to which the products are rounded, all else fp32."""
+    assert x_TH.dtype == torch.bfloat16 and probs_TE.dtype == pairs_PH.dtype == torch.float32
+    (tokens, width), num_experts = x_TH.shape, probs_TE.shape[1]
+    assert pairs_PH.shape == (num_experts * (num_experts - 1) // 2, width) and pairs_PH.stride(1) == 1
+    x_TH, probs_TE = x_TH.contiguous(), probs_TE.contiguous()
+    _call(found, "sum_pairs_bf16", x_TH, probs_TE, tokens, width, num_experts, pairs_PH, pairs_PH.stride(0))
+
+
+def sum_routing_(
+    found: ctypes.CDLL,
+    row: Tensor,
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    choice_TK: Tensor,
+    valid_T: Tensor,
+    group_T: Tensor | None,
+) -> None:
+    """Add to `RouterSums.row` what tokens are to it; fp32."""
+    assert row.dtype == logits_TE.dtype == probs_TE.dtype == torch.float32 and row.is_contiguous()
+    assert choice_TK.dtype == torch.int64 and valid_T.dtype == torch.bool
+    assert group_T is None or group_T.dtype == torch.int64
+    group_T = None if group_T is None else group_T.contiguous()
+    tensors = (logits_TE.contiguous(), probs_TE.contiguous(), choice_TK.contiguous(), valid_T.contiguous(), group_T)
+    _call(found, "sum_routing", *tensors, *probs_TE.shape, choice_TK.shape[1], row)
 
 
 @functools.cache

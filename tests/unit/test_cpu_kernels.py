@@ -17,7 +17,7 @@ from torch import Tensor
 from mole_mega.adapters import bank, cpu_kernels
 from mole_mega.adapters.cpu_kernels import CompiledProducts
 from mole_mega.adapters.mole import SwiGLU
-from mole_mega.adapters.routers import fp32_logits
+from mole_mega.adapters.routers import RouterSums, fp32_logits
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 # more than a chunk of 512; none; a block of 32 and one of 32 + 1
@@ -171,11 +171,11 @@ def test_a_routers_logits_and_their_gradients(kernels, threads, tokens, width, e
     assert logits_TE.dtype == torch.float32
     expected_TE = x_TH.double() @ weight_EH.double().T
     assert_near(logits_TE, expected_TE if bias_E is None else expected_TE + bias_E.double())
-    dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, weight_EH, needs_x=True)
+    dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, weight_EH)
     assert dweight_EH.dtype == torch.float32 and dx_TH.dtype == torch.bfloat16
     assert_near(dweight_EH, grad_TE.double().T @ x_TH.double())
     assert_near(dx_TH, grad_TE.double() @ weight_EH.double())
-    alone_EH, none = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, weight_EH, needs_x=False)
+    alone_EH, none = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, None)
     assert none is None and torch.equal(alone_EH, dweight_EH)
 
 
@@ -199,6 +199,45 @@ def test_logits_of_bf16_are_those_of_megatron_core(kernels, bias, needs):
         assert_near(found, other.double())
 
 
+@pytest.mark.parametrize("experts", [2, 5, 16, 23])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 64), (1, 2), (64, 96), (100, 300), (333, 128)])
+def test_sums_over_pairs_of_experts(kernels, threads, experts, tokens, width):
+    x_TH, probs_TE = randn(tokens, width, dtype=torch.bfloat16), randn(tokens, experts, dtype=torch.float32).softmax(1)
+    first_P, second_P = torch.triu_indices(experts, experts, offset=1)
+    pairs_PX = randn(len(first_P), width + 1, dtype=torch.float32, seed=1)
+    products_TP = (probs_TE[:, first_P] * probs_TE[:, second_P]).bfloat16()
+    expected_PX = pairs_PX.double()
+    expected_PX[:, :-1] += products_TP.double().T @ x_TH.double()
+    cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PX[:, :-1], x_TH, probs_TE)
+    torch.testing.assert_close(pairs_PX.double(), expected_PX, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize(("tokens", "experts"), [(0, 4), (1, 2), (50, 5), (200, 33)])
+def test_routing_is_summed_as_torchs_operators_do(kernels, groups, choices, tokens, experts):
+    kernels(torch.float32)
+    logits_TE = 3 * randn(tokens, experts, dtype=torch.float32)
+    probs_TE = logits_TE.softmax(1)
+    choice_TK = probs_TE.topk(choices).indices
+    valid_T = randn(tokens, dtype=torch.float32, seed=1) > -0.5
+    group_T = torch.where(valid_T, torch.arange(tokens) % 3, -1) if groups > 1 else None
+
+    def summed(compiled):
+        sums = RouterSums(experts, 8, torch.device("cpu"), balance=False, z=False, num_choices=choices)
+        sums.count_groups(groups)
+        sums.row += 1  # it is added to
+        if compiled:
+            cpu_kernels.sum_routing_(kernels(torch.float32), sums.row, logits_TE, probs_TE, choice_TK, valid_T, group_T)
+        else:
+            sums._sum_routing(logits_TE, probs_TE, choice_TK, valid_T, group_T)
+        return sums
+
+    found, expected = summed(compiled=True), summed(compiled=False)
+    assert torch.equal(found.counts_GE, expected.counts_GE)
+    torch.testing.assert_close(found.row, expected.row, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [2, 30, 64, 300])
 def test_weigh_has_the_bits_of_torchs_operators(kernels, rank):
     z_NR, weight_N = randn(33, rank, dtype=torch.bfloat16), randn(33, dtype=torch.float32, seed=1)
@@ -217,6 +256,11 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
     M_EIR = randn(len(COUNTS), 300, 32, dtype=dtype, seed=1)
     weight_EI, grad_TE = (randn(*shape, dtype=torch.float32) for shape in ((6, 300), (num_rows, 6)))
 
+    def sum_pairs(x_TH, probs_TE):
+        pairs_PH = torch.zeros(15, 300)
+        cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PH, x_TH, probs_TE)
+        return pairs_PH
+
     def everything():
         return (
             products.to_rank(x_TI, M_EIR),
@@ -224,7 +268,8 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
             products.outer(z_NR, x_TI, rank_last=True),
             products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR)),
             cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None),
-            *cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TI.bfloat16(), weight_EI, needs_x=True),
+            *cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TI.bfloat16(), weight_EI),
+            sum_pairs(x_TI.bfloat16(), grad_TE),
         )
 
     before = torch.get_num_threads()
@@ -252,7 +297,8 @@ def test_another_number_of_rows_compiles_no_other_kernel(kernels, dtype, scatter
         products.outer(z_NR, x_TI, rank_last=True)
         products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR))
         cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None)
-        cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE[:rows], x_TI.bfloat16(), weight_EI, needs_x=True)
+        cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE[:rows], x_TI.bfloat16(), weight_EI)
+        cpu_kernels.sum_pairs_(kernels(torch.bfloat16), torch.zeros(15, width), x_TI.bfloat16(), grad_TE[:rows])
 
     width, rank = (66 if scattered else 62), 26  # of no other test
     wide_TW, rank_TR = torch.zeros(4000, width, dtype=dtype), torch.zeros(4000, rank, dtype=dtype)
