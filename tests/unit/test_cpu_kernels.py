@@ -467,7 +467,7 @@ def test_an_input_without_gradient_is_left_alone():
 KEPT = """
 import os, torch
 from pathlib import Path
-from mole_mega.platform import cpu
+from mole_mega.platform.malloc import keep_freed_memory
 {call}
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -489,7 +489,7 @@ def test_freed_memory_is_kept_for_the_next_tensor(monkeypatch):
 
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     assert given_back("") >= 30 << 20
-    assert given_back("cpu._keep_freed_memory()") < 1 << 20
-    assert given_back("cpu._keep_freed_memory()", size=45) < 1 << 20  # malloc's limit for what it keeps is 32
+    assert given_back("keep_freed_memory()") < 1 << 20
+    assert given_back("keep_freed_memory()", size=45) < 1 << 20  # malloc's limit for what it keeps is 32
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
-    assert given_back("cpu._keep_freed_memory()") >= 30 << 20
+    assert given_back("keep_freed_memory()") >= 30 << 20
