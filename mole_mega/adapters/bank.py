@@ -275,30 +275,24 @@ def add_projections(
     return _AddLoRA.apply(products, scale, False, gradient, overwritable(base_TO), x_TI, weight_T, *A_P, *B_P)
 
 
-def add_projections_of_pairs(
+def add_with(
+    products: CompiledProducts,
     base_TO: Tensor,
     x_TI: Tensor,
     A_P: Sequence[Tensor],
     B_P: Sequence[Tensor],
-    tokens_per_expert_E: Tensor,
-    token_N: Tensor,
     scale: float,
     weight_N: Tensor,
     gradient: InputGradient | None = None,
     *,
     rescaled: bool = False,
-) -> Tensor | None:
-    """`add_projections` for N pairs of a token and an expert that it uses, sorted by expert; token_N says which token
-    each is of. None where no kernel here takes rows from where they lie.
+) -> Tensor:
+    """`add_projections` by products that know which rows are which expert's, and may take a token's several times.
 
     `rescaled`: backward, the experts get sqrt(weight) in the place of weight.
     """
     dtype = base_TO.dtype
     x_TI = x_TI.to(dtype).contiguous()
-    kernels = cpu_kernels.library_for(x_TI, [x_TI.shape[1], *(B.shape[1] for B in B_P), A_P[0].shape[1]])
-    if kernels is None:
-        return None
-    products = CompiledProducts(kernels, tokens_per_expert_E, token_N)
     factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
     x_TI = x_TI if gradient is None else x_TI.detach()
     return _AddLoRA.apply(products, scale, rescaled, gradient, overwritable(base_TO), x_TI, weight_N, *factors)
@@ -364,7 +358,7 @@ class _AddLoRA(torch.autograd.Function):
         dz_TPR = _weigh(u_TPR, ctx.scale, weight_T)
         dweight_T = None
         if needs_weight:
-            dweight_T = ctx.scale * (u_TPR.to(weight_T.dtype) * z_TPR).sum(1)
+            dweight_T = _dot_rows(u_TPR, z_TPR, ctx.scale, weight_T.dtype)
         dx_TI, A_EPRI = None, _stack_ranks(A_P)
         if ctx.gradient is not None:
             ctx.gradient.add_later(lambda grad_TI: products.add_from_rank_(grad_TI, dz_TPR, A_EPRI))
@@ -392,12 +386,19 @@ def _weigh(z_TR: Tensor, scale: float, weight_T: Tensor | None) -> Tensor:
     """scale * weight * z; the product is rounded to z's dtype once, whatever the weight's."""
     if weight_T is None:
         return z_TR * scale
-    factor_T = scale * weight_T
-    if z_TR.dtype == torch.bfloat16 and factor_T.dtype == torch.float32:
+    if z_TR.dtype == torch.bfloat16 and weight_T.dtype == torch.float32:
         kernels = cpu_kernels.library_for(z_TR)
         if kernels is not None:
-            return cpu_kernels.weigh(kernels, z_TR, factor_T)
-    return (z_TR * factor_T[:, None]).to(z_TR.dtype)
+            return cpu_kernels.weigh(kernels, z_TR, weight_T, scale)
+    return (z_TR * (scale * weight_T)[:, None]).to(z_TR.dtype)
+
+
+def _dot_rows(u_TR: Tensor, z_TR: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * <u_t, z_t>, [T] of this dtype."""
+    kernels = cpu_kernels.library_for(z_TR) if dtype == torch.float32 else None
+    if kernels is not None:
+        return cpu_kernels.dot_rows(kernels, u_TR, z_TR, scale)
+    return scale * (u_TR.to(dtype) * z_TR).sum(1)
 
 
 def _by_projection(wide_TO: Tensor, B_P: Sequence[Tensor], *ranks_TPR: Tensor) -> zip[tuple[Tensor, ...]]:

@@ -564,10 +564,10 @@ void router_gradients(const float* grad, const at::BFloat16* x, const float* wei
   }
 }
 
-// pairs [P, ldp] += the sum over tokens of p_j p_k x, for each pair j < k of experts: probs [T, E], x [T, I]. The
-// products of probabilities are rounded, the sums are not.
+// pairs [P, I + 1] += the sum over tokens of p_j p_k x, for each pair j < k of experts: probs [T, E], x [T, I] and a 1.
+// The products of probabilities are rounded, the sums are not.
 void sum_pairs(const at::BFloat16* x, const float* probs, int64_t tokens, int64_t I, int64_t E, float* pairs,
-               int64_t ldp, int64_t threads) {
+               int64_t threads) {
   const int64_t P = E * (E - 1) / 2, depth = (tokens + kDepth - 1) / kDepth * kDepth;
   const int64_t blocks = (I + kColumns - 1) / kColumns;
   std::vector<uint8_t> of_products;
@@ -602,9 +602,16 @@ void sum_pairs(const at::BFloat16* x, const float* probs, int64_t tokens, int64_
         blas::brgemm(P, width, kDepth, kDepth, width, width, first > 0, products + first * P, packed, sums, true);
       }
       for (int64_t p = 0; p < (tokens ? P : 0); ++p)
-        for (int64_t w = 0; w < width; ++w) pairs[p * ldp + column + w] += sums[p * width + w];
+        for (int64_t w = 0; w < width; ++w) pairs[p * (I + 1) + column + w] += sums[p * width + w];
     }
     blas::brgemm_release(true);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < P; ++p) {
+      float sum = 0;
+      for (int64_t first = 0; first < depth; first += kDepth)
+        for (int64_t t = 0; t < kDepth; ++t) sum += widen(products[first * P + p * kDepth + t]);
+      pairs[p * (I + 1) + I] += sum;
+    }
   }
 }
 
@@ -634,15 +641,45 @@ void sum_routing(const float* logits, const float* probs, const int64_t* choice,
   row[0] += float(z), row[1] += float(entropy), row[2] += float(margin);
 }
 
-// out[n] = weight[n] z[n], rounded once.
-void weigh(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out) {
+// The places of the K largest of each row of scores [T, E], the largest first.
+void largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t* places) {
+  for (int64_t t = 0; t < T; ++t, scores += E, places += K)
+    for (int64_t i = 0; i < K; ++i) {
+      const auto is_taken = [&](int64_t e) { return std::find(places, places + i, e) != places + i; };
+      int64_t best = 0;
+      while (is_taken(best)) ++best;
+      for (int64_t e = best + 1; e < E; ++e)
+        if (scores[e] > scores[best] && !is_taken(e)) best = e;
+      places[i] = best;
+    }
+}
+
+// out[n] = scale weight[n] z[n], rounded once.
+void weigh(const at::BFloat16* z, const float* weight, float scale, int64_t N, int64_t R, at::BFloat16* out) {
   float product[kColumns];
-  for (int64_t n = 0; n < N; ++n)
+  for (int64_t n = 0; n < N; ++n) {
+    const float factor = scale * weight[n];
     for (int64_t from = 0; from < R; from += kColumns) {
       const int64_t count = std::min(kColumns, R - from);
-      for (int64_t i = 0; i < count; ++i) product[i] = weight[n] * widen(z[n * R + from + i]);
+      for (int64_t i = 0; i < count; ++i) product[i] = factor * widen(z[n * R + from + i]);
       put<false>(product, out + n * R + from, count);
     }
+  }
+}
+
+// dots[n] = scale <u[n], z[n]>
+template <typename T>
+void dot_rows(const T* u, const T* z, float scale, int64_t N, int64_t R, float* dots) {
+  constexpr int64_t lanes = 16;
+  for (int64_t n = 0; n < N; ++n, u += R, z += R) {
+    float sums[lanes] = {};
+    int64_t r = 0;
+    for (; r + lanes <= R; r += lanes)
+      for (int64_t i = 0; i < lanes; ++i) sums[i] += widen(u[r + i]) * widen(z[r + i]);
+    for (; r < R; ++r) sums[0] += widen(u[r]) * widen(z[r]);
+    for (int64_t i = 1; i < lanes; ++i) sums[0] += sums[i];
+    dots[n] = scale * sums[0];
+  }
 }
 
 // A table's entries at the bits of n numbers.
@@ -744,8 +781,8 @@ extern "C" void router_gradients_bf16(const float* grad, const at::BFloat16* x, 
 }
 
 extern "C" void sum_pairs_bf16(const at::BFloat16* x, const float* probs, int64_t tokens, int64_t I, int64_t E,
-                               float* pairs, int64_t ldp, int64_t threads) {
-  sum_pairs(x, probs, tokens, I, E, pairs, ldp, threads);
+                               float* pairs, int64_t threads) {
+  sum_pairs(x, probs, tokens, I, E, pairs, threads);
 }
 
 extern "C" void sum_routing(const float* logits, const float* probs, const int64_t* choice, const bool* valid,
@@ -754,9 +791,24 @@ extern "C" void sum_routing(const float* logits, const float* probs, const int64
   sum_routing(logits, probs, choice, valid, groups, tokens, E, K, row);
 }
 
-extern "C" void weigh_bf16(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out,
-                           int64_t /* threads: not worth waking */) {
-  weigh(z, weight, N, R, out);
+extern "C" void largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t* places,
+                        int64_t /* threads: not worth waking */) {
+  largest(scores, T, E, K, places);
+}
+
+extern "C" void weigh_bf16(const at::BFloat16* z, const float* weight, float scale, int64_t N, int64_t R,
+                           at::BFloat16* out, int64_t /* threads: not worth waking */) {
+  weigh(z, weight, scale, N, R, out);
+}
+
+extern "C" void dot_rows_bf16(const at::BFloat16* u, const at::BFloat16* z, float scale, int64_t N, int64_t R,
+                              float* dots, int64_t /* threads: not worth waking */) {
+  dot_rows(u, z, scale, N, R, dots);
+}
+
+extern "C" void dot_rows_fp32(const float* u, const float* z, float scale, int64_t N, int64_t R, float* dots,
+                              int64_t /* threads: not worth waking */) {
+  dot_rows(u, z, scale, N, R, dots);
 }
 
 extern "C" void swiglu_bf16(const at::BFloat16* fused, const float* silu, int64_t T, int64_t F, at::BFloat16* out,

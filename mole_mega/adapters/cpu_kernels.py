@@ -108,13 +108,31 @@ class CompiledProducts:
         _call(self._library, f"{name}_{_SUFFIXES[first.dtype]}", *values)
 
 
-def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor) -> Tensor:
-    """weight * z, bf16, rounded once; the weight is fp32. (torch makes two fp32 tensors on the way.)"""
+def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor, scale: float) -> Tensor:
+    """scale * weight * z, bf16, rounded once; the weight is fp32. (torch makes two fp32 tensors on the way.)"""
     z_NR, weight_N = z_NR.contiguous(), weight_N.contiguous()
     assert z_NR.dtype == torch.bfloat16 and weight_N.dtype == torch.float32 and len(weight_N) == len(z_NR)
     out_NR = torch.empty_like(z_NR)
-    _call(found, "weigh_bf16", z_NR, weight_N, *z_NR.shape, out_NR)
+    _call(found, "weigh_bf16", z_NR, weight_N, scale, *z_NR.shape, out_NR)
     return out_NR
+
+
+def dot_rows(found: ctypes.CDLL, u_NR: Tensor, z_NR: Tensor, scale: float) -> Tensor:
+    """scale * <u_n, z_n>, [N] fp32."""
+    u_NR, z_NR = u_NR.contiguous(), z_NR.contiguous()
+    assert u_NR.dtype == z_NR.dtype and u_NR.shape == z_NR.shape
+    dots_N = z_NR.new_empty(len(z_NR), dtype=torch.float32)
+    _call(found, f"dot_rows_{_SUFFIXES[z_NR.dtype]}", u_NR, z_NR, scale, *z_NR.shape, dots_N)
+    return dots_N
+
+
+def largest(found: ctypes.CDLL, scores_TE: Tensor, number: int) -> Tensor:
+    """The places of each row's `number` largest scores, the largest first, [T, number]; of equal ones the first is the
+    larger. fp32."""
+    assert scores_TE.dtype == torch.float32 and number <= scores_TE.shape[1]
+    places_TK = torch.empty(len(scores_TE), number, dtype=torch.int64)
+    _call(found, "largest", scores_TE.contiguous(), *scores_TE.shape, number, places_TK)
+    return places_TK
 
 
 def router_logits(found: ctypes.CDLL, x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -147,14 +165,12 @@ def router_gradients(
     return dweight_EH, dx_TH
 
 
-def sum_pairs_(found: ctypes.CDLL, pairs_PH: Tensor, x_TH: Tensor, probs_TE: Tensor) -> None:
-    """pairs += the sum over tokens of p_j p_k x for each pair j < k of experts, in the order of `torch.triu_indices`;
-    x bf16, to which the products are rounded, all else fp32."""
-    assert x_TH.dtype == torch.bfloat16 and probs_TE.dtype == pairs_PH.dtype == torch.float32
+def sum_pairs_(found: ctypes.CDLL, pairs_PX: Tensor, x_TH: Tensor, probs_TE: Tensor) -> None:
+    """Add to `RouterSums.pairs_PX` what tokens are to it: x bf16, to which the products are rounded, all else fp32."""
+    assert x_TH.dtype == torch.bfloat16 and probs_TE.dtype == pairs_PX.dtype == torch.float32
     (tokens, width), num_experts = x_TH.shape, probs_TE.shape[1]
-    assert pairs_PH.shape == (num_experts * (num_experts - 1) // 2, width) and pairs_PH.stride(1) == 1
-    x_TH, probs_TE = x_TH.contiguous(), probs_TE.contiguous()
-    _call(found, "sum_pairs_bf16", x_TH, probs_TE, tokens, width, num_experts, pairs_PH, pairs_PH.stride(0))
+    assert pairs_PX.shape == (num_experts * (num_experts - 1) // 2, width + 1) and pairs_PX.is_contiguous()
+    _call(found, "sum_pairs_bf16", x_TH.contiguous(), probs_TE.contiguous(), tokens, width, num_experts, pairs_PX)
 
 
 def sum_routing_(
@@ -201,13 +217,15 @@ def swiglu_backward_(found: ctypes.CDLL, grad_TF: Tensor, fused_T2F: Tensor) -> 
     _call(found, "swiglu_backward_bf16", grad_TF, fused_T2F, _table(_sigmoid), *grad_TF.shape)
 
 
-def _call(found: ctypes.CDLL, name: str, *values: Tensor | int | None) -> None:
+def _call(found: ctypes.CDLL, name: str, *values: Tensor | float | None) -> None:
     """With pointers for tensors, and how many threads torch uses after all else."""
-    arguments: list[ctypes.c_void_p | ctypes.c_int64] = []
+    arguments: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float] = []
     for value in (*values, torch.get_num_threads()):
         if isinstance(value, Tensor):
             assert value.device.type == "cpu"
             arguments.append(ctypes.c_void_p(value.data_ptr()))
+        elif isinstance(value, float):
+            arguments.append(ctypes.c_float(value))
         else:
             arguments.append(ctypes.c_void_p(None) if value is None else ctypes.c_int64(value))
     getattr(found, name)(*arguments)

@@ -235,18 +235,26 @@ class RouterSums:
         for x_TH, probs_TE in self._kept:
             x_TH = x_TH.to(self.product_dtype)
             kernels = cpu_kernels.library_for(x_TH) if x_TH.dtype == torch.bfloat16 else None
-            if kernels is None:
-                pairs_TP = probs_TE.index_select(1, self.first_P).mul_(probs_TE.index_select(1, self.second_P))
-                pairs_PT = pairs_TP.to(self.product_dtype).T
-                if self.product_dtype == torch.float32:
-                    self.pairs_PX[:, :-1].addmm_(pairs_PT, x_TH)
-                else:
-                    self.pairs_PX[:, :-1] += pairs_PT @ x_TH
+            if kernels is not None:
+                cpu_kernels.sum_pairs_(kernels, self.pairs_PX, x_TH, probs_TE)
+                continue
+            pairs_TP = probs_TE.index_select(1, self.first_P).mul_(probs_TE.index_select(1, self.second_P))
+            pairs_PT = pairs_TP.to(self.product_dtype).T
+            if self.product_dtype == torch.float32:
+                self.pairs_PX[:, :-1].addmm_(pairs_PT, x_TH)
             else:
-                cpu_kernels.sum_pairs_(kernels, self.pairs_PX[:, :-1], x_TH, probs_TE)
-            self.pairs_PX[:, -1] += (probs_TE.T @ probs_TE)[self.first_P, self.second_P]
+                self.pairs_PX[:, :-1] += pairs_PT @ x_TH
+            self.pairs_PX[:, -1] += pairs_TP.sum(0)
         self._kept.clear()
         self._has_pairs = True
+
+
+def _likeliest(probs_TE: torch.Tensor, number: int) -> torch.Tensor:
+    """The `number` likeliest experts of each token, the likeliest first, [T, number]."""
+    kernels = cpu_kernels.library_for(probs_TE) if probs_TE.dtype == torch.float32 else None
+    if kernels is not None:
+        return cpu_kernels.largest(kernels, probs_TE, number)
+    return probs_TE.argmax(-1, keepdim=True) if number == 1 else probs_TE.topk(number, dim=-1).indices
 
 
 def _add_slopes(gradient_EX: torch.Tensor, slope_TE: torch.Tensor, x_TH: torch.Tensor) -> None:
@@ -376,12 +384,9 @@ class MoLERouter(MegatronModule):
 
     def _choose(self, probs_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(the experts that statistics count a token for, the likeliest first, those that it uses [T, E] bool)."""
-        if self.adapter.num_choices == 1:
-            choice_T = probs_TE.argmax(dim=-1)
-            if self.adapter.gate == "dense":
-                return choice_T, torch.ones_like(probs_TE, dtype=torch.bool)
-            return choice_T, F.one_hot(choice_T, self.adapter.num_experts).bool()
-        choice_TK = probs_TE.topk(self.adapter.num_choices, dim=-1).indices
+        choice_TK = _likeliest(probs_TE, self.adapter.num_choices)
+        if self.adapter.gate == "dense":
+            return choice_TK, torch.ones_like(probs_TE, dtype=torch.bool)
         return choice_TK, torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -206,9 +206,9 @@ def test_sums_over_pairs_of_experts(kernels, threads, experts, tokens, width):
     first_P, second_P = torch.triu_indices(experts, experts, offset=1)
     pairs_PX = randn(len(first_P), width + 1, dtype=torch.float32, seed=1)
     products_TP = (probs_TE[:, first_P] * probs_TE[:, second_P]).bfloat16()
-    expected_PX = pairs_PX.double()
-    expected_PX[:, :-1] += products_TP.double().T @ x_TH.double()
-    cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PX[:, :-1], x_TH, probs_TE)
+    extended_TX = torch.cat([x_TH.double(), torch.ones(tokens, 1).double()], dim=1)
+    expected_PX = pairs_PX.double() + products_TP.double().T @ extended_TX
+    cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PX, x_TH, probs_TE)
     torch.testing.assert_close(pairs_PX.double(), expected_PX, rtol=1e-5, atol=1e-5)
 
 
@@ -242,9 +242,26 @@ def test_routing_is_summed_as_torchs_operators_do(kernels, groups, choices, toke
 def test_weigh_has_the_bits_of_torchs_operators(kernels, rank):
     z_NR, weight_N = randn(33, rank, dtype=torch.bfloat16), randn(33, dtype=torch.float32, seed=1)
     z_NR[3, 0], z_NR[4, 1] = float("nan"), float("inf")
-    found = cpu_kernels.weigh(kernels(torch.bfloat16), z_NR, weight_N)
-    expected = (z_NR * weight_N[:, None]).to(torch.bfloat16)
+    found = cpu_kernels.weigh(kernels(torch.bfloat16), z_NR, weight_N, 1.7)
+    expected = (z_NR * (1.7 * weight_N)[:, None]).to(torch.bfloat16)
     assert found.isnan().sum() == 1 and torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [1, 30, 64])
+def test_dots_of_rows(kernels, dtype, rank):
+    u_NR, z_NR = randn(33, 2 * rank, dtype=dtype)[:, :rank], randn(33, rank, dtype=dtype, seed=1)
+    found = cpu_kernels.dot_rows(kernels(dtype), u_NR, z_NR, 1.7)
+    torch.testing.assert_close(found.double(), 1.7 * (u_NR.double() * z_NR.double()).sum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("number", "experts"), [(1, 1), (1, 7), (2, 7), (7, 7)])
+def test_the_largest_of_rows(kernels, number, experts):
+    scores_TE = randn(50, experts, dtype=torch.float32).mul_(4).round_()  # some are equal
+    expected_TK = scores_TE.sort(dim=1, descending=True, stable=True).indices[:, :number]
+    assert torch.equal(cpu_kernels.largest(kernels(torch.float32), scores_TE, number), expected_TK)
+    places_TK = cpu_kernels.largest(kernels(torch.float32), torch.full_like(scores_TE, float("nan")), number)
+    assert torch.equal(places_TK.sort(dim=1).values, torch.arange(number).expand(50, -1))
 
 
 @DTYPES
@@ -257,9 +274,9 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
     weight_EI, grad_TE = (randn(*shape, dtype=torch.float32) for shape in ((6, 300), (num_rows, 6)))
 
     def sum_pairs(x_TH, probs_TE):
-        pairs_PH = torch.zeros(15, 300)
-        cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PH, x_TH, probs_TE)
-        return pairs_PH
+        pairs_PX = torch.zeros(15, 301)
+        cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PX, x_TH, probs_TE)
+        return pairs_PX
 
     def everything():
         return (
@@ -298,7 +315,7 @@ def test_another_number_of_rows_compiles_no_other_kernel(kernels, dtype, scatter
         products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR))
         cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None)
         cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE[:rows], x_TI.bfloat16(), weight_EI)
-        cpu_kernels.sum_pairs_(kernels(torch.bfloat16), torch.zeros(15, width), x_TI.bfloat16(), grad_TE[:rows])
+        cpu_kernels.sum_pairs_(kernels(torch.bfloat16), torch.zeros(15, width + 1), x_TI.bfloat16(), grad_TE[:rows])
 
     width, rank = (66 if scattered else 62), 26  # of no other test
     wide_TW, rank_TR = torch.zeros(4000, width, dtype=dtype), torch.zeros(4000, rank, dtype=dtype)
