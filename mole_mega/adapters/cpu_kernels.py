@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor
 from mole_mega.platform import compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+_Value = Tensor | list[Tensor] | float | None
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -56,36 +58,37 @@ class CompiledProducts:
         torch.cumsum(tokens_per_expert_E, 0, out=self._starts[1:])
         self.num_rows = int(self._starts[-1])
 
-    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
-        """[N, R]: each row by its expert's matrix."""
-        num_experts, width, rank = M_EIR.shape
+    def to_rank(self, x_TI: Tensor, M_P: Sequence[Tensor]) -> Tensor:
+        """[N, R]: each row by its expert's matrix, whose ranks lie in M_P, [E, I, R / P] each."""
+        num_experts, width, rank = M_P[0].shape
+        rank *= len(M_P)
         z_NR = x_TI.new_empty(self.num_rows, rank)
         sizes = (num_experts, width, rank)
-        self._call("to_rank", x_TI, *self._wide(x_TI), *sizes, M_EIR, *M_EIR.stride(), z_NR, z_NR.stride(0))
+        self._call("to_rank", x_TI, *self._wide(x_TI), *sizes, *_lying(M_P), z_NR, z_NR.stride(0))
         return z_NR
 
-    def from_rank(self, z_NR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
-        """[T, O]: the sum of what each row gives."""
-        shape = num_tokens, M_ERO.shape[2]
+    def from_rank(self, z_NR: Tensor, M_P: Sequence[Tensor], num_tokens: int) -> Tensor:
+        """[T, O]: the sum of what each row gives, by M_P [E, R / P, O]."""
+        shape = num_tokens, M_P[0].shape[2]
         out_TO = z_NR.new_empty(shape) if self._row_N is None else z_NR.new_zeros(shape)
-        self._from_rank(out_TO, z_NR, M_ERO, add=self._row_N is not None)
+        self._from_rank(out_TO, z_NR, M_P, add=self._row_N is not None)
         return out_TO
 
-    def add_from_rank_(self, out_TO: Tensor, z_NR: Tensor, M_ERO: Tensor) -> None:
+    def add_from_rank_(self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor]) -> None:
         """out += what each row gives."""
-        self._from_rank(out_TO, z_NR, M_ERO, add=True)
+        self._from_rank(out_TO, z_NR, M_P, add=True)
 
-    def outer(self, z_NR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
-        """[E, R, W], or [E, W, R]: the sum over each expert's rows of z_n^T wide_n."""
-        num_experts, rank, width = len(self._starts) - 1, z_NR.shape[1], wide_TW.shape[1]
-        grad = z_NR.new_empty(num_experts, *((width, rank) if rank_last else (rank, width)))
-        grad_ERW = grad.transpose(1, 2) if rank_last else grad
-        wide = self._wide(wide_TW)
-        self._call("outer", z_NR, z_NR.stride(0), wide_TW, *wide, *grad_ERW.shape, grad_ERW, *grad_ERW.stride())
-        return grad
+    def outer(self, z_NR: Tensor, wide_TW: Tensor, parts: int) -> list[Tensor]:
+        """The sum over each expert's rows of z_n^T wide_n, in so many parts, [E, R / P, W]."""
+        shape = len(self._starts) - 1, z_NR.shape[1] // parts, wide_TW.shape[1]
+        grad_P = [z_NR.new_empty(shape) for _ in range(parts)]
+        sizes = (shape[0], z_NR.shape[1], shape[2])
+        self._call("outer", z_NR, z_NR.stride(0), wide_TW, *self._wide(wide_TW), *sizes, *_lying(grad_P))
+        return grad_P
 
     def to_rank_with_outer(self, wide_TW: Tensor, M_EWR: Tensor, z_NR: Tensor, u_NR: Tensor) -> Tensor:
-        """`outer` of z and wide with the ranks last, [E, W, R]; `to_rank` of wide and M goes to u. Reads wide once."""
+        """The sum over each expert's rows of wide_n^T z_n, [E, W, R]; `to_rank` of wide and M goes to u. Reads wide
+        once."""
         grad_EWR = torch.empty_like(M_EWR)
         wide, sizes = self._wide(wide_TW), M_EWR.shape
         ranks, results = (z_NR, z_NR.stride(0), u_NR, u_NR.stride(0)), (grad_EWR, *grad_EWR.stride())
@@ -93,19 +96,28 @@ class CompiledProducts:
         self._call("to_rank_with_outer", *values)
         return grad_EWR
 
-    def _from_rank(self, out_TO: Tensor, z_NR: Tensor, M_ERO: Tensor, *, add: bool) -> None:
-        wide, sizes = self._wide(out_TO), M_ERO.shape
-        self._call("from_rank", out_TO, *wide, *sizes, z_NR, z_NR.stride(0), M_ERO, *M_ERO.stride(), add)
+    def _from_rank(self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], *, add: bool) -> None:
+        num_experts, rank, width = M_P[0].shape
+        sizes = (num_experts, rank * len(M_P), width)
+        self._call("from_rank", out_TO, *self._wide(out_TO), *sizes, z_NR, z_NR.stride(0), *_lying(M_P), add)
 
     def _wide(self, wide: Tensor) -> tuple[int, Tensor | None, Tensor]:
         assert wide.stride(1) == 1 and (self._row_N is not None or len(wide) == self.num_rows)
         return wide.stride(0), self._row_N, self._starts
 
-    def _call(self, name: str, *values: Tensor | int | None) -> None:
+    def _call(self, name: str, *values: _Value) -> None:
         first = values[0]
         assert isinstance(first, Tensor)
-        assert all(v.dtype in (first.dtype, torch.int64) for v in values if isinstance(v, Tensor))
+        tensors = [t for v in values for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+        assert all(tensor.dtype in (first.dtype, torch.int64) for tensor in tensors)
         _call(self._library, f"{name}_{_SUFFIXES[first.dtype]}", *values)
+
+
+def _lying(M_P: Sequence[Tensor]) -> tuple[list[Tensor], int, int, int, int]:
+    """The tensors, how many they are, and the strides that all of them have."""
+    assert all(M.shape == M_P[0].shape and M.stride() == M_P[0].stride() for M in M_P)
+    stride_e, stride_1, stride_2 = M_P[0].stride()
+    return list(M_P), len(M_P), stride_e, stride_1, stride_2
 
 
 def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor, scale: float) -> Tensor:
@@ -217,15 +229,17 @@ def swiglu_backward_(found: ctypes.CDLL, grad_TF: Tensor, fused_T2F: Tensor) -> 
     _call(found, "swiglu_backward_bf16", grad_TF, fused_T2F, _table(_sigmoid), *grad_TF.shape)
 
 
-def _call(found: ctypes.CDLL, name: str, *values: Tensor | float | None) -> None:
-    """With pointers for tensors, and how many threads torch uses after all else."""
-    arguments: list[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float] = []
-    for value in (*values, torch.get_num_threads()):
-        if isinstance(value, Tensor):
-            assert value.device.type == "cpu"
-            arguments.append(ctypes.c_void_p(value.data_ptr()))
-        elif isinstance(value, float):
-            arguments.append(ctypes.c_float(value))
-        else:
-            arguments.append(ctypes.c_void_p(None) if value is None else ctypes.c_int64(value))
-    getattr(found, name)(*arguments)
+def _call(found: ctypes.CDLL, name: str, *values: _Value) -> None:
+    """With pointers for tensors, an array of them for a list, and how many threads torch uses after all else."""
+    getattr(found, name)(*map(_argument, values), ctypes.c_int64(torch.get_num_threads()))
+
+
+def _argument(value: _Value) -> Any:
+    if isinstance(value, Tensor):
+        assert value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, list):
+        return (ctypes.c_void_p * len(value))(*(tensor.data_ptr() for tensor in value))
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)

@@ -24,6 +24,7 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 COUNTS = [530, 0, 32, 33, 1]
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=["fp32", "bf16"])
 SIZES = pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
+PARTS = pytest.mark.parametrize("parts", [1, 2])
 SCATTERED = pytest.mark.parametrize("scattered", [False, True], ids=["in order", "scattered"])
 
 
@@ -75,49 +76,55 @@ def assert_near(found: Tensor, expected: Tensor):
 @SCATTERED
 @DTYPES
 @SIZES
+@PARTS
 @pytest.mark.parametrize("rank_is_inner", [True, False])
-def test_to_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
+def test_to_rank(kernels, threads, dtype, scattered, width, rank, parts, rank_is_inner):
     products, row_N, num_rows = make(kernels, dtype, scattered)
     x_TI, M_EIR = to_multiply(dtype, num_rows, width, rank, rank_is_inner)
+    M_P = [M_EIR, -2 * M_EIR][:parts]
     x_N = x_TI if row_N is None else x_TI[row_N]
-    expected = torch.cat([x @ M for x, M in zip(by_expert(x_N), M_EIR.double(), strict=True)])
-    assert_near(products.to_rank(x_TI, M_EIR), expected)
+    M_EIPR = torch.cat(M_P, dim=2).double()
+    expected = torch.cat([x @ M for x, M in zip(by_expert(x_N), M_EIPR, strict=True)])
+    assert_near(products.to_rank(x_TI, M_P), expected)
 
 
 @SCATTERED
 @DTYPES
 @SIZES
+@PARTS
 @pytest.mark.parametrize("rank_is_inner", [True, False])
-def test_from_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
+def test_from_rank(kernels, threads, dtype, scattered, width, rank, parts, rank_is_inner):
     products, row_N, num_rows = make(kernels, dtype, scattered)
-    z_NR = randn(sum(COUNTS), 2 * rank, dtype=dtype)[:, rank:]
+    z_NR = randn(sum(COUNTS), 3 * rank, dtype=dtype)[:, (3 - parts) * rank :]
     M_ERO = randn(len(COUNTS), rank, width, dtype=dtype, seed=1)
     if rank_is_inner:
         M_ERO = M_ERO.transpose(1, 2).contiguous().transpose(1, 2)
+    M_P = [M_ERO, -2 * M_ERO][:parts]
     wide_TO = randn(num_rows, 2 * width, dtype=dtype, seed=2)
-    rows_NO = torch.cat([z @ M for z, M in zip(by_expert(z_NR), M_ERO.double(), strict=True)])
+    M_EPRO = torch.cat(M_P, dim=1).double()
+    rows_NO = torch.cat([z @ M for z, M in zip(by_expert(z_NR), M_EPRO, strict=True)])
     place_N = torch.arange(num_rows) if row_N is None else row_N
     summed = torch.zeros(num_rows, width, dtype=torch.float64).index_add_(0, place_N, rows_NO)
     untouched = wide_TO[:, :width].clone()
-    products.add_from_rank_(wide_TO[:, width:], z_NR, M_ERO)
+    products.add_from_rank_(wide_TO[:, width:], z_NR, M_P)
     assert_near(wide_TO[:, width:], randn(num_rows, 2 * width, dtype=dtype, seed=2)[:, width:].double() + summed)
     assert torch.equal(wide_TO[:, :width], untouched)
-    assert_near(products.from_rank(z_NR, M_ERO, num_rows), summed)
+    assert_near(products.from_rank(z_NR, M_P, num_rows), summed)
 
 
 @SCATTERED
 @DTYPES
 @SIZES
-@pytest.mark.parametrize("rank_last", [True, False])
-def test_outer(kernels, threads, dtype, scattered, width, rank, rank_last):
+@PARTS
+def test_outer(kernels, threads, dtype, scattered, width, rank, parts):
     products, row_N, num_rows = make(kernels, dtype, scattered)
-    z_NR = randn(sum(COUNTS), 2 * rank, dtype=dtype)[:, rank:]
+    z_NR = randn(sum(COUNTS), 3 * rank, dtype=dtype)[:, (3 - parts) * rank :]
     wide_TW = randn(num_rows, width + 7, dtype=dtype, seed=2)[:, 3 : width + 3]
     wide_N = wide_TW if row_N is None else wide_TW[row_N]
     expected = torch.stack([z.T @ w for z, w in zip(by_expert(z_NR), by_expert(wide_N), strict=True)])
-    found = products.outer(z_NR, wide_TW, rank_last=rank_last)
-    assert found.is_contiguous() and not found[1].any()
-    assert_near(found.transpose(1, 2) if rank_last else found, expected)
+    found = products.outer(z_NR, wide_TW, parts)
+    assert len(found) == parts and all(grad.is_contiguous() and not grad[1].any() for grad in found)
+    assert_near(torch.cat(found, dim=1), expected)
 
 
 @SCATTERED
@@ -147,9 +154,9 @@ def test_other_experts_rows_reach_no_result(kernels, threads, dtype):
 
     def everything():
         grad_EIR = products.to_rank_with_outer(x_TI, M_EIR, z_NR, u_NR)
-        rows = (products.to_rank(x_TI, M_EIR), u_NR, products.from_rank(z_NR, M_EIR.transpose(1, 2), len(x_TI)))
+        rows = (products.to_rank(x_TI, [M_EIR]), u_NR, products.from_rank(z_NR, [M_EIR.transpose(1, 2)], len(x_TI)))
         by_row = [part for tensor in rows for part in tensor.split(counts)]
-        return [*by_row, *grad_EIR, *products.outer(z_NR, x_TI, rank_last=True)]
+        return [*by_row, *grad_EIR, *products.outer(z_NR, x_TI, 1)[0]]
 
     clean = [tensor.clone() for tensor in everything()]
     last_of_second = sum(counts[:2]) - 1
@@ -280,9 +287,9 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
 
     def everything():
         return (
-            products.to_rank(x_TI, M_EIR),
-            products.from_rank(z_NR, M_EIR.transpose(1, 2), num_rows),
-            products.outer(z_NR, x_TI, rank_last=True),
+            products.to_rank(x_TI, [M_EIR]),
+            products.from_rank(z_NR, [M_EIR.transpose(1, 2)], num_rows),
+            *products.outer(z_NR, x_TI, 2),
             products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR)),
             cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None),
             *cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TI.bfloat16(), weight_EI),
@@ -309,9 +316,9 @@ def test_another_number_of_rows_compiles_no_other_kernel(kernels, dtype, scatter
         row_N = torch.arange(rows).flip(0) if scattered else None
         products = CompiledProducts(kernels(dtype), torch.tensor([rows, 0]), row_N)
         x_TI, z_NR = wide_TW[:rows], rank_TR[:rows]
-        z_NR = products.to_rank(x_TI, M_EIR) + z_NR
-        products.add_from_rank_(x_TI, z_NR, M_EIR.transpose(1, 2))
-        products.outer(z_NR, x_TI, rank_last=True)
+        z_NR = products.to_rank(x_TI, [M_EIR]) + z_NR
+        products.add_from_rank_(x_TI, z_NR, [M_EIR.transpose(1, 2)])
+        products.outer(z_NR, x_TI, 1)
         products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR))
         cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None)
         cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE[:rows], x_TI.bfloat16(), weight_EI)
@@ -332,7 +339,7 @@ def test_another_number_of_rows_compiles_no_other_kernel(kernels, dtype, scatter
 def test_what_is_not_finite_stays_so(kernels):
     products = CompiledProducts(kernels(torch.bfloat16), torch.tensor([2]))
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]], dtype=torch.bfloat16).repeat(1, 8)
-    z = products.to_rank(x, torch.ones(1, 16, 2, dtype=torch.bfloat16))
+    z = products.to_rank(x, [torch.ones(1, 16, 2, dtype=torch.bfloat16)])
     assert z[0].isnan().all() and z[1].isinf().all()
 
 
