@@ -4,7 +4,6 @@ Shape suffixes: N sorted rows, T rows of a wide tensor, I in, O out, E experts, 
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -486,34 +485,3 @@ def test_an_input_without_gradient_is_left_alone():
     assert bank.share_input(x) == (x, None)
     with torch.no_grad():
         assert bank.share_input(x.requires_grad_())[1] is None
-
-
-KEPT = """
-import os, torch
-from pathlib import Path
-from mole_mega.platform.malloc import keep_freed_memory
-{call}
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-torch.empty(1 << 20, dtype=torch.uint8)  # for which the heap may grow: a first tensor beyond the limit is mapped
-held = torch.empty({size} << 20, dtype=torch.uint8).fill_(1)
-before = resident()
-del held
-print(before - resident())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_for_the_next_tensor(monkeypatch):
-    def given_back(call, size=30):
-        script = KEPT.format(call=call, size=size)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert not done.returncode, done.stderr
-        return int(done.stdout)
-
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    assert given_back("") >= 30 << 20
-    assert given_back("keep_freed_memory()") < 1 << 20
-    assert given_back("keep_freed_memory()", size=45) < 1 << 20  # malloc's limit for what it keeps is 32
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
-    assert given_back("keep_freed_memory()") >= 30 << 20
