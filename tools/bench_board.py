@@ -72,11 +72,11 @@ class BareSums(RouterSums):
     """What the balance and z losses need, and nothing for people."""
 
     @torch.no_grad()
-    def add(self, x_TH, logits_TE, probs_TE, choice_T, valid_T, group_T=None):
+    def add(self, x_TH, logits_TE, probs_TE, choice_TK, valid_T, group_T=None):
         valid = valid_T.to(torch.float32)
         probs = probs_TE * valid[:, None]
         lse = torch.logsumexp(logits_TE, dim=-1) * valid
-        self.counts_GE.view(-1).scatter_add_(0, choice_T, valid)
+        self.counts_GE.view(-1).scatter_add_(0, choice_TK[:, 0], valid)
         self.probs_E += probs.sum(0)
         self.z_sum += lse.square().sum()
         self._kept.append((x_TH, probs))

@@ -2,9 +2,9 @@
 a token, and dense.
 
 All layers but `dense` are the product's own, built by `models/specs.py` on one process: Megatron-Core's MLP, and its
-MoELayer with our router, dispatcher and experts. What is timed is what a user's step pays: routing, balance statistics,
-permutation, factors, the gradients of the input and of everything trainable. `dense` is here for comparison only: what
-a mixture costs that computes every expert for every token.
+MoELayer with our router and experts (and dispatcher, where tokens are put in order). What is timed is what a user's
+step pays: routing, balance statistics, factors, the gradients of the input and of everything trainable. `dense` is here
+for comparison only: what a mixture costs that computes every expert for every token.
 
 Cases are interleaved (each repeat runs all of them, starting with another one) and each reports its medians. CPU time
 is summed over threads: it tells a slow layer from a busy machine. Where other processes want the same cores, set
@@ -38,8 +38,8 @@ SEED = 0
 LORA_TARGETS = (("fp32", 16, 1.10), ("fp32", 64, 1.20), ("bf16", 16, 1.15), ("bf16", 64, 1.50))
 FROZEN_TARGET = (16, 1.35)  # largest E, may cost so much of the frozen MLP
 TOP_2_TARGET = 1.10  # of a token's one expert
-# whose layer has experts of ours: tokens that go to one, by the default form and by the mixture's; to two
-MIXTURES = {"mole": {}, "mix 1": {"expert_parallel": "weights"}, "top 2": {"expert_parallel": "weights", "top_k": 2}}
+# whose layer has experts of ours: tokens that go to one, and to two
+MIXTURES = {"mole": {}, "top 2": {"expert_parallel": "weights", "top_k": 2}}
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,38 @@ class _MaskedProducts:
         return torch.where(self.own_TE1, z_TR[:, None, :], 0)
 
 
-_Products = _PlainProducts | CompiledProducts | _GroupedProducts | _Fp32Products | _MaskedProducts
+_OneMatrixProducts = _PlainProducts | _GroupedProducts | _Fp32Products | _MaskedProducts
+
+
+class _StackedProducts:
+    """What `CompiledProducts` does, by products of one matrix an expert: those of several projections are put side by
+    side."""
+
+    def __init__(self, products: _OneMatrixProducts) -> None:
+        self._products = products
+
+    def to_rank(self, x_TI: Tensor, M_P: Sequence[Tensor]) -> Tensor:
+        return self._products.to_rank(x_TI, _side_by_side(M_P, 2))
+
+    def from_rank(self, z_TR: Tensor, M_P: Sequence[Tensor], num_tokens: int) -> Tensor:
+        return self._products.from_rank(z_TR, _side_by_side(M_P, 1), num_tokens)
+
+    def add_from_rank_(self, out_TO: Tensor, z_TR: Tensor, M_P: Sequence[Tensor]) -> None:
+        self._products.add_from_rank_(out_TO, z_TR, _side_by_side(M_P, 1))
+
+    def outer(self, z_TR: Tensor, wide_TW: Tensor, parts: int) -> Sequence[Tensor]:
+        return self._products.outer(z_TR, wide_TW, rank_last=False).chunk(parts, dim=1)
+
+    def to_rank_with_outer(self, wide_TW: Tensor, M_EWR: Tensor, z_TR: Tensor, u_TR: Tensor) -> Tensor:
+        u_TR.copy_(self._products.to_rank(wide_TW, M_EWR))
+        return self._products.outer(z_TR, wide_TW, rank_last=True)
+
+
+def _side_by_side(M_P: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat(list(M_P), dim) if len(M_P) > 1 else M_P[0]
+
+
+_Products = CompiledProducts | _StackedProducts
 
 
 def add_projections(
@@ -255,7 +286,7 @@ def add_projections(
     A_P, B_P = [A.to(dtype) for A in A_P], [B.to(dtype) for B in B_P]
     products: _Products
     if num_experts == 1:
-        products = _PlainProducts()
+        products = _StackedProducts(_PlainProducts())
     else:
         tokens_per_expert_E = tokens_per_expert_E.to(x_TI.device, non_blocking=True)
         row = _ALIGN_BYTES // dtype.itemsize
@@ -265,40 +296,35 @@ def add_projections(
             products = CompiledProducts(kernels, tokens_per_expert_E)
         elif dtype in _GROUPED_DTYPES and num_tokens > 0 and all(dim % row == 0 for dim in wide_dims):
             half_on_cpu = x_TI.device.type == "cpu" and dtype.itemsize == 2
-            products = (_Fp32Products if half_on_cpu else _GroupedProducts)(tokens_per_expert_E)
+            grouped = (_Fp32Products if half_on_cpu else _GroupedProducts)(tokens_per_expert_E)
+            products = _StackedProducts(grouped)
             missing = -A_P[0].shape[1] % row
             if missing:  # a rank of zeros more adds 0 to every product
                 A_P, B_P = [pad(A, (0, 0, 0, missing)) for A in A_P], [pad(B, (0, missing)) for B in B_P]
         else:
-            products = _MaskedProducts(tokens_per_expert_E, num_tokens)
+            products = _StackedProducts(_MaskedProducts(tokens_per_expert_E, num_tokens))
     x_TI = x_TI if gradient is None else x_TI.detach()
     return _AddLoRA.apply(products, scale, False, gradient, overwritable(base_TO), x_TI, weight_T, *A_P, *B_P)
 
 
-def add_projections_of_pairs(
+def add_with(
+    products: CompiledProducts,
     base_TO: Tensor,
     x_TI: Tensor,
     A_P: Sequence[Tensor],
     B_P: Sequence[Tensor],
-    tokens_per_expert_E: Tensor,
-    token_N: Tensor,
     scale: float,
     weight_N: Tensor,
     gradient: InputGradient | None = None,
     *,
     rescaled: bool = False,
-) -> Tensor | None:
-    """`add_projections` for N pairs of a token and an expert that it uses, sorted by expert; token_N says which token
-    each is of. None where no kernel here takes rows from where they lie.
+) -> Tensor:
+    """`add_projections` by products that know which rows are which expert's, and may take a token's several times.
 
     `rescaled`: backward, the experts get sqrt(weight) in the place of weight.
     """
     dtype = base_TO.dtype
     x_TI = x_TI.to(dtype).contiguous()
-    kernels = cpu_kernels.library_for(x_TI, [x_TI.shape[1], *(B.shape[1] for B in B_P), A_P[0].shape[1]])
-    if kernels is None:
-        return None
-    products = CompiledProducts(kernels, tokens_per_expert_E, token_N)
     factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
     x_TI = x_TI if gradient is None else x_TI.detach()
     return _AddLoRA.apply(products, scale, rescaled, gradient, overwritable(base_TO), x_TI, weight_N, *factors)
@@ -332,10 +358,10 @@ class _AddLoRA(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        z_TPR = products.to_rank(x_TI, _stack_ranks(A_P).transpose(1, 2))
+        z_TPR = products.to_rank(x_TI, [A.transpose(1, 2) for A in A_P])
         zw_TPR = _weigh(z_TPR, scale, weight_T)
         for out_TO, B_EOR, zw_TR in _by_projection(base_TO, B_P, zw_TPR):
-            products.add_from_rank_(out_TO, zw_TR, B_EOR.transpose(1, 2))
+            products.add_from_rank_(out_TO, zw_TR, [B_EOR.transpose(1, 2)])
         ctx.mark_dirty(base_TO)
         ctx.products, ctx.scale, ctx.rescaled, ctx.gradient = products, scale, rescaled, gradient
         ctx.save_for_backward(x_TI, z_TPR, weight_T, *factors)
@@ -357,47 +383,42 @@ class _AddLoRA(torch.autograd.Function):
         dB_P: list[Tensor | None] = []
         for g_TO, B_EOR, zw_TR, u_TR in _by_projection(grad_TO, B_P, zw_TPR, u_TPR):
             if any(needs_factors):
-                dB_P.append(_to_rank_with_outer(products, g_TO, B_EOR, zw_TR, u_TR))
+                dB_P.append(products.to_rank_with_outer(g_TO, B_EOR, zw_TR, u_TR))
             else:
-                u_TR.copy_(products.to_rank(g_TO, B_EOR))
+                u_TR.copy_(products.to_rank(g_TO, [B_EOR]))
                 dB_P.append(None)
         dz_TPR = _weigh(u_TPR, ctx.scale, weight_T)
         dweight_T = None
         if needs_weight:
-            dweight_T = ctx.scale * (u_TPR.to(weight_T.dtype) * z_TPR).sum(1)
-        dx_TI, A_EPRI = None, _stack_ranks(A_P)
+            dweight_T = _dot_rows(u_TPR, z_TPR, ctx.scale, weight_T.dtype)
+        dx_TI = None
         if ctx.gradient is not None:
-            ctx.gradient.add_later(lambda grad_TI: products.add_from_rank_(grad_TI, dz_TPR, A_EPRI))
+            ctx.gradient.add_later(lambda grad_TI: products.add_from_rank_(grad_TI, dz_TPR, A_P))
         elif needs_x:
-            dx_TI = products.from_rank(dz_TPR, A_EPRI, len(x_TI))
+            dx_TI = products.from_rank(dz_TPR, A_P, len(x_TI))
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
-            dA_P = products.outer(dz_TPR, x_TI, rank_last=False).chunk(len(A_P), dim=1)
+            dA_P = products.outer(dz_TPR, x_TI, len(A_P))
         return None, None, None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
-
-
-def _to_rank_with_outer(products: _Products, wide_TW: Tensor, M_EWR: Tensor, z_TR: Tensor, u_TR: Tensor) -> Tensor:
-    """`outer` of z and wide, [E, W, R]; `to_rank` of wide and M goes to u."""
-    if isinstance(products, CompiledProducts):
-        return products.to_rank_with_outer(wide_TW, M_EWR, z_TR, u_TR)
-    u_TR.copy_(products.to_rank(wide_TW, M_EWR))
-    return products.outer(z_TR, wide_TW, rank_last=True)
-
-
-def _stack_ranks(A_P: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(A_P), dim=1) if len(A_P) > 1 else A_P[0]
 
 
 def _weigh(z_TR: Tensor, scale: float, weight_T: Tensor | None) -> Tensor:
     """scale * weight * z; the product is rounded to z's dtype once, whatever the weight's."""
     if weight_T is None:
         return z_TR * scale
-    factor_T = scale * weight_T
-    if z_TR.dtype == torch.bfloat16 and factor_T.dtype == torch.float32:
+    if z_TR.dtype == torch.bfloat16 and weight_T.dtype == torch.float32:
         kernels = cpu_kernels.library_for(z_TR)
         if kernels is not None:
-            return cpu_kernels.weigh(kernels, z_TR, factor_T)
-    return (z_TR * factor_T[:, None]).to(z_TR.dtype)
+            return cpu_kernels.weigh(kernels, z_TR, weight_T, scale)
+    return (z_TR * (scale * weight_T)[:, None]).to(z_TR.dtype)
+
+
+def _dot_rows(u_TR: Tensor, z_TR: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * <u_t, z_t>, [T] of this dtype."""
+    kernels = cpu_kernels.library_for(z_TR) if dtype == torch.float32 else None
+    if kernels is not None:
+        return cpu_kernels.dot_rows(kernels, u_TR, z_TR, scale)
+    return scale * (u_TR.to(dtype) * z_TR).sum(1)
 
 
 def _by_projection(wide_TO: Tensor, B_P: Sequence[Tensor], *ranks_TPR: Tensor) -> zip[tuple[Tensor, ...]]:

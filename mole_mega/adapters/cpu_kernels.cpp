@@ -4,6 +4,8 @@
 // through oneDNN's small products (brgemm, as torch hands it out) in fixed shapes, so that a kernel is compiled once
 // and not for each expert's number of rows, and wide rows are read and written where they lie.
 //
+// The matrices of experts lie in P tensors, each of which has R / P of the R ranks.
+//
 // starts [E + 1]: expert e has the sorted rows starts[e] to starts[e + 1]. rows: which row of the wide tensor each
 // sorted row is, null where they are the same. Sums are fp32.
 //
@@ -19,6 +21,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -186,29 +189,29 @@ inline void fetch(const T* numbers, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(numbers + i);
 }
 
-// [K, N] with any strides -> [ceil(K / pair), N, pair], 0 beyond K.
+// [K, N] with any strides -> [ceil(K / pair), N, pair], 0 beyond K: the columns of one that is `columns` wide.
 template <typename T>
-void interleave(const T* in, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* out) {
+void interleave(const T* in, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* out, int64_t columns) {
   constexpr int64_t pair = kPair<T>;
   using Word = std::conditional_t<pair == 2, uint32_t, T>;
   const int64_t whole = K / pair;
   Word* words = reinterpret_cast<Word*>(out);
   if (stride_k == 1 && stride_n % pair == 0) {
-    transpose(reinterpret_cast<const Word*>(in), stride_n / pair, N, whole, words, N);
+    transpose(reinterpret_cast<const Word*>(in), stride_n / pair, N, whole, words, columns);
   } else {
     for (int64_t k = 0; k < whole; ++k) {
       const T* first = in + k * pair * stride_k;
       for (int64_t n = 0; n < N; ++n) {
         if constexpr (pair == 2)
-          words[k * N + n] = join(first[n * stride_n], first[stride_k + n * stride_n]);
+          words[k * columns + n] = join(first[n * stride_n], first[stride_k + n * stride_n]);
         else
-          words[k * N + n] = first[n * stride_n];
+          words[k * columns + n] = first[n * stride_n];
       }
     }
   }
   if constexpr (pair == 2)
     if (K % pair)
-      for (int64_t n = 0; n < N; ++n) words[whole * N + n] = join(in[(K - 1) * stride_k + n * stride_n], T(0.f));
+      for (int64_t n = 0; n < N; ++n) words[whole * columns + n] = join(in[(K - 1) * stride_k + n * stride_n], T(0.f));
 }
 
 // Where the rows [first, first + height) of a wide tensor lie one after another, of `all` that there are; a copy where
@@ -231,7 +234,8 @@ const T* block_of(const T* wide, int64_t& leading, const int64_t* rows, int64_t 
 
 template <typename T>
 void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts, int64_t E, int64_t I, int64_t R,
-             const T* M, int64_t stride_e, int64_t stride_i, int64_t stride_r, T* z, int64_t ldz, int64_t threads) {
+             const T* const* M, int64_t P, int64_t stride_e, int64_t stride_i, int64_t stride_r, T* z, int64_t ldz,
+             int64_t threads) {
   struct Item { int64_t expert, first, end; };
   std::vector<Item> items;
   for (int64_t e = 0; e < E; ++e)
@@ -246,10 +250,11 @@ void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts
 #pragma omp for schedule(dynamic)
     for (size_t item = 0; item < items.size(); ++item) {
       const auto [expert, begin, end] = items[item];
-      const bool as_it_lies = kPair<T> == 1 && stride_r == 1;
-      if (held != expert && !as_it_lies) interleave(M + expert * stride_e, stride_i, stride_r, I, R, packed);
+      const bool as_it_lies = kPair<T> == 1 && stride_r == 1 && P == 1;
+      for (int64_t p = 0; p < P && held != expert && !as_it_lies; ++p)
+        interleave(M[p] + expert * stride_e, stride_i, stride_r, I, R / P, packed + p * (R / P) * kPair<T>, R);
       held = expert;
-      const T* matrix = as_it_lies ? M + expert * stride_e : packed;
+      const T* matrix = as_it_lies ? M[0] + expert * stride_e : packed;
       const int64_t ldm = as_it_lies ? stride_i : R;
       for (int64_t first = begin; first < end; first += kRows) {
         int64_t leading = ldx;
@@ -266,8 +271,8 @@ void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts
 
 template <typename T>
 void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E, int64_t R, int64_t O,
-               const T* z, int64_t ldz, const T* M, int64_t stride_e, int64_t stride_r, int64_t stride_o, bool add,
-               int64_t threads) {
+               const T* z, int64_t ldz, const T* const* M, int64_t P, int64_t stride_e, int64_t stride_r,
+               int64_t stride_o, bool add, int64_t threads) {
   const int64_t blocks = (O + kAdded - 1) / kAdded;
   // Threads share the columns: two experts may add to one row.
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -281,8 +286,11 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
       if (starts[e] == starts[e + 1]) continue;
       const bool as_it_lies = kPair<T> == 1 && stride_o == 1;
       for (int64_t column = from; column < to && !as_it_lies; column += kAdded)
-        interleave(M + e * stride_e + column * stride_o, stride_r, stride_o, R, std::min(kAdded, to - column),
-                   packed + packed_rows * (column - from));
+        for (int64_t p = 0; p < P; ++p) {
+          const int64_t width = std::min(kAdded, to - column);
+          interleave(M[p] + e * stride_e + column * stride_o, stride_r, stride_o, R / P, width,
+                     packed + packed_rows * (column - from) + p * (R / P) * width, width);
+        }
       for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
         const int64_t count = std::min(kRows, starts[e + 1] - first);
         int64_t leading = ldz;
@@ -290,9 +298,13 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
         const T* block = block_of(z, leading, nullptr, first, height, starts[e + 1], starts[E], R, of_rows);
         for (int64_t column = from; column < to; column += kAdded) {
           const int64_t width = std::min(kAdded, to - column);
-          const T* matrix = as_it_lies ? M + e * stride_e + column : packed + packed_rows * (column - from);
-          blas::brgemm(height, width, R, leading, as_it_lies ? stride_r : width, width, false, block, matrix, sums,
-                       kPair<T> > 1);
+          if (as_it_lies)
+            for (int64_t p = 0; p < P; ++p)
+              blas::brgemm(height, width, R / P, leading, stride_r, width, p > 0, block + p * (R / P),
+                           M[p] + e * stride_e + column, sums, false);
+          else
+            blas::brgemm(height, width, R, leading, width, width, false, block, packed + packed_rows * (column - from),
+                         sums, kPair<T> > 1);
           for (int64_t i = 0; i < count; ++i) {
             T* out_row = out + (rows ? rows[first + i] : first + i) * ldo + column;
             const float* sum = sums + i * width;
@@ -365,7 +377,7 @@ void transpose_ranks(const T* z, int64_t ldz, int64_t begin, int64_t end, int64_
   Word* words = scratch<Word>(memory, kDepth / pair * R);
   for (int64_t first = begin; first < end; first += kDepth, out += kDepth * R) {
     const int64_t count = std::min(kDepth, end - first), filled = (count + pair - 1) / pair * R;
-    interleave(z + first * ldz, ldz, 1, count, R, reinterpret_cast<T*>(words));
+    interleave(z + first * ldz, ldz, 1, count, R, reinterpret_cast<T*>(words), R);
     std::memset(static_cast<void*>(words + filled), 0, (kDepth / pair * R - filled) * sizeof(Word));
     transpose(words, R, kDepth / pair, R, reinterpret_cast<Word*>(out), kDepth / pair);
   }
@@ -383,10 +395,11 @@ inline Part part_of(int64_t item, int64_t parts, const int64_t* starts, int64_t 
           std::min(blocks * (number + 1) / parts * kColumns, W)};
 }
 
-// grad[e, r, w] = sum over the rows n of e of z[n, r] wide[n, w]
+// grad[p][e, r, w] = sum over the rows n of e of z[n, r] wide[n, w]
 template <typename T>
 void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* rows, const int64_t* starts, int64_t E,
-           int64_t R, int64_t W, T* grad, int64_t stride_e, int64_t stride_r, int64_t stride_w, int64_t threads) {
+           int64_t R, int64_t W, T* const* grad, int64_t P, int64_t stride_e, int64_t stride_r, int64_t stride_w,
+           int64_t threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<uint8_t> of_ranks, of_wide, of_sums, of_words;
@@ -409,8 +422,9 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
           blas::brgemm(R, width, height, kDepth, as_it_lies ? ldw : width, width, first > begin,
                        ranks + (first - begin) * R, matrix, sums, kPair<T> > 1);
         }
-        T* to_grad = grad + e * stride_e + column * stride_w;
-        store(sums, R, width, to_grad, stride_r, stride_w, of_words);
+        for (int64_t p = 0; p < P; ++p)
+          store(sums + p * (R / P) * width, R / P, width, grad[p] + e * stride_e + column * stride_w, stride_r, stride_w,
+                of_words);
       }
     }
     blas::brgemm_release(kPair<T> > 1);
@@ -448,7 +462,7 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
       for (int64_t column = from; column < to; column += kWide) {
         const int64_t width = std::min(kWide, to - column);
         if (begin == end) std::memset(sums, 0, R * width * sizeof(float));
-        else interleave(M + e * m_stride_e + column * m_stride_w, m_stride_w, m_stride_r, width, R, matrix);
+        else interleave(M + e * m_stride_e + column * m_stride_w, m_stride_w, m_stride_r, width, R, matrix, R);
         for (int64_t first = begin; first < end; first += kDepth) {
           const int64_t count = std::min(kDepth, end - first), height = filled_up<T>(count, kDepth);
           const T* block = wide + first * ldw + column;
@@ -563,15 +577,122 @@ void router_gradients(const float* grad, const at::BFloat16* x, const float* wei
   }
 }
 
-// out[n] = weight[n] z[n], rounded once.
-void weigh(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out) {
+// pairs [P, I + 1] += the sum over tokens of p_j p_k x, for each pair j < k of experts: probs [T, E], x [T, I] and a 1.
+// The products of probabilities are rounded, the sums are not.
+void sum_pairs(const at::BFloat16* x, const float* probs, int64_t tokens, int64_t I, int64_t E, float* pairs,
+               int64_t threads) {
+  const int64_t P = E * (E - 1) / 2, depth = (tokens + kDepth - 1) / kDepth * kDepth;
+  const int64_t blocks = (I + kColumns - 1) / kColumns;
+  std::vector<uint8_t> of_products;
+  at::BFloat16* products = scratch<at::BFloat16>(of_products, depth * P);  // [ceil(T / kDepth), P, kDepth]
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<uint8_t> of_probs, of_transposed, of_x, of_sums;
+    float* some = scratch<float>(of_probs, kDepth * E);
+    float* transposed = scratch<float>(of_transposed, kDepth * E);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < depth; first += kDepth) {
+      const int64_t count = std::min(kDepth, tokens - first);
+      std::memcpy(some, probs + first * E, count * E * sizeof(float));
+      std::memset(some + count * E, 0, (kDepth - count) * E * sizeof(float));
+      transpose(some, E, kDepth, E, transposed, kDepth);
+      at::BFloat16* out = products + first * P;
+      float product[kDepth];
+      for (int64_t j = 0; j < E; ++j)
+        for (int64_t k = j + 1; k < E; ++k, out += kDepth) {
+          for (int64_t t = 0; t < kDepth; ++t) product[t] = transposed[j * kDepth + t] * transposed[k * kDepth + t];
+          put<false>(product, out, kDepth);
+        }
+    }
+    at::BFloat16* packed = scratch<at::BFloat16>(of_x, kDepth * kColumns);
+    float* sums = scratch<float>(of_sums, P * kColumns);
+    // Threads share the columns, so that no two add to one number.
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t column = block * kColumns, width = std::min(kColumns, I - column);
+      for (int64_t first = 0; first < tokens; first += kDepth) {
+        pack_rows(x + column, I, nullptr, first, std::min(kDepth, tokens - first), kDepth, width, packed);
+        blas::brgemm(P, width, kDepth, kDepth, width, width, first > 0, products + first * P, packed, sums, true);
+      }
+      for (int64_t p = 0; p < (tokens ? P : 0); ++p)
+        for (int64_t w = 0; w < width; ++w) pairs[p * (I + 1) + column + w] += sums[p * width + w];
+    }
+    blas::brgemm_release(true);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < P; ++p) {
+      float sum = 0;
+      for (int64_t first = 0; first < depth; first += kDepth)
+        for (int64_t t = 0; t < kDepth; ++t) sum += widen(products[first * P + p * kDepth + t]);
+      pairs[p * (I + 1) + I] += sum;
+    }
+  }
+}
+
+// Adds to row [3 + E + G E], over valid tokens: the squared logarithm of the sum of the logits' exponentials, the
+// entropy of probs, by how much the chosen expert leads, probs, and for each group of tokens how often each expert was
+// chosen. choice [T, K], the likeliest first; groups null where there is one.
+void sum_routing(const float* logits, const float* probs, const int64_t* choice, const bool* valid,
+                 const int64_t* groups, int64_t tokens, int64_t E, int64_t K, float* row) {
+  double z = 0, entropy = 0, margin = 0;
+  float* counts = row + 3 + E;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (!valid[t]) continue;
+    const float *logit = logits + t * E, *p = probs + t * E;
+    const int64_t* chosen = choice + t * K;
+    float largest = logit[0], exponentials = 0, mean = 0, second = 0;
+    for (int64_t e = 1; e < E; ++e) largest = std::max(largest, logit[e]);
+    for (int64_t e = 0; e < E; ++e) {
+      mean += p[e] * logit[e];
+      row[3 + e] += p[e];
+      if (e != chosen[0]) second = std::max(second, p[e]);
+    }
+    for (int64_t e = 0; e < E; ++e) exponentials += std::exp(logit[e] - largest);
+    const float partition = largest + std::log(exponentials);
+    z += partition * partition, entropy += partition - mean, margin += p[chosen[0]] - second;
+    for (int64_t i = 0; i < K; ++i) counts[(groups ? groups[t] : 0) * E + chosen[i]] += 1;
+  }
+  row[0] += float(z), row[1] += float(entropy), row[2] += float(margin);
+}
+
+// The places of the K largest of each row of scores [T, E], the largest first.
+void largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t* places) {
+  for (int64_t t = 0; t < T; ++t, scores += E, places += K)
+    for (int64_t i = 0; i < K; ++i) {
+      const auto is_taken = [&](int64_t e) { return std::find(places, places + i, e) != places + i; };
+      int64_t best = 0;
+      while (is_taken(best)) ++best;
+      for (int64_t e = best + 1; e < E; ++e)
+        if (scores[e] > scores[best] && !is_taken(e)) best = e;
+      places[i] = best;
+    }
+}
+
+// out[n] = scale weight[n] z[n], rounded once.
+void weigh(const at::BFloat16* z, const float* weight, float scale, int64_t N, int64_t R, at::BFloat16* out) {
   float product[kColumns];
-  for (int64_t n = 0; n < N; ++n)
+  for (int64_t n = 0; n < N; ++n) {
+    const float factor = scale * weight[n];
     for (int64_t from = 0; from < R; from += kColumns) {
       const int64_t count = std::min(kColumns, R - from);
-      for (int64_t i = 0; i < count; ++i) product[i] = weight[n] * widen(z[n * R + from + i]);
+      for (int64_t i = 0; i < count; ++i) product[i] = factor * widen(z[n * R + from + i]);
       put<false>(product, out + n * R + from, count);
     }
+  }
+}
+
+// dots[n] = scale <u[n], z[n]>
+template <typename T>
+void dot_rows(const T* u, const T* z, float scale, int64_t N, int64_t R, float* dots) {
+  constexpr int64_t lanes = 16;
+  for (int64_t n = 0; n < N; ++n, u += R, z += R) {
+    float sums[lanes] = {};
+    int64_t r = 0;
+    for (; r + lanes <= R; r += lanes)
+      for (int64_t i = 0; i < lanes; ++i) sums[i] += widen(u[r + i]) * widen(z[r + i]);
+    for (; r < R; ++r) sums[0] += widen(u[r]) * widen(z[r]);
+    for (int64_t i = 1; i < lanes; ++i) sums[0] += sums[i];
+    dots[n] = scale * sums[0];
+  }
 }
 
 // A table's entries at the bits of n numbers.
@@ -637,19 +758,20 @@ int available() {
 #define FOR_DTYPE(T, suffix)                                                                                          \
   extern "C" int available_##suffix() { return available<T>(); }                                                      \
   extern "C" void to_rank_##suffix(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts, int64_t E,    \
-                                   int64_t I, int64_t R, const T* M, int64_t stride_e, int64_t stride_i,              \
-                                   int64_t stride_r, T* z, int64_t ldz, int64_t threads) {                            \
-    to_rank(x, ldx, rows, starts, E, I, R, M, stride_e, stride_i, stride_r, z, ldz, threads);                         \
+                                   int64_t I, int64_t R, const T* const* M, int64_t P, int64_t stride_e,              \
+                                   int64_t stride_i, int64_t stride_r, T* z, int64_t ldz, int64_t threads) {          \
+    to_rank(x, ldx, rows, starts, E, I, R, M, P, stride_e, stride_i, stride_r, z, ldz, threads);                      \
   }                                                                                                                   \
   extern "C" void from_rank_##suffix(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E,      \
-                                     int64_t R, int64_t O, const T* z, int64_t ldz, const T* M, int64_t stride_e,     \
-                                     int64_t stride_r, int64_t stride_o, int64_t add, int64_t threads) {              \
-    from_rank(out, ldo, rows, starts, E, R, O, z, ldz, M, stride_e, stride_r, stride_o, add != 0, threads);           \
+                                     int64_t R, int64_t O, const T* z, int64_t ldz, const T* const* M, int64_t P,     \
+                                     int64_t stride_e, int64_t stride_r, int64_t stride_o, int64_t add,               \
+                                     int64_t threads) {                                                               \
+    from_rank(out, ldo, rows, starts, E, R, O, z, ldz, M, P, stride_e, stride_r, stride_o, add != 0, threads);        \
   }                                                                                                                   \
   extern "C" void outer_##suffix(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* rows,            \
-                                 const int64_t* starts, int64_t E, int64_t R, int64_t W, T* grad, int64_t stride_e,   \
-                                 int64_t stride_r, int64_t stride_w, int64_t threads) {                               \
-    outer(z, ldz, wide, ldw, rows, starts, E, R, W, grad, stride_e, stride_r, stride_w, threads);                     \
+                                 const int64_t* starts, int64_t E, int64_t R, int64_t W, T* const* grad, int64_t P,   \
+                                 int64_t stride_e, int64_t stride_r, int64_t stride_w, int64_t threads) {             \
+    outer(z, ldz, wide, ldw, rows, starts, E, R, W, grad, P, stride_e, stride_r, stride_w, threads);                  \
   }                                                                                                                   \
   extern "C" void to_rank_with_outer_##suffix(                                                                        \
       const T* wide, int64_t ldw, const int64_t* rows, const int64_t* starts, int64_t E, int64_t W, int64_t R,        \
@@ -672,9 +794,35 @@ extern "C" void router_gradients_bf16(const float* grad, const at::BFloat16* x, 
   router_gradients(grad, x, weight, tokens, I, E, dweight, dx, threads);
 }
 
-extern "C" void weigh_bf16(const at::BFloat16* z, const float* weight, int64_t N, int64_t R, at::BFloat16* out,
-                           int64_t /* threads: not worth waking */) {
-  weigh(z, weight, N, R, out);
+extern "C" void sum_pairs_bf16(const at::BFloat16* x, const float* probs, int64_t tokens, int64_t I, int64_t E,
+                               float* pairs, int64_t threads) {
+  sum_pairs(x, probs, tokens, I, E, pairs, threads);
+}
+
+extern "C" void sum_routing(const float* logits, const float* probs, const int64_t* choice, const bool* valid,
+                            const int64_t* groups, int64_t tokens, int64_t E, int64_t K, float* row,
+                            int64_t /* threads: not worth waking */) {
+  sum_routing(logits, probs, choice, valid, groups, tokens, E, K, row);
+}
+
+extern "C" void largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t* places,
+                        int64_t /* threads: not worth waking */) {
+  largest(scores, T, E, K, places);
+}
+
+extern "C" void weigh_bf16(const at::BFloat16* z, const float* weight, float scale, int64_t N, int64_t R,
+                           at::BFloat16* out, int64_t /* threads: not worth waking */) {
+  weigh(z, weight, scale, N, R, out);
+}
+
+extern "C" void dot_rows_bf16(const at::BFloat16* u, const at::BFloat16* z, float scale, int64_t N, int64_t R,
+                              float* dots, int64_t /* threads: not worth waking */) {
+  dot_rows(u, z, scale, N, R, dots);
+}
+
+extern "C" void dot_rows_fp32(const float* u, const float* z, float scale, int64_t N, int64_t R, float* dots,
+                              int64_t /* threads: not worth waking */) {
+  dot_rows(u, z, scale, N, R, dots);
 }
 
 extern "C" void swiglu_bf16(const at::BFloat16* fused, const float* silu, int64_t T, int64_t F, at::BFloat16* out,

@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor
 from mole_mega.platform import compiler
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+_Value = Tensor | list[Tensor] | float | None
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -56,36 +58,37 @@ class CompiledProducts:
         torch.cumsum(tokens_per_expert_E, 0, out=self._starts[1:])
         self.num_rows = int(self._starts[-1])
 
-    def to_rank(self, x_TI: Tensor, M_EIR: Tensor) -> Tensor:
-        """[N, R]: each row by its expert's matrix."""
-        num_experts, width, rank = M_EIR.shape
+    def to_rank(self, x_TI: Tensor, M_P: Sequence[Tensor]) -> Tensor:
+        """[N, R]: each row by its expert's matrix, whose ranks lie in M_P, [E, I, R / P] each."""
+        num_experts, width, rank = M_P[0].shape
+        rank *= len(M_P)
         z_NR = x_TI.new_empty(self.num_rows, rank)
         sizes = (num_experts, width, rank)
-        self._call("to_rank", x_TI, *self._wide(x_TI), *sizes, M_EIR, *M_EIR.stride(), z_NR, z_NR.stride(0))
+        self._call("to_rank", x_TI, *self._wide(x_TI), *sizes, *_lying(M_P), z_NR, z_NR.stride(0))
         return z_NR
 
-    def from_rank(self, z_NR: Tensor, M_ERO: Tensor, num_tokens: int) -> Tensor:
-        """[T, O]: the sum of what each row gives."""
-        shape = num_tokens, M_ERO.shape[2]
+    def from_rank(self, z_NR: Tensor, M_P: Sequence[Tensor], num_tokens: int) -> Tensor:
+        """[T, O]: the sum of what each row gives, by M_P [E, R / P, O]."""
+        shape = num_tokens, M_P[0].shape[2]
         out_TO = z_NR.new_empty(shape) if self._row_N is None else z_NR.new_zeros(shape)
-        self._from_rank(out_TO, z_NR, M_ERO, add=self._row_N is not None)
+        self._from_rank(out_TO, z_NR, M_P, add=self._row_N is not None)
         return out_TO
 
-    def add_from_rank_(self, out_TO: Tensor, z_NR: Tensor, M_ERO: Tensor) -> None:
+    def add_from_rank_(self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor]) -> None:
         """out += what each row gives."""
-        self._from_rank(out_TO, z_NR, M_ERO, add=True)
+        self._from_rank(out_TO, z_NR, M_P, add=True)
 
-    def outer(self, z_NR: Tensor, wide_TW: Tensor, *, rank_last: bool) -> Tensor:
-        """[E, R, W], or [E, W, R]: the sum over each expert's rows of z_n^T wide_n."""
-        num_experts, rank, width = len(self._starts) - 1, z_NR.shape[1], wide_TW.shape[1]
-        grad = z_NR.new_empty(num_experts, *((width, rank) if rank_last else (rank, width)))
-        grad_ERW = grad.transpose(1, 2) if rank_last else grad
-        wide = self._wide(wide_TW)
-        self._call("outer", z_NR, z_NR.stride(0), wide_TW, *wide, *grad_ERW.shape, grad_ERW, *grad_ERW.stride())
-        return grad
+    def outer(self, z_NR: Tensor, wide_TW: Tensor, parts: int) -> list[Tensor]:
+        """The sum over each expert's rows of z_n^T wide_n, in so many parts, [E, R / P, W]."""
+        shape = len(self._starts) - 1, z_NR.shape[1] // parts, wide_TW.shape[1]
+        grad_P = [z_NR.new_empty(shape) for _ in range(parts)]
+        sizes = (shape[0], z_NR.shape[1], shape[2])
+        self._call("outer", z_NR, z_NR.stride(0), wide_TW, *self._wide(wide_TW), *sizes, *_lying(grad_P))
+        return grad_P
 
     def to_rank_with_outer(self, wide_TW: Tensor, M_EWR: Tensor, z_NR: Tensor, u_NR: Tensor) -> Tensor:
-        """`outer` of z and wide with the ranks last, [E, W, R]; `to_rank` of wide and M goes to u. Reads wide once."""
+        """The sum over each expert's rows of wide_n^T z_n, [E, W, R]; `to_rank` of wide and M goes to u. Reads wide
+        once."""
         grad_EWR = torch.empty_like(M_EWR)
         wide, sizes = self._wide(wide_TW), M_EWR.shape
         ranks, results = (z_NR, z_NR.stride(0), u_NR, u_NR.stride(0)), (grad_EWR, *grad_EWR.stride())
@@ -93,28 +96,55 @@ class CompiledProducts:
         self._call("to_rank_with_outer", *values)
         return grad_EWR
 
-    def _from_rank(self, out_TO: Tensor, z_NR: Tensor, M_ERO: Tensor, *, add: bool) -> None:
-        wide, sizes = self._wide(out_TO), M_ERO.shape
-        self._call("from_rank", out_TO, *wide, *sizes, z_NR, z_NR.stride(0), M_ERO, *M_ERO.stride(), add)
+    def _from_rank(self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], *, add: bool) -> None:
+        num_experts, rank, width = M_P[0].shape
+        sizes = (num_experts, rank * len(M_P), width)
+        self._call("from_rank", out_TO, *self._wide(out_TO), *sizes, z_NR, z_NR.stride(0), *_lying(M_P), add)
 
     def _wide(self, wide: Tensor) -> tuple[int, Tensor | None, Tensor]:
         assert wide.stride(1) == 1 and (self._row_N is not None or len(wide) == self.num_rows)
         return wide.stride(0), self._row_N, self._starts
 
-    def _call(self, name: str, *values: Tensor | int | None) -> None:
+    def _call(self, name: str, *values: _Value) -> None:
         first = values[0]
         assert isinstance(first, Tensor)
-        assert all(v.dtype in (first.dtype, torch.int64) for v in values if isinstance(v, Tensor))
+        tensors = [t for v in values for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+        assert all(tensor.dtype in (first.dtype, torch.int64) for tensor in tensors)
         _call(self._library, f"{name}_{_SUFFIXES[first.dtype]}", *values)
 
 
-def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor) -> Tensor:
-    """weight * z, bf16, rounded once; the weight is fp32. (torch makes two fp32 tensors on the way.)"""
+def _lying(M_P: Sequence[Tensor]) -> tuple[list[Tensor], int, int, int, int]:
+    """The tensors, how many they are, and the strides that all of them have."""
+    assert all(M.shape == M_P[0].shape and M.stride() == M_P[0].stride() for M in M_P)
+    stride_e, stride_1, stride_2 = M_P[0].stride()
+    return list(M_P), len(M_P), stride_e, stride_1, stride_2
+
+
+def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor, scale: float) -> Tensor:
+    """scale * weight * z, bf16, rounded once; the weight is fp32. (torch makes two fp32 tensors on the way.)"""
     z_NR, weight_N = z_NR.contiguous(), weight_N.contiguous()
     assert z_NR.dtype == torch.bfloat16 and weight_N.dtype == torch.float32 and len(weight_N) == len(z_NR)
     out_NR = torch.empty_like(z_NR)
-    _call(found, "weigh_bf16", z_NR, weight_N, *z_NR.shape, out_NR)
+    _call(found, "weigh_bf16", z_NR, weight_N, scale, *z_NR.shape, out_NR)
     return out_NR
+
+
+def dot_rows(found: ctypes.CDLL, u_NR: Tensor, z_NR: Tensor, scale: float) -> Tensor:
+    """scale * <u_n, z_n>, [N] fp32."""
+    u_NR, z_NR = u_NR.contiguous(), z_NR.contiguous()
+    assert u_NR.dtype == z_NR.dtype and u_NR.shape == z_NR.shape
+    dots_N = z_NR.new_empty(len(z_NR), dtype=torch.float32)
+    _call(found, f"dot_rows_{_SUFFIXES[z_NR.dtype]}", u_NR, z_NR, scale, *z_NR.shape, dots_N)
+    return dots_N
+
+
+def largest(found: ctypes.CDLL, scores_TE: Tensor, number: int) -> Tensor:
+    """The places of each row's `number` largest scores, the largest first, [T, number]; of equal ones the first is the
+    larger. fp32."""
+    assert scores_TE.dtype == torch.float32 and number <= scores_TE.shape[1]
+    places_TK = torch.empty(len(scores_TE), number, dtype=torch.int64)
+    _call(found, "largest", scores_TE.contiguous(), *scores_TE.shape, number, places_TK)
+    return places_TK
 
 
 def router_logits(found: ctypes.CDLL, x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None) -> Tensor:
@@ -132,15 +162,45 @@ def router_logits(found: ctypes.CDLL, x_TH: Tensor, weight_EH: Tensor, bias_E: T
 
 
 def router_gradients(
-    found: ctypes.CDLL, grad_TE: Tensor, x_TH: Tensor, weight_EH: Tensor, *, needs_x: bool
+    found: ctypes.CDLL, grad_TE: Tensor, x_TH: Tensor, weight_EH: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of those logits' weight, [E, H] fp32, and of x, [T, H] bf16, reading x once."""
-    assert x_TH.dtype == torch.bfloat16 and grad_TE.dtype == weight_EH.dtype == torch.float32
-    grad_TE, x_TH, weight_EH = grad_TE.contiguous(), x_TH.contiguous(), weight_EH.contiguous()
-    dweight_EH, dx_TH = torch.empty_like(weight_EH), torch.empty_like(x_TH) if needs_x else None
-    sizes = (*x_TH.shape, len(weight_EH))
+    """The gradients of those logits' weight, [E, H] fp32, and, where the weight is given, of x, [T, H] bf16; reads x
+    once."""
+    assert x_TH.dtype == torch.bfloat16 and grad_TE.dtype == torch.float32
+    grad_TE, x_TH = grad_TE.contiguous(), x_TH.contiguous()
+    dweight_EH, dx_TH = grad_TE.new_empty(grad_TE.shape[1], x_TH.shape[1]), None
+    if weight_EH is not None:
+        assert weight_EH.dtype == torch.float32 and weight_EH.shape == dweight_EH.shape
+        weight_EH, dx_TH = weight_EH.contiguous(), torch.empty_like(x_TH)
+    sizes = (*x_TH.shape, len(dweight_EH))
     _call(found, "router_gradients_bf16", grad_TE, x_TH, weight_EH, *sizes, dweight_EH, dx_TH)
     return dweight_EH, dx_TH
+
+
+def sum_pairs_(found: ctypes.CDLL, pairs_PX: Tensor, x_TH: Tensor, probs_TE: Tensor) -> None:
+    """Add to `RouterSums.pairs_PX` what tokens are to it: x bf16, to which the products are rounded, all else fp32."""
+    assert x_TH.dtype == torch.bfloat16 and probs_TE.dtype == pairs_PX.dtype == torch.float32
+    (tokens, width), num_experts = x_TH.shape, probs_TE.shape[1]
+    assert pairs_PX.shape == (num_experts * (num_experts - 1) // 2, width + 1) and pairs_PX.is_contiguous()
+    _call(found, "sum_pairs_bf16", x_TH.contiguous(), probs_TE.contiguous(), tokens, width, num_experts, pairs_PX)
+
+
+def sum_routing_(
+    found: ctypes.CDLL,
+    row: Tensor,
+    logits_TE: Tensor,
+    probs_TE: Tensor,
+    choice_TK: Tensor,
+    valid_T: Tensor,
+    group_T: Tensor | None,
+) -> None:
+    """Add to `RouterSums.row` what tokens are to it; fp32."""
+    assert row.dtype == logits_TE.dtype == probs_TE.dtype == torch.float32 and row.is_contiguous()
+    assert choice_TK.dtype == torch.int64 and valid_T.dtype == torch.bool
+    assert group_T is None or group_T.dtype == torch.int64
+    group_T = None if group_T is None else group_T.contiguous()
+    tensors = (logits_TE.contiguous(), probs_TE.contiguous(), choice_TK.contiguous(), valid_T.contiguous(), group_T)
+    _call(found, "sum_routing", *tensors, *probs_TE.shape, choice_TK.shape[1], row)
 
 
 @functools.cache
@@ -169,13 +229,17 @@ def swiglu_backward_(found: ctypes.CDLL, grad_TF: Tensor, fused_T2F: Tensor) -> 
     _call(found, "swiglu_backward_bf16", grad_TF, fused_T2F, _table(_sigmoid), *grad_TF.shape)
 
 
-def _call(found: ctypes.CDLL, name: str, *values: Tensor | int | None) -> None:
-    """With pointers for tensors, and how many threads torch uses after all else."""
-    arguments: list[ctypes.c_void_p | ctypes.c_int64] = []
-    for value in (*values, torch.get_num_threads()):
-        if isinstance(value, Tensor):
-            assert value.device.type == "cpu"
-            arguments.append(ctypes.c_void_p(value.data_ptr()))
-        else:
-            arguments.append(ctypes.c_void_p(None) if value is None else ctypes.c_int64(value))
-    getattr(found, name)(*arguments)
+def _call(found: ctypes.CDLL, name: str, *values: _Value) -> None:
+    """With pointers for tensors, an array of them for a list, and how many threads torch uses after all else."""
+    getattr(found, name)(*map(_argument, values), ctypes.c_int64(torch.get_num_threads()))
+
+
+def _argument(value: _Value) -> Any:
+    if isinstance(value, Tensor):
+        assert value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, list):
+        return (ctypes.c_void_p * len(value))(*(tensor.data_ptr() for tensor in value))
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank, cpu_kernels
 from mole_mega.adapters.bank import InputGradient
+from mole_mega.adapters.cpu_kernels import CompiledProducts
 from mole_mega.adapters.forms import computes_all
 
 
@@ -47,27 +49,34 @@ class MaskedGate:
 
 @dataclass(frozen=True)
 class PairedGate:
-    """order_N: the pairs, numbered K t + (0 to K - 1), sorted by expert; inverse_N: its inverse; tokens_per_expert_E;
-    weight_N fp32, in sorted order."""
+    """The pairs of a token and an expert that it uses, as many for each token, sorted by expert and then by token.
+    token_N: whose each is; tokens_per_expert_E; weight_N fp32."""
 
-    order_N: Tensor
-    inverse_N: Tensor
+    token_N: Tensor
     tokens_per_expert_E: Tensor
     weight_N: Tensor
     rescaled: bool = False
+
+    @cached_property
+    def inverse_N(self) -> Tensor:  # noqa: N802
+        """Where the pairs of the first token stand, then those of the second, and so on."""
+        return self.token_N.argsort(stable=True)
+
+    @cached_property
+    def _in_place(self) -> CompiledProducts | None:
+        """Of kernels that take a pair's row from where it lies."""
+        kernels = cpu_kernels.library_for(self.weight_N)
+        return None if kernels is None else CompiledProducts(kernels, self.tokens_per_expert_E, self.token_N)
 
     def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float,
                  gradient: InputGradient | None = None) -> Tensor:  # fmt: skip
         """See `Gate`."""
         num_experts = len(self.tokens_per_expert_E)
         A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
-        token_N = self.order_N // (len(self.order_N) // len(x_TI))
-        counts_E, weight_N = self.tokens_per_expert_E, self.weight_N
-        output_TO = bank.add_projections_of_pairs(
-            base_TO, x_TI, A_P, B_P, counts_E, token_N, scale, weight_N, gradient, rescaled=self.rescaled
-        )
-        if output_TO is not None:
-            return output_TO
+        products, sizes = self._in_place, [A_P[0].shape[1], x_TI.shape[1], *(B.shape[1] for B in B_P)]
+        if products is not None and cpu_kernels.library_for(base_TO, sizes) is not None:
+            weight_N, rescaled = self.weight_N, self.rescaled
+            return bank.add_with(products, base_TO, x_TI, A_P, B_P, scale, weight_N, gradient, rescaled=rescaled)
         x_NI = self.to_pairs(x_TI.to(base_TO.dtype))
         delta_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
         weight_N = self.weight_N
@@ -82,11 +91,11 @@ class PairedGate:
 
     def to_pairs(self, x_TI: Tensor) -> Tensor:
         """Each token's row for each of its pairs, sorted by expert: [N, I]."""
-        return _ToPairs.apply(x_TI, self.order_N, self.inverse_N)
+        return _ToPairs.apply(x_TI, self.token_N, self.inverse_N)
 
     def from_pairs(self, rows_NO: Tensor, num_tokens: int) -> Tensor:
         """The sum of each token's pairs: [T, O]."""
-        return _FromPairs.apply(rows_NO, self.order_N, self.inverse_N, num_tokens)
+        return _FromPairs.apply(rows_NO, self.token_N, self.inverse_N, num_tokens)
 
 
 Gate = MaskedGate | PairedGate
@@ -117,13 +126,10 @@ def make_gate(
 
 def paired(weight_TE: Tensor, chosen_TE: Tensor, top_k: int, *, rescaled: bool = False) -> PairedGate:
     """The pairs of exactly `top_k` chosen experts a token. Nothing here waits for the device."""
-    num_pairs = len(weight_TE) * top_k
-    expert_N = chosen_TE.nonzero_static(size=num_pairs)[:, 1]
-    order_N = expert_N.argsort(stable=True)
-    inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(num_pairs, device=order_N.device)
-    weight_N = weight_TE.gather(1, expert_N.view(-1, top_k)).flatten().index_select(0, order_N)
-    return PairedGate(order_N, inverse_N, chosen_TE.sum(0), weight_N, rescaled)
+    num_tokens, num_experts = weight_TE.shape
+    expert_N, token_N = chosen_TE.T.nonzero_static(size=num_tokens * top_k).unbind(1)
+    weight_N = weight_TE.flatten().index_select(0, token_N * num_experts + expert_N)
+    return PairedGate(token_N.contiguous(), chosen_TE.sum(0), weight_N, rescaled)
 
 
 class _AddMasked(torch.autograd.Function):
@@ -200,10 +206,10 @@ class _ToPairs(torch.autograd.Function):
     fixed order: an atomic scatter would not give the same bits twice."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, token_N: Tensor, inverse_N: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_N)
         ctx.num_tokens = len(x_TI)
-        return _to_pairs(x_TI, order_N)
+        return x_TI.index_select(0, token_N)
 
     @staticmethod
     @once_differentiable
@@ -216,19 +222,15 @@ class _FromPairs(torch.autograd.Function):
     """The sum of each token's pairs: [N, O] -> [T, O]."""
 
     @staticmethod
-    def forward(ctx: Any, rows_NO: Tensor, order_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:
-        ctx.save_for_backward(order_N)
+    def forward(ctx: Any, rows_NO: Tensor, token_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(token_N)
         return _from_pairs(rows_NO, inverse_N, num_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, None, None, None]:
-        (order_N,) = ctx.saved_tensors
-        return _to_pairs(grad_TO, order_N), None, None, None
-
-
-def _to_pairs(rows_T: Tensor, order_N: Tensor) -> Tensor:
-    return rows_T.index_select(0, order_N // (len(order_N) // len(rows_T)))
+        (token_N,) = ctx.saved_tensors
+        return grad_TO.index_select(0, token_N), None, None, None
 
 
 def _from_pairs(rows_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:

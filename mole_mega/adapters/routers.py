@@ -92,7 +92,7 @@ class _CompiledLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_TE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TH, weight_EH = ctx.saved_tensors
         _, needs_x, _, needs_bias = ctx.needs_input_grad
-        dweight_EH, dx_TH = cpu_kernels.router_gradients(ctx.kernels, grad_TE, x_TH, weight_EH, needs_x=needs_x)
+        dweight_EH, dx_TH = cpu_kernels.router_gradients(ctx.kernels, grad_TE, x_TH, weight_EH if needs_x else None)
         return None, dx_TH, dweight_EH, grad_TE.sum(0) if needs_bias else None
 
 
@@ -127,17 +127,19 @@ class RouterSums:
         self.num_choices = num_choices
         self.balance, self.z, self.product_dtype = balance and num_experts > 1, z, product_dtype
         self.first_P, self.second_P = torch.triu_indices(num_experts, num_experts, offset=1, device=device)
-        self.counts_GE = torch.zeros(1, num_experts, device=device)
-        self.probs_E = torch.zeros(num_experts, device=device)
-        self.z_sum = torch.zeros((), device=device)
-        self.entropy_sum = torch.zeros((), device=device)
-        self.margin_sum = torch.zeros((), device=device)
+        self._make_row(1, num_experts, device)
         num_pairs = len(self.first_P) if self.balance else 0
         self.pairs_PX = torch.zeros(num_pairs, hidden_size + 1, device=device)
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # x [T, H] and probabilities [T, E], 0 at padding
         self._has_pairs = False
         self._most_kept = (num_pairs + num_experts) * torch.float32.itemsize // product_dtype.itemsize
         self.z_grads_EX = torch.zeros(num_experts if z else 0, hidden_size + 1, device=device)
+
+    def _make_row(self, num_groups: int, num_experts: int, device: torch.device) -> None:
+        """The statistics lie in one vector, which `_split_rows` takes apart."""
+        self.row = torch.zeros(_NUM_SCALARS + num_experts * (1 + num_groups), device=device)
+        scalars, self.probs_E, self.counts_GE = _split_rows(self.row, num_experts)
+        self.z_sum, self.entropy_sum, self.margin_sum = scalars.unbind()
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -150,17 +152,10 @@ class RouterSums:
     def count_groups(self, number: int) -> None:
         """From now on count tokens by `number` groups; what was counted is forgotten."""
         self.clear()
-        self.counts_GE = self.counts_GE.new_zeros(number, self.counts_GE.shape[1])
+        self._make_row(number, self.counts_GE.shape[1], self.row.device)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*self._statistics(), self.pairs_PX, self.z_grads_EX]
-
-    def row(self) -> torch.Tensor:
-        """The statistics as one vector, which `_split_rows` takes apart."""
-        return torch.cat([tensor.reshape(-1) for tensor in self._statistics()])
-
-    def _statistics(self) -> list[torch.Tensor]:
-        return [self.z_sum, self.entropy_sum, self.margin_sum, self.probs_E, self.counts_GE]
+        return [*_split_rows(self.row, self.counts_GE.shape[1]), self.pairs_PX, self.z_grads_EX]
 
     def clear(self) -> None:
         self._kept.clear()
@@ -175,6 +170,30 @@ class RouterSums:
         """Add the tokens that `valid_T` marks, each to the count of its group (all to group 0 where none is given).
         choice_TK are the experts that each chose, the likeliest first; [T] where it is one."""
         choice_TK = choice_TK if choice_TK.dim() == 2 else choice_TK[:, None]
+        kernels = cpu_kernels.library_for(self.row)
+        if kernels is None:
+            self._sum_routing(logits_TE, probs_TE, choice_TK, valid_T, group_T)
+        else:
+            cpu_kernels.sum_routing_(kernels, self.row, logits_TE, probs_TE, choice_TK, valid_T, group_T)
+        if self.balance or self.z:
+            probs_TE = probs_TE * valid_T[:, None]
+        if self.balance:
+            self._kept.append((x_TH, probs_TE))
+            if sum(len(x) for x, _ in self._kept) > self._most_kept:
+                self._sum_pairs()
+        if self.z:
+            slope_TE = 2 * torch.logsumexp(logits_TE, dim=-1, keepdim=True) * probs_TE
+            _add_slopes(self.z_grads_EX, slope_TE, x_TH)
+
+    def _sum_routing(
+        self,
+        logits_TE: torch.Tensor,
+        probs_TE: torch.Tensor,
+        choice_TK: torch.Tensor,
+        valid_T: torch.Tensor,
+        group_T: torch.Tensor | None,
+    ) -> None:
+        """Add to the statistics."""
         valid = valid_T.to(torch.float32)
         probs = probs_TE * valid[:, None]
         lse = torch.logsumexp(logits_TE, dim=-1) * valid
@@ -191,14 +210,6 @@ class RouterSums:
         first_T1 = choice_TK[:, :1]
         others_ET = probs.T.clone(memory_format=torch.contiguous_format).scatter_(0, first_T1.T, 0.0)
         self.margin_sum += (probs.gather(1, first_T1)[:, 0] - others_ET.amax(0)).sum()
-        if self.balance:
-            self._kept.append((x_TH, probs))
-            if sum(len(x) for x, _ in self._kept) > self._most_kept:
-                self._sum_pairs()
-        if self.z:
-            slope_TE = 2 * lse[:, None] * probs
-            self.z_grads_EX[:, :-1].addmm_(slope_TE.T, x_TH.to(torch.float32))
-            self.z_grads_EX[:, -1] += slope_TE.sum(0)
 
     def balance_gradient(self, share_E: torch.Tensor) -> torch.Tensor:
         """d/d(router) of sum_j share_j sum_tokens p_j, [E, H+1] (the last column is the bias).
@@ -206,30 +217,54 @@ class RouterSums:
         dp_j/dlogit_k = p_j (delta_jk - p_k), so with p_k = sum_j p_j p_k the gradient of logit k is
         sum_j (share_k - share_j) p_j p_k: each pair enters twice, with opposite signs, and j = k not at all.
         """
-        gap_P = share_E[self.first_P] - share_E[self.second_P]
-        pair_P = torch.arange(len(gap_P), device=gap_P.device)
-        signs_EP = gap_P.new_zeros(len(share_E), len(gap_P))
-        signs_EP[self.first_P, pair_P] = gap_P
-        signs_EP[self.second_P, pair_P] = -gap_P
-        gradient_EX = signs_EP @ self.pairs_PX
+        gradient_EX = self.pairs_PX.new_zeros(len(share_E), self.pairs_PX.shape[1])
+        if self._has_pairs:
+            gap_P = share_E[self.first_P] - share_E[self.second_P]
+            pair_P = torch.arange(len(gap_P), device=gap_P.device)
+            signs_EP = gap_P.new_zeros(len(share_E), len(gap_P))
+            signs_EP[self.first_P, pair_P] = gap_P
+            signs_EP[self.second_P, pair_P] = -gap_P
+            gradient_EX.addmm_(signs_EP, self.pairs_PX)
         for x_TH, probs_TE in self._kept:
             slope_TE = probs_TE * (share_E - (probs_TE @ share_E)[:, None])
-            gradient_EX[:, :-1] += slope_TE.T @ x_TH.to(torch.float32)
-            gradient_EX[:, -1] += slope_TE.sum(0)
+            _add_slopes(gradient_EX, slope_TE, x_TH)
         return gradient_EX
 
     def _sum_pairs(self) -> None:
         """Let go of the tokens kept, for their sums."""
         for x_TH, probs_TE in self._kept:
+            x_TH = x_TH.to(self.product_dtype)
+            kernels = cpu_kernels.library_for(x_TH) if x_TH.dtype == torch.bfloat16 else None
+            if kernels is not None:
+                cpu_kernels.sum_pairs_(kernels, self.pairs_PX, x_TH, probs_TE)
+                continue
             pairs_TP = probs_TE.index_select(1, self.first_P).mul_(probs_TE.index_select(1, self.second_P))
-            pairs_PT, x_TH = pairs_TP.to(self.product_dtype).T, x_TH.to(self.product_dtype)
+            pairs_PT = pairs_TP.to(self.product_dtype).T
             if self.product_dtype == torch.float32:
                 self.pairs_PX[:, :-1].addmm_(pairs_PT, x_TH)
             else:
                 self.pairs_PX[:, :-1] += pairs_PT @ x_TH
-            self.pairs_PX[:, -1] += (probs_TE.T @ probs_TE)[self.first_P, self.second_P]
+            self.pairs_PX[:, -1] += pairs_TP.sum(0)
         self._kept.clear()
         self._has_pairs = True
+
+
+def _likeliest(probs_TE: torch.Tensor, number: int) -> torch.Tensor:
+    """The `number` likeliest experts of each token, the likeliest first, [T, number]."""
+    kernels = cpu_kernels.library_for(probs_TE) if probs_TE.dtype == torch.float32 else None
+    if kernels is not None:
+        return cpu_kernels.largest(kernels, probs_TE, number)
+    return probs_TE.argmax(-1, keepdim=True) if number == 1 else probs_TE.topk(number, dim=-1).indices
+
+
+def _add_slopes(gradient_EX: torch.Tensor, slope_TE: torch.Tensor, x_TH: torch.Tensor) -> None:
+    """To a router's gradient, [E, H + 1], add that of logits whose own is `slope`."""
+    kernels = cpu_kernels.library_for(x_TH) if x_TH.dtype == torch.bfloat16 else None
+    if kernels is None or cpu_kernels.library(torch.float32) is None:
+        gradient_EX[:, :-1].addmm_(slope_TE.T, x_TH.to(torch.float32))
+    else:
+        gradient_EX[:, :-1] += cpu_kernels.router_gradients(kernels, slope_TE, x_TH, None)[0]
+    gradient_EX[:, -1] += slope_TE.sum(0)
 
 
 class MoLERouter(MegatronModule):
@@ -349,12 +384,9 @@ class MoLERouter(MegatronModule):
 
     def _choose(self, probs_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(the experts that statistics count a token for, the likeliest first, those that it uses [T, E] bool)."""
-        if self.adapter.num_choices == 1:
-            choice_T = probs_TE.argmax(dim=-1)
-            if self.adapter.gate == "dense":
-                return choice_T, torch.ones_like(probs_TE, dtype=torch.bool)
-            return choice_T, F.one_hot(choice_T, self.adapter.num_experts).bool()
-        choice_TK = probs_TE.topk(self.adapter.num_choices, dim=-1).indices
+        choice_TK = _likeliest(probs_TE, self.adapter.num_choices)
+        if self.adapter.gate == "dense":
+            return choice_TK, torch.ones_like(probs_TE, dtype=torch.bool)
         return choice_TK, torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -496,7 +528,7 @@ def router_loss_gradients(
     table = torch.zeros(plan.num_routers, width, device=grad_scale.device)
     for router in routers:
         if router.counts:
-            table[plan.row(router)] = router.sums.row()
+            table[plan.row(router)] = router.sums.row
     dist.all_reduce(table)
     _, _, counts_LGE = _split_rows(table, num_experts)
     counts_LE = counts_LGE.sum(1)

@@ -302,8 +302,10 @@ def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     routed = 2 * own + shape.tokens if adapter.router_scope == "linear" else own
     # sigmoids, and scores with their bias, beside what a softmax keeps
     tables = 1 if adapter.gate == "dense" else 3 if adapter.router_score == "softmax" else 5
+    if form == "paired":  # which keep their own weights alone
+        tables -= 1
     saved = routed * (FP32 * adapter.num_experts * tables + 8 * adapter.num_choices)
-    if form != "tokens":
+    if form == "masked":
         saved += (shape.tokens - own) * FP32 * adapter.num_experts  # weights of all ranks' tokens
     reads = adapter.router_scope in ("block", "linear")
     # experts whose input is dropped keep another tensor
@@ -324,8 +326,8 @@ def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     if form == "masked":
         ranks *= 1 if adapter.share_A else adapter.num_experts
         return dropped + shape.tokens * width * (hidden + ranks + 3 * ffn)
-    # weights, and the order of the rows there and back; of pairs also their experts
-    numbering = used * (FP32 + 8 * (2 if form == "tokens" else 4))
+    # weights, and the order of the rows there and back; of pairs also where their weights came from
+    numbering = used * (FP32 + 8 * (2 if form == "tokens" else 3))
     if adapter.expert_form == "mlp":
         # each pair has an MLP's middle of its own: in, out, and what it is more than the frozen one's
         return dropped + shape.tokens * (width * used * (hidden + ranks + 4 * ffn) + numbering)

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from mole_mega.adapters import cpu_kernels
 from mole_mega.adapters.instructions import InstructionRouter, SampleRouter
 from mole_mega.adapters.linear import LoRASpec, Projection
 from mole_mega.adapters.mixture import LinearMixtureLayer, MixtureExperts, MixtureLayer
@@ -139,6 +140,14 @@ def _attention(config: TransformerConfig, index: int, plan: AdapterPlan) -> _Par
     return _Part(linears, holds_norm=False)
 
 
+def _leaves_rows_in_place(config: TransformerConfig, adapter: AdapterConfig, parallel: Parallel) -> bool:
+    """Whether tokens need not even be put in order by their expert: a rank alone has all experts, and the CPU's kernels
+    take rows from where they lie (measured in bf16 with 16 experts: 5% of an MLP's step)."""
+    alone = parallel.ep_size == parallel.tp_size == 1
+    on_cpu = parallel.device.type == "cpu"
+    return alone and adapter.num_experts > 1 and on_cpu and cpu_kernels.library(config.params_dtype) is not None
+
+
 def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> _Part:
     adapter, parallel = plan.adapter, plan.parallel
     if adapter is None or (adapter.layers != "all" and index not in adapter.layers):
@@ -147,7 +156,7 @@ def _decoder_mlp(config: TransformerConfig, index: int, plan: AdapterPlan) -> _P
     common: dict[str, Any] = {"adapter": adapter, "seed": plan.seed, "device": parallel.device}
     if adapter.method == "mole":
         assert adapter.expert_parallel != "auto"
-        travels = adapter.expert_parallel == "tokens"
+        travels = adapter.expert_parallel == "tokens" and not _leaves_rows_in_place(config, adapter, parallel)
         layer, bank = (MoLELayer, MoLEExperts) if travels else (MixtureLayer, MixtureExperts)
         if adapter.router_scope == "linear":
             layer = LinearMixtureLayer

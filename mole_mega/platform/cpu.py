@@ -10,11 +10,9 @@ by name what an upgrade of Megatron-Core has moved.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import inspect
-import os
 import queue
 import types
 import warnings
@@ -25,12 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mole_mega.platform.malloc import keep_freed_memory
 from mole_mega.platform.processor import multiplies_bf16
 
 TESTED_VERSION = "0.19"
-
-# options of mallopt(3)
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 @dataclass(frozen=True)
@@ -92,25 +88,6 @@ PRODUCTS = ("mm", "mm.out", "addmm", "addmm_", "addmm.out", "bmm", "bmm.out", "b
 _product_overrides: list[torch.library.Library] = []  # they hold as long as these live
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc's malloc hand out freed memory again in place of giving it back to the system: an activation of the
-    same size comes in the next layer, and each page that is new costs a fault (measured: 22 MB written in 7.5 ms new,
-    in 1.0 ms reused; a MoLE layer of 2048 tokens in bf16 176 ms and 153 ms; the peak of a step was no higher).
-
-    Tensors beyond 32 MB are its limit, unless the heap happens to have room for them; so it grows by 256 MB at a time,
-    of which only what is written to takes memory. Who has told malloc by glibc's own variables what to do is obeyed."""
-    if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # macOS and musl have none, or one that does nothing
-    if mallopt is not None:
-        for option, value in (
-            (_M_MMAP_THRESHOLD, 32 << 20),
-            (_M_TRIM_THRESHOLD, 2**31 - 1),
-            (_M_TOP_PAD, 256 << 20),
-        ):
-            mallopt(option, value)
-
-
 def install() -> None:
     """Teach Megatron-Core to run on this machine's CPUs, before a model is built; a second call is a no-op."""
     missing = missing_symbols()
@@ -124,7 +101,7 @@ def install() -> None:
     rng: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     rng._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    _keep_freed_memory()
+    keep_freed_memory()
     rng.CudaRNGStatesTracker.fork = _fork
     writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     writer.get_write_results_queue = lambda *args: queue.Queue()

@@ -224,7 +224,7 @@ def test_the_board_is_measured_against_the_same_step_without_it(board, alone, tm
         bench.step(1, board.make_batch(sizes, 1))
     on, off = (benches[case].result for case in ("on", "off"))
     assert (on.loss, on.grad_norm) == (off.loss, off.grad_norm)
-    assert on.routing.balance_loss == off.routing.balance_loss
+    assert on.routing.balance_loss == pytest.approx(off.routing.balance_loss, rel=1e-6)  # summed in another order
     assert on.routing.counts_by_domain().sum((1, 2)).tolist() == [32.0, 16.0, 16.0]
     rows = {case: (tmp_path / case / "metrics.jsonl").read_text() for case in benches}
     assert "load_source" in rows["on"] and "load" not in rows["off"].replace("loss", "")

@@ -4,7 +4,6 @@ Shape suffixes: N sorted rows, T rows of a wide tensor, I in, O out, E experts, 
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from torch import Tensor
 from mole_mega.adapters import bank, cpu_kernels
 from mole_mega.adapters.cpu_kernels import CompiledProducts
 from mole_mega.adapters.mole import SwiGLU
-from mole_mega.adapters.routers import fp32_logits
+from mole_mega.adapters.routers import RouterSums, fp32_logits
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 # more than a chunk of 512; none; a block of 32 and one of 32 + 1
 COUNTS = [530, 0, 32, 33, 1]
 DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=["fp32", "bf16"])
 SIZES = pytest.mark.parametrize(("width", "rank"), [(16, 2), (130, 6), (300, 32), (514, 66)])
+PARTS = pytest.mark.parametrize("parts", [1, 2])
 SCATTERED = pytest.mark.parametrize("scattered", [False, True], ids=["in order", "scattered"])
 
 
@@ -75,49 +75,55 @@ def assert_near(found: Tensor, expected: Tensor):
 @SCATTERED
 @DTYPES
 @SIZES
+@PARTS
 @pytest.mark.parametrize("rank_is_inner", [True, False])
-def test_to_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
+def test_to_rank(kernels, threads, dtype, scattered, width, rank, parts, rank_is_inner):
     products, row_N, num_rows = make(kernels, dtype, scattered)
     x_TI, M_EIR = to_multiply(dtype, num_rows, width, rank, rank_is_inner)
+    M_P = [M_EIR, -2 * M_EIR][:parts]
     x_N = x_TI if row_N is None else x_TI[row_N]
-    expected = torch.cat([x @ M for x, M in zip(by_expert(x_N), M_EIR.double(), strict=True)])
-    assert_near(products.to_rank(x_TI, M_EIR), expected)
+    M_EIPR = torch.cat(M_P, dim=2).double()
+    expected = torch.cat([x @ M for x, M in zip(by_expert(x_N), M_EIPR, strict=True)])
+    assert_near(products.to_rank(x_TI, M_P), expected)
 
 
 @SCATTERED
 @DTYPES
 @SIZES
+@PARTS
 @pytest.mark.parametrize("rank_is_inner", [True, False])
-def test_from_rank(kernels, threads, dtype, scattered, width, rank, rank_is_inner):
+def test_from_rank(kernels, threads, dtype, scattered, width, rank, parts, rank_is_inner):
     products, row_N, num_rows = make(kernels, dtype, scattered)
-    z_NR = randn(sum(COUNTS), 2 * rank, dtype=dtype)[:, rank:]
+    z_NR = randn(sum(COUNTS), 3 * rank, dtype=dtype)[:, (3 - parts) * rank :]
     M_ERO = randn(len(COUNTS), rank, width, dtype=dtype, seed=1)
     if rank_is_inner:
         M_ERO = M_ERO.transpose(1, 2).contiguous().transpose(1, 2)
+    M_P = [M_ERO, -2 * M_ERO][:parts]
     wide_TO = randn(num_rows, 2 * width, dtype=dtype, seed=2)
-    rows_NO = torch.cat([z @ M for z, M in zip(by_expert(z_NR), M_ERO.double(), strict=True)])
+    M_EPRO = torch.cat(M_P, dim=1).double()
+    rows_NO = torch.cat([z @ M for z, M in zip(by_expert(z_NR), M_EPRO, strict=True)])
     place_N = torch.arange(num_rows) if row_N is None else row_N
     summed = torch.zeros(num_rows, width, dtype=torch.float64).index_add_(0, place_N, rows_NO)
     untouched = wide_TO[:, :width].clone()
-    products.add_from_rank_(wide_TO[:, width:], z_NR, M_ERO)
+    products.add_from_rank_(wide_TO[:, width:], z_NR, M_P)
     assert_near(wide_TO[:, width:], randn(num_rows, 2 * width, dtype=dtype, seed=2)[:, width:].double() + summed)
     assert torch.equal(wide_TO[:, :width], untouched)
-    assert_near(products.from_rank(z_NR, M_ERO, num_rows), summed)
+    assert_near(products.from_rank(z_NR, M_P, num_rows), summed)
 
 
 @SCATTERED
 @DTYPES
 @SIZES
-@pytest.mark.parametrize("rank_last", [True, False])
-def test_outer(kernels, threads, dtype, scattered, width, rank, rank_last):
+@PARTS
+def test_outer(kernels, threads, dtype, scattered, width, rank, parts):
     products, row_N, num_rows = make(kernels, dtype, scattered)
-    z_NR = randn(sum(COUNTS), 2 * rank, dtype=dtype)[:, rank:]
+    z_NR = randn(sum(COUNTS), 3 * rank, dtype=dtype)[:, (3 - parts) * rank :]
     wide_TW = randn(num_rows, width + 7, dtype=dtype, seed=2)[:, 3 : width + 3]
     wide_N = wide_TW if row_N is None else wide_TW[row_N]
     expected = torch.stack([z.T @ w for z, w in zip(by_expert(z_NR), by_expert(wide_N), strict=True)])
-    found = products.outer(z_NR, wide_TW, rank_last=rank_last)
-    assert found.is_contiguous() and not found[1].any()
-    assert_near(found.transpose(1, 2) if rank_last else found, expected)
+    found = products.outer(z_NR, wide_TW, parts)
+    assert len(found) == parts and all(grad.is_contiguous() and not grad[1].any() for grad in found)
+    assert_near(torch.cat(found, dim=1), expected)
 
 
 @SCATTERED
@@ -147,9 +153,9 @@ def test_other_experts_rows_reach_no_result(kernels, threads, dtype):
 
     def everything():
         grad_EIR = products.to_rank_with_outer(x_TI, M_EIR, z_NR, u_NR)
-        rows = (products.to_rank(x_TI, M_EIR), u_NR, products.from_rank(z_NR, M_EIR.transpose(1, 2), len(x_TI)))
+        rows = (products.to_rank(x_TI, [M_EIR]), u_NR, products.from_rank(z_NR, [M_EIR.transpose(1, 2)], len(x_TI)))
         by_row = [part for tensor in rows for part in tensor.split(counts)]
-        return [*by_row, *grad_EIR, *products.outer(z_NR, x_TI, rank_last=True)]
+        return [*by_row, *grad_EIR, *products.outer(z_NR, x_TI, 1)[0]]
 
     clean = [tensor.clone() for tensor in everything()]
     last_of_second = sum(counts[:2]) - 1
@@ -171,11 +177,11 @@ def test_a_routers_logits_and_their_gradients(kernels, threads, tokens, width, e
     assert logits_TE.dtype == torch.float32
     expected_TE = x_TH.double() @ weight_EH.double().T
     assert_near(logits_TE, expected_TE if bias_E is None else expected_TE + bias_E.double())
-    dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, weight_EH, needs_x=True)
+    dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, weight_EH)
     assert dweight_EH.dtype == torch.float32 and dx_TH.dtype == torch.bfloat16
     assert_near(dweight_EH, grad_TE.double().T @ x_TH.double())
     assert_near(dx_TH, grad_TE.double() @ weight_EH.double())
-    alone_EH, none = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, weight_EH, needs_x=False)
+    alone_EH, none = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, None)
     assert none is None and torch.equal(alone_EH, dweight_EH)
 
 
@@ -199,13 +205,69 @@ def test_logits_of_bf16_are_those_of_megatron_core(kernels, bias, needs):
         assert_near(found, other.double())
 
 
+@pytest.mark.parametrize("experts", [2, 5, 16, 23])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 64), (1, 2), (64, 96), (100, 300), (333, 128)])
+def test_sums_over_pairs_of_experts(kernels, threads, experts, tokens, width):
+    x_TH, probs_TE = randn(tokens, width, dtype=torch.bfloat16), randn(tokens, experts, dtype=torch.float32).softmax(1)
+    first_P, second_P = torch.triu_indices(experts, experts, offset=1)
+    pairs_PX = randn(len(first_P), width + 1, dtype=torch.float32, seed=1)
+    products_TP = (probs_TE[:, first_P] * probs_TE[:, second_P]).bfloat16()
+    extended_TX = torch.cat([x_TH.double(), torch.ones(tokens, 1).double()], dim=1)
+    expected_PX = pairs_PX.double() + products_TP.double().T @ extended_TX
+    cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PX, x_TH, probs_TE)
+    torch.testing.assert_close(pairs_PX.double(), expected_PX, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize(("tokens", "experts"), [(0, 4), (1, 2), (50, 5), (200, 33)])
+def test_routing_is_summed_as_torchs_operators_do(kernels, groups, choices, tokens, experts):
+    kernels(torch.float32)
+    logits_TE = 3 * randn(tokens, experts, dtype=torch.float32)
+    probs_TE = logits_TE.softmax(1)
+    choice_TK = probs_TE.topk(choices).indices
+    valid_T = randn(tokens, dtype=torch.float32, seed=1) > -0.5
+    group_T = torch.where(valid_T, torch.arange(tokens) % 3, -1) if groups > 1 else None
+
+    def summed(compiled):
+        sums = RouterSums(experts, 8, torch.device("cpu"), balance=False, z=False, num_choices=choices)
+        sums.count_groups(groups)
+        sums.row += 1  # it is added to
+        if compiled:
+            cpu_kernels.sum_routing_(kernels(torch.float32), sums.row, logits_TE, probs_TE, choice_TK, valid_T, group_T)
+        else:
+            sums._sum_routing(logits_TE, probs_TE, choice_TK, valid_T, group_T)
+        return sums
+
+    found, expected = summed(compiled=True), summed(compiled=False)
+    assert torch.equal(found.counts_GE, expected.counts_GE)
+    torch.testing.assert_close(found.row, expected.row, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [2, 30, 64, 300])
 def test_weigh_has_the_bits_of_torchs_operators(kernels, rank):
     z_NR, weight_N = randn(33, rank, dtype=torch.bfloat16), randn(33, dtype=torch.float32, seed=1)
     z_NR[3, 0], z_NR[4, 1] = float("nan"), float("inf")
-    found = cpu_kernels.weigh(kernels(torch.bfloat16), z_NR, weight_N)
-    expected = (z_NR * weight_N[:, None]).to(torch.bfloat16)
+    found = cpu_kernels.weigh(kernels(torch.bfloat16), z_NR, weight_N, 1.7)
+    expected = (z_NR * (1.7 * weight_N)[:, None]).to(torch.bfloat16)
     assert found.isnan().sum() == 1 and torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [1, 30, 64])
+def test_dots_of_rows(kernels, dtype, rank):
+    u_NR, z_NR = randn(33, 2 * rank, dtype=dtype)[:, :rank], randn(33, rank, dtype=dtype, seed=1)
+    found = cpu_kernels.dot_rows(kernels(dtype), u_NR, z_NR, 1.7)
+    torch.testing.assert_close(found.double(), 1.7 * (u_NR.double() * z_NR.double()).sum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("number", "experts"), [(1, 1), (1, 7), (2, 7), (7, 7)])
+def test_the_largest_of_rows(kernels, number, experts):
+    scores_TE = randn(50, experts, dtype=torch.float32).mul_(4).round_()  # some are equal
+    expected_TK = scores_TE.sort(dim=1, descending=True, stable=True).indices[:, :number]
+    assert torch.equal(cpu_kernels.largest(kernels(torch.float32), scores_TE, number), expected_TK)
+    places_TK = cpu_kernels.largest(kernels(torch.float32), torch.full_like(scores_TE, float("nan")), number)
+    assert torch.equal(places_TK.sort(dim=1).values, torch.arange(number).expand(50, -1))
 
 
 @DTYPES
@@ -217,14 +279,20 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
     M_EIR = randn(len(COUNTS), 300, 32, dtype=dtype, seed=1)
     weight_EI, grad_TE = (randn(*shape, dtype=torch.float32) for shape in ((6, 300), (num_rows, 6)))
 
+    def sum_pairs(x_TH, probs_TE):
+        pairs_PX = torch.zeros(15, 301)
+        cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PX, x_TH, probs_TE)
+        return pairs_PX
+
     def everything():
         return (
-            products.to_rank(x_TI, M_EIR),
-            products.from_rank(z_NR, M_EIR.transpose(1, 2), num_rows),
-            products.outer(z_NR, x_TI, rank_last=True),
+            products.to_rank(x_TI, [M_EIR]),
+            products.from_rank(z_NR, [M_EIR.transpose(1, 2)], num_rows),
+            *products.outer(z_NR, x_TI, 2),
             products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR)),
             cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None),
-            *cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TI.bfloat16(), weight_EI, needs_x=True),
+            *cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TI.bfloat16(), weight_EI),
+            sum_pairs(x_TI.bfloat16(), grad_TE),
         )
 
     before = torch.get_num_threads()
@@ -247,12 +315,13 @@ def test_another_number_of_rows_compiles_no_other_kernel(kernels, dtype, scatter
         row_N = torch.arange(rows).flip(0) if scattered else None
         products = CompiledProducts(kernels(dtype), torch.tensor([rows, 0]), row_N)
         x_TI, z_NR = wide_TW[:rows], rank_TR[:rows]
-        z_NR = products.to_rank(x_TI, M_EIR) + z_NR
-        products.add_from_rank_(x_TI, z_NR, M_EIR.transpose(1, 2))
-        products.outer(z_NR, x_TI, rank_last=True)
+        z_NR = products.to_rank(x_TI, [M_EIR]) + z_NR
+        products.add_from_rank_(x_TI, z_NR, [M_EIR.transpose(1, 2)])
+        products.outer(z_NR, x_TI, 1)
         products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR))
         cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None)
-        cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE[:rows], x_TI.bfloat16(), weight_EI, needs_x=True)
+        cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE[:rows], x_TI.bfloat16(), weight_EI)
+        cpu_kernels.sum_pairs_(kernels(torch.bfloat16), torch.zeros(15, width + 1), x_TI.bfloat16(), grad_TE[:rows])
 
     width, rank = (66 if scattered else 62), 26  # of no other test
     wide_TW, rank_TR = torch.zeros(4000, width, dtype=dtype), torch.zeros(4000, rank, dtype=dtype)
@@ -269,7 +338,7 @@ def test_another_number_of_rows_compiles_no_other_kernel(kernels, dtype, scatter
 def test_what_is_not_finite_stays_so(kernels):
     products = CompiledProducts(kernels(torch.bfloat16), torch.tensor([2]))
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0]], dtype=torch.bfloat16).repeat(1, 8)
-    z = products.to_rank(x, torch.ones(1, 16, 2, dtype=torch.bfloat16))
+    z = products.to_rank(x, [torch.ones(1, 16, 2, dtype=torch.bfloat16)])
     assert z[0].isnan().all() and z[1].isinf().all()
 
 
@@ -416,34 +485,3 @@ def test_an_input_without_gradient_is_left_alone():
     assert bank.share_input(x) == (x, None)
     with torch.no_grad():
         assert bank.share_input(x.requires_grad_())[1] is None
-
-
-KEPT = """
-import os, torch
-from pathlib import Path
-from mole_mega.platform import cpu
-{call}
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-torch.empty(1 << 20, dtype=torch.uint8)  # for which the heap may grow: a first tensor beyond the limit is mapped
-held = torch.empty({size} << 20, dtype=torch.uint8).fill_(1)
-before = resident()
-del held
-print(before - resident())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_for_the_next_tensor(monkeypatch):
-    def given_back(call, size=30):
-        script = KEPT.format(call=call, size=size)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert not done.returncode, done.stderr
-        return int(done.stdout)
-
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    assert given_back("") >= 30 << 20
-    assert given_back("cpu._keep_freed_memory()") < 1 << 20
-    assert given_back("cpu._keep_freed_memory()", size=45) < 1 << 20  # malloc's limit for what it keeps is 32
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
-    assert given_back("cpu._keep_freed_memory()") >= 30 << 20

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mole_mega import config as run_config
 from mole_mega.adapters.methods import METHODS, build_methods, check_methods, shorten_methods
 from mole_mega.adapters.methods.base import Method, StateTensor
+from mole_mega.adapters.mixing import paired
 from mole_mega.adapters.sharding import Placement
 from mole_mega.config import ConfigError, DataConfig, ModelConfig, PositiveInt, RunConfig, SourceConfig, TrainConfig
 from mole_mega.models.llava import LLaVA
@@ -263,7 +264,8 @@ def test_the_frozen_rows_of_a_bank_are_those_of_its_mlp(alone):
         W = {pair.projection: torch.cat(list(pair.frozen())) for pair in experts.pairs()}
         x = torch.randn(5, SIZE.language.hidden_size)
         expected = (F.silu(x @ W["gate"].T) * (x @ W["up"].T)) @ W["down"].T
-        out, _ = experts(x, torch.tensor([3, 2]), torch.ones(5))
+        used_TE = F.one_hot(torch.tensor([0, 1, 0, 0, 1]))
+        out = experts(x, paired(used_TE.float(), used_TE.bool(), top_k=1))
     torch.testing.assert_close(out, expected)
 
 

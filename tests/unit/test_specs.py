@@ -10,8 +10,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from mole_mega.adapters import cpu_kernels
 from mole_mega.adapters.linear import LoRAColumnParallelLinear, LoRARowParallelLinear
-from mole_mega.adapters.mole import MoLEExperts
+from mole_mega.adapters.mixture import MixtureLayer
+from mole_mega.adapters.mole import MoLEExperts, MoLELayer
 from mole_mega.adapters.routers import MoLERouter
 from mole_mega.config import (
     AdapterConfig,
@@ -57,11 +59,38 @@ CHOICES = ["all", (0,), (1, 3), (3, 2), (0, 1, 2, 3)]
 def test_only_the_mlps_that_were_asked_for_carry_experts(alone, layers):
     for index, layer in enumerate(decoder_layers(alone, replace(SMALL, layers=layers))):
         if layers == "all" or index in layers:
-            assert isinstance(layer.mlp, MoELayer) and type(layer.mlp.experts) is MoLEExperts
+            assert isinstance(layer.mlp, MoELayer) and isinstance(layer.mlp.experts, MoLEExperts)
             assert type(layer.mlp.router) is MoLERouter and layer.mlp.router.layer_number == index + 1
         else:
             assert type(layer.mlp) is MLP
             assert not [m for m in layer.mlp.modules() if isinstance(m, LoRAColumnParallelLinear)]
+
+
+def test_alone_on_a_cpu_no_token_is_put_in_order(alone, kernels, monkeypatch):
+    """With kernels that take a token's row from where it lies; E = 1 has no order, and the outputs are equal."""
+
+    def layer_of(adapter: AdapterConfig) -> Any:
+        return decoder_layers(alone, adapter)[0].mlp
+
+    kernels(torch.float32)
+    in_place = layer_of(SMALL)
+    assert type(in_place) is MixtureLayer and type(layer_of(replace(SMALL, num_experts=1))) is MoLELayer
+    monkeypatch.setattr(cpu_kernels, "library", lambda dtype: None)
+    in_order = layer_of(SMALL)
+    assert type(in_order) is MoLELayer and type(in_order.experts) is MoLEExperts
+    for parameter in in_place.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    in_order.load_state_dict(in_place.state_dict())
+    monkeypatch.undo()
+    x = torch.randn(9, 2, SIZE.language.hidden_size, generator=torch.Generator().manual_seed(1))
+    (found, _), (expected, _) = in_place(x), in_order(x)
+    assert_close(found, expected)
+    for output in (found, expected):
+        output.square().sum().backward()
+    for got, wanted in zip(in_place.parameters(), in_order.parameters(), strict=True):
+        assert (got.grad is None) == (wanted.grad is None)
+        if got.grad is not None:
+            assert_close(got.grad, wanted.grad)
 
 
 @pytest.mark.parametrize("layers", [*CHOICES, ()], ids=str)
