@@ -308,7 +308,12 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
           for (int64_t i = 0; i < count; ++i) {
             T* out_row = out + (rows ? rows[first + i] : first + i) * ldo + column;
             const float* sum = sums + i * width;
-            if (add && column + kAdded < to) fetch(out_row + kAdded, kAdded);
+            if (add && column + kAdded < to) {
+              fetch(out_row + kAdded, kAdded);
+            } else if (add && first + kRows + i < starts[e + 1]) {
+              const int64_t next = first + kRows + i;
+              fetch(out + (rows ? rows[next] : next) * ldo + from, std::min(kAdded, to - from));
+            }
             add ? put<true>(sum, out_row, width) : put<false>(sum, out_row, width);
           }
         }
