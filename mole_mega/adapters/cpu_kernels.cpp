@@ -24,6 +24,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -51,14 +52,22 @@ int64_t filled_up(int64_t left, int64_t most) {
   return std::min(most, (left + kStep<T> - 1) / kStep<T> * kStep<T>);
 }
 
-template <typename T>
-T* scratch(std::vector<uint8_t>& memory, int64_t size) {
-  constexpr int64_t line = 64;
-  const size_t bytes = size * sizeof(T) + line;
-  if (memory.size() < bytes) memory.resize(bytes);
-  const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<T*>((address + line - 1) / line * line);
-}
+// Room for numbers on a cache line of their own, not set to anything.
+class Memory {
+ public:
+  template <typename T>
+  T* room(int64_t size) {
+    constexpr size_t line = 64;
+    const size_t bytes = size * sizeof(T) + line;
+    if (size_ < bytes) bytes_.reset(new uint8_t[bytes]), size_ = bytes;
+    const auto address = reinterpret_cast<uintptr_t>(bytes_.get());
+    return reinterpret_cast<T*>((address + line - 1) / line * line);
+  }
+
+ private:
+  std::unique_ptr<uint8_t[]> bytes_;
+  size_t size_ = 0;
+};
 
 inline void narrow(float value, float& result) { result = value; }
 inline void narrow(float value, at::BFloat16& result) {  // to the nearest, ties to even; NaN stays NaN
@@ -219,9 +228,9 @@ void interleave(const T* in, int64_t stride_k, int64_t stride_n, int64_t K, int6
 // the expert's, the products' results are not used.
 template <typename T>
 const T* block_of(const T* wide, int64_t& leading, const int64_t* rows, int64_t first, int64_t height, int64_t end,
-                  int64_t all, int64_t width, std::vector<uint8_t>& memory) {
+                  int64_t all, int64_t width, Memory& memory) {
   if (!rows && first + height <= all) return wide + first * leading;
-  T* copy = scratch<T>(memory, kRows * width);
+  T* copy = memory.room<T>(kRows * width);
   for (int64_t i = 0; i < height; ++i) {
     if (first + i < end)
       std::memcpy(copy + i * width, wide + (rows ? rows[first + i] : first + i) * leading, width * sizeof(T));
@@ -243,9 +252,9 @@ void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts
       items.push_back({e, first, std::min(first + kChunk, starts[e + 1])});
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<uint8_t> of_matrix, of_rows, of_sums;
-    T* packed = scratch<T>(of_matrix, (I + 1) * R);
-    float* sums = scratch<float>(of_sums, kRows * R);
+    Memory of_matrix, of_rows, of_sums;
+    T* packed = of_matrix.room<T>((I + 1) * R);
+    float* sums = of_sums.room<float>(kRows * R);
     int64_t held = -1;
 #pragma omp for schedule(dynamic)
     for (size_t item = 0; item < items.size(); ++item) {
@@ -278,10 +287,10 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t part = 0; part < threads; ++part) {
     const int64_t from = blocks * part / threads * kAdded, to = std::min(blocks * (part + 1) / threads * kAdded, O);
-    std::vector<uint8_t> of_matrix, of_rows, of_sums;
+    Memory of_matrix, of_rows, of_sums;
     const int64_t packed_rows = (R + kPair<T> - 1) / kPair<T> * kPair<T>;
-    T* packed = scratch<T>(of_matrix, packed_rows * (to - from));
-    float* sums = scratch<float>(of_sums, kRows * kAdded);
+    T* packed = of_matrix.room<T>(packed_rows * (to - from));
+    float* sums = of_sums.room<float>(kRows * kAdded);
     for (int64_t e = 0; e < E; ++e) {
       if (starts[e] == starts[e + 1]) continue;
       const bool as_it_lies = kPair<T> == 1 && stride_o == 1;
@@ -351,14 +360,14 @@ void pack_rows(const T* wide, int64_t ldw, const int64_t* rows, int64_t first, i
 // sums [R, width], narrowed, to where grad[r, w] lies.
 template <typename T>
 void store(const float* sums, int64_t R, int64_t width, T* grad, int64_t stride_r, int64_t stride_w,
-           std::vector<uint8_t>& memory) {
+           Memory& memory) {
   if (stride_w == 1) {
     for (int64_t r = 0; r < R; ++r) put<false, true>(sums + r * width, grad + r * stride_r, width);
     return;
   }
   if constexpr (kPair<T> == 2) {
     if (stride_r == 1 && R % 2 == 0 && stride_w % 2 == 0) {  // two neighbours move as one word
-      uint32_t* words = scratch<uint32_t>(memory, R / 2 * width);
+      uint32_t* words = memory.room<uint32_t>(R / 2 * width);
       for (int64_t r = 0; r < R; r += 2)
         join_rows(sums + r * width, sums + (r + 1) * width, words + r / 2 * width, width);
       transpose<true>(words, width, R / 2, width, reinterpret_cast<uint32_t*>(grad), stride_w / 2);
@@ -376,10 +385,10 @@ void store(const float* sums, int64_t R, int64_t width, T* grad, int64_t stride_
 // for each number of rows): [ceil((end - begin) / kDepth), R, kDepth], 0 beyond `end`.
 template <typename T>
 void transpose_ranks(const T* z, int64_t ldz, int64_t begin, int64_t end, int64_t R, T* out,
-                     std::vector<uint8_t>& memory) {
+                     Memory& memory) {
   constexpr int64_t pair = kPair<T>;
   using Word = std::conditional_t<pair == 2, uint32_t, T>;
-  Word* words = scratch<Word>(memory, kDepth / pair * R);
+  Word* words = memory.room<Word>(kDepth / pair * R);
   for (int64_t first = begin; first < end; first += kDepth, out += kDepth * R) {
     const int64_t count = std::min(kDepth, end - first), filled = (count + pair - 1) / pair * R;
     interleave(z + first * ldz, ldz, 1, count, R, reinterpret_cast<T*>(words), R);
@@ -407,14 +416,14 @@ void outer(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* r
            int64_t threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<uint8_t> of_ranks, of_wide, of_sums, of_words;
-    T* packed = scratch<T>(of_wide, kDepth * kColumns);
-    float* sums = scratch<float>(of_sums, R * kColumns);
+    Memory of_ranks, of_wide, of_sums, of_words;
+    T* packed = of_wide.room<T>(kDepth * kColumns);
+    float* sums = of_sums.room<float>(R * kColumns);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < E * threads; ++item) {
       const auto [e, part, begin, end, from, to] = part_of(item, threads, starts, W);
       const int64_t depth = (end - begin + kDepth - 1) / kDepth * kDepth;
-      T* ranks = scratch<T>(of_ranks, R * depth);
+      T* ranks = of_ranks.room<T>(R * depth);
       transpose_ranks(z, ldz, begin, end, R, ranks, of_words);
       for (int64_t column = from; column < to; column += kColumns) {
         const int64_t width = std::min(kColumns, to - column);
@@ -449,19 +458,19 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
   std::vector<int64_t> places(E + 1, 0);  // each expert's rows in the sums of u, filled up to kDepth
   for (int64_t e = 0; e < E; ++e)
     places[e + 1] = places[e] + (starts[e + 1] - starts[e] + kDepth - 1) / kDepth * kDepth;
-  std::vector<uint8_t> of_u;
-  float* sums_of_u = scratch<float>(of_u, parts * places[E] * R);
+  Memory of_u;
+  float* sums_of_u = of_u.room<float>(parts * places[E] * R);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<uint8_t> of_ranks, of_matrix, of_wide, of_rows, of_sums, of_words;
-    T* matrix = scratch<T>(of_matrix, (kWide + 1) * R);
-    T* packed = scratch<T>(of_wide, kDepth * kColumns);
-    T* copy = scratch<T>(of_rows, kDepth * kWide);
-    float* sums = scratch<float>(of_sums, R * kWide);
+    Memory of_ranks, of_matrix, of_wide, of_rows, of_sums, of_words;
+    T* matrix = of_matrix.room<T>((kWide + 1) * R);
+    T* packed = of_wide.room<T>(kDepth * kColumns);
+    T* copy = of_rows.room<T>(kDepth * kWide);
+    float* sums = of_sums.room<float>(R * kWide);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < E * parts; ++item) {
       const auto [e, part, begin, end, from, to] = part_of(item, parts, starts, W);
-      T* ranks = scratch<T>(of_ranks, R * (places[e + 1] - places[e]));
+      T* ranks = of_ranks.room<T>(R * (places[e + 1] - places[e]));
       transpose_ranks(z, ldz, begin, end, R, ranks, of_words);
       float* u_of_part = sums_of_u + (part * places[E] + places[e]) * R;
       for (int64_t column = from; column < to; column += kWide) {
@@ -524,14 +533,14 @@ void widen_rows(const at::BFloat16* x, int64_t first, int64_t tokens, int64_t I,
 // logits [T, E] = x [T, I] weight^T + bias, in fp32.
 void router_logits(const at::BFloat16* x, const float* weight, const float* bias, int64_t tokens, int64_t I, int64_t E,
                    float* logits, int64_t threads) {
-  std::vector<uint8_t> of_weight;
-  float* weight_IE = scratch<float>(of_weight, I * E);
+  Memory of_weight;
+  float* weight_IE = of_weight.room<float>(I * E);
   transpose(weight, I, E, I, weight_IE, E);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<uint8_t> of_rows, of_sums;
-    float* block = scratch<float>(of_rows, kRows * kColumns);
-    float* sums = scratch<float>(of_sums, kRows * E);
+    Memory of_rows, of_sums;
+    float* block = of_rows.room<float>(kRows * kColumns);
+    float* sums = of_sums.room<float>(kRows * E);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < tokens; first += kRows) {
       for (int64_t from = 0; from < I; from += kColumns) {
@@ -550,21 +559,21 @@ void router_logits(const at::BFloat16* x, const float* weight, const float* bias
 void router_gradients(const float* grad, const at::BFloat16* x, const float* weight, int64_t tokens, int64_t I,
                       int64_t E, float* dweight, at::BFloat16* dx, int64_t threads) {
   const int64_t blocks = (I + kColumns - 1) / kColumns, depth = (tokens + kRows - 1) / kRows * kRows;
-  std::vector<uint8_t> of_grad, of_transposed;
-  float* padded = scratch<float>(of_grad, depth * E);
+  Memory of_grad, of_transposed;
+  float* padded = of_grad.room<float>(depth * E);
   std::memcpy(padded, grad, tokens * E * sizeof(float));
   std::memset(padded + tokens * E, 0, (depth - tokens) * E * sizeof(float));
-  float* transposed = scratch<float>(of_transposed, depth * E);  // kRows tokens at a time
+  float* transposed = of_transposed.room<float>(depth * E);  // kRows tokens at a time
   for (int64_t first = 0; first < depth; first += kRows)
     transpose(padded + first * E, E, kRows, E, transposed + first * E, kRows);
   // Threads share the columns, so that no two add to one number.
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t part = 0; part < threads; ++part) {
     const int64_t stop = std::min(blocks * (part + 1) / threads * kColumns, I);
-    std::vector<uint8_t> of_rows, of_weight, of_x;
-    float* block = scratch<float>(of_rows, kRows * kColumns);
-    float* sums = scratch<float>(of_weight, E * kColumns);
-    float* sums_of_x = scratch<float>(of_x, kRows * kColumns);
+    Memory of_rows, of_weight, of_x;
+    float* block = of_rows.room<float>(kRows * kColumns);
+    float* sums = of_weight.room<float>(E * kColumns);
+    float* sums_of_x = of_x.room<float>(kRows * kColumns);
     for (int64_t from = blocks * part / threads * kColumns; from < stop; from += kColumns) {
       const int64_t width = std::min(kColumns, I - from);
       if (tokens == 0) std::memset(sums, 0, E * width * sizeof(float));
@@ -588,13 +597,13 @@ void sum_pairs(const at::BFloat16* x, const float* probs, int64_t tokens, int64_
                int64_t threads) {
   const int64_t P = E * (E - 1) / 2, depth = (tokens + kDepth - 1) / kDepth * kDepth;
   const int64_t blocks = (I + kColumns - 1) / kColumns;
-  std::vector<uint8_t> of_products;
-  at::BFloat16* products = scratch<at::BFloat16>(of_products, depth * P);  // [ceil(T / kDepth), P, kDepth]
+  Memory of_products;
+  at::BFloat16* products = of_products.room<at::BFloat16>(depth * P);  // [ceil(T / kDepth), P, kDepth]
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<uint8_t> of_probs, of_transposed, of_x, of_sums;
-    float* some = scratch<float>(of_probs, kDepth * E);
-    float* transposed = scratch<float>(of_transposed, kDepth * E);
+    Memory of_probs, of_transposed, of_x, of_sums;
+    float* some = of_probs.room<float>(kDepth * E);
+    float* transposed = of_transposed.room<float>(kDepth * E);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < depth; first += kDepth) {
       const int64_t count = std::min(kDepth, tokens - first);
@@ -609,8 +618,8 @@ void sum_pairs(const at::BFloat16* x, const float* probs, int64_t tokens, int64_
           put<false>(product, out, kDepth);
         }
     }
-    at::BFloat16* packed = scratch<at::BFloat16>(of_x, kDepth * kColumns);
-    float* sums = scratch<float>(of_sums, P * kColumns);
+    at::BFloat16* packed = of_x.room<at::BFloat16>(kDepth * kColumns);
+    float* sums = of_sums.room<float>(P * kColumns);
     // Threads share the columns, so that no two add to one number.
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
@@ -660,22 +669,28 @@ void sum_routing(const float* logits, const float* probs, const int64_t* choice,
 }
 
 // The places of the K largest of each row of scores [T, E], the largest first.
-void largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t* places) {
-  for (int64_t t = 0; t < T; ++t, scores += E, places += K)
+void find_largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t* places, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t t = 0; t < T; ++t) {
+    const float* row = scores + t * E;
+    int64_t* taken = places + t * K;
     for (int64_t i = 0; i < K; ++i) {
-      const auto is_taken = [&](int64_t e) { return std::find(places, places + i, e) != places + i; };
+      const auto is_taken = [&](int64_t e) { return std::find(taken, taken + i, e) != taken + i; };
       int64_t best = 0;
       while (is_taken(best)) ++best;
       for (int64_t e = best + 1; e < E; ++e)
-        if (scores[e] > scores[best] && !is_taken(e)) best = e;
-      places[i] = best;
+        if (row[e] > row[best] && !is_taken(e)) best = e;
+      taken[i] = best;
     }
+  }
 }
 
 // out[n] = scale weight[n] z[n], rounded once.
-void weigh(const at::BFloat16* z, const float* weight, float scale, int64_t N, int64_t R, at::BFloat16* out) {
-  float product[kColumns];
+void weigh(const at::BFloat16* z, const float* weight, float scale, int64_t N, int64_t R, at::BFloat16* out,
+           int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t n = 0; n < N; ++n) {
+    float product[kColumns];
     const float factor = scale * weight[n];
     for (int64_t from = 0; from < R; from += kColumns) {
       const int64_t count = std::min(kColumns, R - from);
@@ -687,14 +702,16 @@ void weigh(const at::BFloat16* z, const float* weight, float scale, int64_t N, i
 
 // dots[n] = scale <u[n], z[n]>
 template <typename T>
-void dot_rows(const T* u, const T* z, float scale, int64_t N, int64_t R, float* dots) {
+void dot_rows(const T* u, const T* z, float scale, int64_t N, int64_t R, float* dots, int64_t threads) {
   constexpr int64_t lanes = 16;
-  for (int64_t n = 0; n < N; ++n, u += R, z += R) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t n = 0; n < N; ++n) {
+    const T *of_u = u + n * R, *of_z = z + n * R;
     float sums[lanes] = {};
     int64_t r = 0;
     for (; r + lanes <= R; r += lanes)
-      for (int64_t i = 0; i < lanes; ++i) sums[i] += widen(u[r + i]) * widen(z[r + i]);
-    for (; r < R; ++r) sums[0] += widen(u[r]) * widen(z[r]);
+      for (int64_t i = 0; i < lanes; ++i) sums[i] += widen(of_u[r + i]) * widen(of_z[r + i]);
+    for (; r < R; ++r) sums[0] += widen(of_u[r]) * widen(of_z[r]);
     for (int64_t i = 1; i < lanes; ++i) sums[0] += sums[i];
     dots[n] = scale * sums[0];
   }
@@ -810,24 +827,23 @@ extern "C" void sum_routing(const float* logits, const float* probs, const int64
   sum_routing(logits, probs, choice, valid, groups, tokens, E, K, row);
 }
 
-extern "C" void largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t* places,
-                        int64_t /* threads: not worth waking */) {
-  largest(scores, T, E, K, places);
+extern "C" void largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t* places, int64_t threads) {
+  find_largest(scores, T, E, K, places, threads);
 }
 
 extern "C" void weigh_bf16(const at::BFloat16* z, const float* weight, float scale, int64_t N, int64_t R,
-                           at::BFloat16* out, int64_t /* threads: not worth waking */) {
-  weigh(z, weight, scale, N, R, out);
+                           at::BFloat16* out, int64_t threads) {
+  weigh(z, weight, scale, N, R, out, threads);
 }
 
 extern "C" void dot_rows_bf16(const at::BFloat16* u, const at::BFloat16* z, float scale, int64_t N, int64_t R,
-                              float* dots, int64_t /* threads: not worth waking */) {
-  dot_rows(u, z, scale, N, R, dots);
+                              float* dots, int64_t threads) {
+  dot_rows(u, z, scale, N, R, dots, threads);
 }
 
 extern "C" void dot_rows_fp32(const float* u, const float* z, float scale, int64_t N, int64_t R, float* dots,
-                              int64_t /* threads: not worth waking */) {
-  dot_rows(u, z, scale, N, R, dots);
+                              int64_t threads) {
+  dot_rows(u, z, scale, N, R, dots, threads);
 }
 
 extern "C" void swiglu_bf16(const at::BFloat16* fused, const float* silu, int64_t T, int64_t F, at::BFloat16* out,
