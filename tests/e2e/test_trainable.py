@@ -130,12 +130,18 @@ def test_steps_move_everything_trainable_and_nothing_frozen(make_trainer):
 
 def detach(what, rank):
     """For `prepare`: cut one part of the model off from its gradient."""
-    from mole_mega.adapters import bank, routers
+    from mole_mega.adapters import routers
+    from mole_mega.adapters.mixture import MixtureExperts
     from mole_mega.models.llava import LLaVA
 
     if what == "expert factor":
-        add = bank.add_expert_lora
-        bank.add_expert_lora = lambda base, x, A, *rest: add(base, x, A.detach(), *rest)
+        whole = MixtureExperts._whole_factors
+
+        def cut(self):
+            factors = whole(self)
+            return factors | {"lora_down_A": factors["lora_down_A"].detach()}
+
+        MixtureExperts._whole_factors = cut
     elif what == "router":
         weigh = routers.gate_weights
         routers.gate_weights = lambda probs, *rest, **options: weigh(probs.detach(), *rest, **options)
