@@ -197,8 +197,11 @@ def sum_routing_(
     """Add to `RouterSums.row` what tokens are to it; fp32."""
     assert row.dtype == logits_TE.dtype == probs_TE.dtype == torch.float32 and row.is_contiguous()
     assert choice_TK.dtype == torch.int64 and valid_T.dtype == torch.bool
-    assert group_T is None or group_T.dtype == torch.int64
-    group_T = None if group_T is None else group_T.contiguous()
+    if group_T is not None:
+        assert group_T.dtype == torch.int64
+        num_groups = (len(row) - 3) // probs_TE.shape[1] - 1
+        assert not len(group_T) or int(group_T.max()) < num_groups, "a count would land outside the row"
+        group_T = group_T.contiguous()
     tensors = (logits_TE.contiguous(), probs_TE.contiguous(), choice_TK.contiguous(), valid_T.contiguous(), group_T)
     _call(found, "sum_routing", *tensors, *probs_TE.shape, choice_TK.shape[1], row)
 
