@@ -84,13 +84,20 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
             where = "" if rank == "0" else f" (rank {rank})"
             known = isinstance(error, ValueError | OSError | CheckFailedError | StoppedError)
             kind = "" if known else f"{type(error).__name__}: "
-            print(f"error{where}: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error{where}: {kind}{' '.join(_words(error).split())}", file=sys.stderr, flush=True)
         outcome.code = next((code for kind, code in _CODES if isinstance(error, kind)), ExitCode.OUR_FAULT)
         if "RANK" in os.environ:
             # An ordinary exit takes down the process group's threads, which now and then aborts (SIGABRT, code 250).
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(outcome.code)
+
+
+def _words(error: Exception) -> str:
+    """What it says, but for the number of an error of the system's."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def quiet_libraries() -> None:

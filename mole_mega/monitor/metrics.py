@@ -101,11 +101,16 @@ class MetricsFile:
         beside = path.with_name(f".{path.name}.new")
         beside.write_text("".join(_line(row) for row in kept))
         beside.replace(path)
+        self._path = path
         self._file = open(path, "a")  # noqa: SIM115 - open for the run's length
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        """Raises OSError, naming the file."""
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:  # of a write it does not say where
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         self._file.close()

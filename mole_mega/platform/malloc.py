@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 # options of mallopt(3), and advice of madvise(2)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
@@ -12,6 +13,7 @@ _MADV_HUGEPAGE = 14
 _MOST_MAPPINGS = 65536  # glibc's own M_MMAP_MAX
 _LARGEST_THRESHOLD = 32 << 20  # and the largest M_MMAP_THRESHOLD that it takes
 _HUGE_PAGE = 2 << 20
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # proc_sys_vm(5): "2" counts what is reserved as used
 
 
 def keep_freed_memory() -> None:
@@ -37,7 +39,8 @@ def keep_freed_memory() -> None:
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     tried = size + _LARGEST_THRESHOLD  # malloc asks for a little more
     libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_ssize_t, [ctypes.c_ssize_t]
-    if libc.sbrk(tried) == -1:  # a limit on the process: then at least tensors up to some size
+    # Not from other processes, nor beyond a limit on this one: then at least tensors up to some size are kept.
+    if _takes_from_others() or libc.sbrk(tried) == -1:
         mallopt(_M_TOP_PAD, 8 * _LARGEST_THRESHOLD)
         return
     libc.sbrk(-tried)  # a malloc that failed would leave the heap for good
@@ -51,3 +54,11 @@ def keep_freed_memory() -> None:
         start = -(-room // _HUGE_PAGE) * _HUGE_PAGE
         libc.madvise(start, room + size - start, _MADV_HUGEPAGE)
         libc.free(room)
+
+
+def _takes_from_others() -> bool:
+    """Whether the system counts memory that is reserved as used."""
+    try:
+        return _OVERCOMMIT.read_text().strip() == "2"
+    except OSError:
+        return False

@@ -62,6 +62,13 @@ def test_where_the_heap_cannot_grow_so_far_smaller_tensors_are_kept():
     assert number_of(HUGE, limited, 100) < 10 << 20  # the heap did not grow
 
 
+def test_nothing_is_reserved_where_that_would_take_it_from_other_processes(tmp_path):
+    (tmp_path / "overcommit").write_text("2\n")
+    counted = f"from mole_mega.platform import malloc; malloc._OVERCOMMIT = Path({str(tmp_path / 'overcommit')!r})"
+    assert number_of(FREED, f"{counted}; keep_freed_memory()", 45) < 2 << 20
+    assert number_of(HUGE, f"{counted}; keep_freed_memory()", 100) < 10 << 20
+
+
 def test_tensors_lie_on_huge_pages():
     mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not mode.exists() or "[never]" in mode.read_text():

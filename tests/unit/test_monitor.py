@@ -17,6 +17,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from mole_mega.adapters.routing import RouterMemory, RoutingSummary
 from mole_mega.config import MonitorConfig
+from mole_mega.errors import ExitCode, report_errors
 from mole_mega.monitor import pictures, throughput
 from mole_mega.monitor.alarms import Alarm
 from mole_mega.monitor.experts import ExpertStatistics, expert_row
@@ -91,6 +92,17 @@ def test_a_whole_line_that_is_no_row_is_named_and_nothing_is_dropped(tmp_path, l
     with pytest.raises(OSError, match=r"line 2 of .*m is no row with a step"):
         MetricsFile(tmp_path / "m", 3)
     assert (tmp_path / "m").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_full_is_told_with_the_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file._file = open("/dev/full", "w")  # noqa: SIM115 - as a run holds it
+    with report_errors(debug=False) as outcome:
+        file.write({"step": 1})
+    assert outcome.code == ExitCode.INPUT_ERROR
+    assert capsys.readouterr().err == f"error: {tmp_path / 'metrics.jsonl'}: No space left on device\n"
 
 
 def test_a_validation_row_of_the_resumed_step_is_kept(tmp_path):
