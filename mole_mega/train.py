@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
 
 from mole_mega import config
 from mole_mega.errors import ConfigError, quiet_libraries, report_errors
-from mole_mega.outputs import check_folder
+from mole_mega.outputs import check_folder, holding
 
 # torch counts a store's milliseconds in 32 bits
 _LONGEST_PATIENCE = 1_000_000
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             patience_seconds=args.rendezvous_timeout,
             facts=versions() | config.flat(run),
         )
-        outcome.code = Trainer(run, parallel).train()
+        with holding(Path(run.run_dir), "run_dir") if parallel.is_main else contextlib.nullcontext():
+            outcome.code = Trainer(run, parallel).train()
         platform.shutdown()
     return outcome.code
 

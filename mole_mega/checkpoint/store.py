@@ -212,7 +212,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint below a `checkpoints` folder. Raises as `CheckpointStore.latest` does."""
     found, pointer = complete_checkpoints(folder), folder / LATEST
     if pointer.exists():
-        named = folder / pointer.read_text().strip()
+        named = folder / pointer.read_text(errors="replace").strip()
         if named not in found:
             raise files.CheckpointError(
                 f"{named} is not a complete checkpoint, yet {pointer} names it; restore it, or remove {pointer} to "

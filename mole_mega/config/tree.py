@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -27,7 +28,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        tree = _unshared(yaml.load(path.read_text(), Loader=_UniqueKeyLoader))
+    except RecursionError as error:
+        raise ConfigError(f"{path}: a section holds itself, or sections lie too deep") from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -77,14 +80,23 @@ def dump(config: RunConfig) -> str:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys without a word; a run file that says a thing twice is a mistake."""
+    """YAML keeps the last of two equal keys without a word; a run file that says a thing twice is a mistake. (What a
+    merge `<<` brings is not said twice, so that the keys are compared before it.)"""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                raise ConfigError(f"the key {key!r} stands {keys.count(key)} times in one section")
-        return super().construct_mapping(node, deep)
+                raise ConfigError(f"the key {key[1]!r} stands {keys.count(key)} times in one section")
+        return node
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which an alias has a section of its own, so that an override changes what it names and nothing else."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(item) for item in node] if isinstance(node, list) else node
 
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
@@ -186,12 +198,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         problems = []
         for option in args:
+            if option is type(None) and value is not None:
+                continue
             try:
                 return _convert(option, value, where)
             except ConfigError as error:
                 problems.append(str(error))
-        # the one that says more than "not this type"
-        raise ConfigError(next((p for p in problems if not p.startswith(f"{where} must be ")), problems[0]))
+        wrong_kind = f"{where} must be "
+        if further := [problem for problem in problems if not problem.startswith(wrong_kind)]:
+            raise ConfigError(further[0])
+        kinds = [re.split("[,;] got ", problem.removeprefix(wrong_kind))[0] for problem in problems]
+        raise ConfigError(f"{wrong_kind}{' or '.join(kinds)}, got {value!r}")
     if origin is Literal:
         # type() too: YAML's `1` and `true` compare equal in Python
         if any(value == option and type(value) is type(option) for option in args):

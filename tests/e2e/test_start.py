@@ -9,6 +9,8 @@ import commands
 import pytest
 from torch.distributed import TCPStore
 
+from mole_mega.outputs import holding
+
 INPUT_ERROR, STOPPED_ON_SIGNAL = 2, 75
 
 
@@ -63,6 +65,18 @@ def test_a_rank_that_differs_is_named_with_what_it_has(write_run, tmp_path, prep
     (line,) = text.splitlines()
     assert line.startswith(f"error: {message}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_that_another_process_is_at_is_left_alone(write_run, tmp_path, world_size):
+    run = tmp_path / "run"
+    with holding(run, "run_dir"):
+        code, text = commands.run([write_run()], tmp_path / "log", world_size)
+    assert code == INPUT_ERROR, text
+    (line,) = text.splitlines()
+    assert line.startswith(f"error: run_dir: process {os.getpid()} on ") and f"is already at work in {run};" in line
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    assert commands.run([write_run()], tmp_path / "log", world_size)[0] == 0
 
 
 def other_steps(rank):

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mole_mega import config
 from mole_mega.checkpoint import base, files
 from mole_mega.checkpoint.files import MANIFEST, CheckpointError, folder_hash, incomplete_name, publish, verify
-from mole_mega.checkpoint.store import CheckpointStore, complete_checkpoints
+from mole_mega.checkpoint.store import CheckpointStore, complete_checkpoints, latest_checkpoint
 from mole_mega.config import AdapterConfig, DataConfig, Fp8Config, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from mole_mega.errors import ConfigError
 from mole_mega.models.llava import LLaVA
@@ -166,6 +166,13 @@ def test_what_is_not_a_whole_checkpoint_is_not_seen(tmp_path):
     publish_step(tmp_path, "step_5_copy")
     publish_step(tmp_path, "step_")
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_1"]
+
+
+def test_a_pointer_of_other_bytes_is_named(tmp_path):
+    publish_step(tmp_path, "step_1")
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=r"latest names it; restore it, or remove .*latest to go on from step_1"):
+        latest_checkpoint(tmp_path)
 
 
 def test_no_folder_means_no_checkpoints(tmp_path):

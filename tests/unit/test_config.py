@@ -1,7 +1,9 @@
 """A config is what the user wrote or an error of one line that names the key and the numbers."""
 
 import dataclasses
+import json
 import math
+import re
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -438,8 +440,8 @@ def test_weights_are_not_negative_and_not_all_zero(kind, weights, parts):
         ({"weight": [[0, 1], [5]]}, "a list of [step, weight], got [[0.0, 1.0], [5.0]]"),
         ({"weight": []}, "a list of [step, weight], got []"),
         ({"weight": [[0, float("nan")]]}, "weight[0][1] must be a finite number, got nan"),
-        ({"weight": float("nan")}, "weight must be a finite number, got nan"),
-        ({"weight": "much"}, "weight must be float, got 'much'"),
+        ({"weight": float("nan")}, "weight must be a finite number or a list, got nan"),
+        ({"weight": "much"}, "weight must be float or a list, got 'much'"),
         ({"weight": 1e308}, "data.sources 'a': a weight must be at most 1e+100, got 1e+308"),
         ({"weight": [[0, 1], [8, 0]]}, "all weights are 0 at step 8"),
         ({"weight": [[0, 0], [8, 1]]}, "data.sources: all weights are 0"),
@@ -673,6 +675,37 @@ def test_a_key_given_twice_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="the key 'rank' stands 2 times") as caught:
         run_config.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_alias_is_a_section_of_its_own_and_a_merge_is_no_key_twice(tmp_path):
+    tree = yaml.safe_load(yaml.safe_dump(SMALLEST))
+    (source, *_), path = tree["data"]["sources"], tmp_path / "run.yaml"
+    source |= {"name": "a", "path": "train.json"}
+    del tree["data"]
+    path.write_text(
+        yaml.safe_dump(tree)
+        + f"data:\n  sources: &all\n  - &a {json.dumps(source)}\n  - {{<<: *a, name: b, weight: 2}}\n"
+        + "  validation: *all\n"
+    )
+    run = run_config.load(path, ["data.validation.a.path=/other.json", "data.validation.b.weight=5"])
+    assert [(s.name, Path(s.path).name, s.weight) for s in run.data.sources] == [
+        ("a", "train.json", 1.0), ("b", "train.json", 2.0),
+    ]  # fmt: skip
+    assert [(s.name, Path(s.path).name, s.weight) for s in run.data.validation] == [
+        ("a", "other.json", 1.0), ("b", "train.json", 5.0),
+    ]  # fmt: skip
+
+
+def test_a_section_that_holds_itself_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("data: &all\n  sources: *all\n")
+    with pytest.raises(ConfigError, match="a section holds itself"):
+        run_config.load(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("layers", ["0-1", 3])
+def test_of_a_key_that_takes_two_kinds_of_value_both_are_named(layers):
+    with pytest.raises(ConfigError, match=re.escape(f"adapter.layers must be one of all or a list, got {layers!r}")):
+        make(adapter={"layers": layers})
 
 
 def test_the_untrained_router_is_allowed_where_there_is_no_choice_or_another_loss_trains_it():

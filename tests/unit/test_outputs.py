@@ -1,11 +1,17 @@
-"""A place that cannot be written to is told before the work, and looking leaves nothing behind."""
+"""A place that cannot be written to, or is another process's, is told before the work, and looking leaves nothing."""
 
+import fcntl
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from mole_mega import outputs
 from mole_mega.errors import ConfigError
-from mole_mega.outputs import check_file, check_folder
+from mole_mega.outputs import check_file, check_folder, holding
 
 
 def refused(check, path):
@@ -33,3 +39,36 @@ def test_what_cannot_is_named_with_the_setting_and_the_reason(tmp_path):
     assert refused(check_file, tmp_path / "a" / "b") == f"--out: {tmp_path / 'a'} is not a folder"
     assert refused(check_file, Path("/proc/version")).startswith("--out: /proc/version cannot be written")
     assert refused(check_file, Path("/proc/x")) == "--out: /proc cannot be written to: No such file or directory"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mole_mega.outputs import holding
+with holding(Path(sys.argv[1]), "run_dir"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_process_s_until_it_ends_however_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "_RELEASE_SECONDS", 0.2)
+    folder = tmp_path / "new" / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        whose = f"run_dir: process {other.pid} on .* is already at work in {folder}"
+        with pytest.raises(ConfigError, match=whose), holding(folder, "run_dir"):
+            pass
+        os.kill(other.pid, signal.SIGKILL)
+    for _ in range(2):
+        with holding(folder, "run_dir"):
+            assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_without_locks_nothing_is_kept_and_all_goes_on(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with holding(tmp_path, "run_dir"), holding(tmp_path, "run_dir"):
+        pass
