@@ -47,7 +47,7 @@ PYTHON = (3, 12)
 GIB = 2**30
 MIN_SHARED_MEMORY = 1 * GIB  # workers and NCCL within a host
 MIN_DISK = 10 * GIB
-DEFAULT_PORT = 29500  # torchrun's
+PORTS = (29500, 29400)  # torchrun's own, and that of examples/cluster
 CONNECT_SECONDS = 5.0
 
 Status = Literal["ok", "absent", "bad"]
@@ -66,10 +66,14 @@ class Finding:
 
 
 def main(argv: list[str]) -> int:
-    """Parse, look, print. Returns the exit code: 2 when something that everything needs is missing."""
+    """Parse, look, print. Returns the exit code: 2 when something is missing that everything needs, or --require."""
     parser = argparse.ArgumentParser(prog="mole-mega doctor", description="What this machine has, and what it lacks.")
     parser.add_argument("--folder", type=Path, default=Path(), help="where runs will be written (default: here)")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="also try to reach this address, as a rank would")
+    parser.add_argument(
+        "--require", action="append", default=[], metavar="NAME",
+        help="end with 2 unless this one is there too, such as CUDA; may be given again",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the findings to this file")
     parser.add_argument("--debug", action="store_true", help="show warnings and tracebacks")
     args = parser.parse_args(argv)
@@ -79,10 +83,16 @@ def main(argv: list[str]) -> int:
         if not args.debug:
             quiet_libraries()
         findings = examine(args.folder, args.rendezvous)
+        names = [finding.name for finding in findings]
+        if unknown := sorted(set(args.require) - set(names)):
+            raise ConfigError(f"--require {unknown[0]!r} is nothing that is looked at; there are {', '.join(names)}")
         print("\n".join(describe(findings)))
         if args.json:
             args.json.write_text(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1) + "\n")
-        if any(finding.status == "bad" for finding in findings):
+        missing = [f.name for f in findings if f.status == "absent" and f.name in args.require]
+        if missing:
+            print(f"required, and not here: {', '.join(missing)}")
+        if missing or any(finding.status == "bad" for finding in findings):
             outcome.code = ExitCode.INPUT_ERROR
     return outcome.code
 
@@ -91,7 +101,7 @@ def examine(folder: Path, rendezvous: str | None = None) -> list[Finding]:
     """Look at everything. Raises ConfigError when `rendezvous` is no HOST:PORT."""
     findings = [_python(), *(_package(name, least) for name, least in NEEDED.items())]
     findings += [*_accelerator(), *(_optional(*entry) for entry in OPTIONAL)]
-    findings += [_compiler(), _disk(folder), _shared_memory(), _interfaces(), _port(DEFAULT_PORT)]
+    findings += [_compiler(), _disk(folder), _shared_memory(), _interfaces(), *map(_port, PORTS)]
     if rendezvous is not None:
         findings.append(_reach(rendezvous))
     return findings
@@ -268,8 +278,14 @@ def _port(port: int) -> Finding:
         try:
             listener.bind(("", port))
         except OSError as error:
-            off = "torchrun's default rendezvous on this host"
-            return Finding(name, "absent", str(error.strerror), off, "torchrun --master-port with a free one")
+            off = "a rendezvous on this host at that port"
+            return Finding(
+                name,
+                "absent",
+                str(error.strerror),
+                off,
+                "torchrun --master-port with a free one, or PORT for examples/cluster/torchrun.sh",
+            )
     return Finding(name, "ok", "free to listen on")
 
 

@@ -36,7 +36,7 @@ EFFICIENCY = 0.5
 LINK_EFFICIENCY = 0.7
 ASSUMPTIONS = (
     f"GEMMs at {EFFICIENCY:.0%} of the peak, links at {LINK_EFFICIENCY:.0%}, nothing overlaps, balanced routing, "
-    "every sample of the longest length"
+    "every sample of the longest length, attention between all its places"
 )
 
 

@@ -1,8 +1,11 @@
 """The recipes for clusters, as far as they can be looked at without one: run files load, divide and fit, and launchers
 name what exists."""
 
+import os
 import re
+import signal
 import subprocess
+import time
 import tomllib
 from pathlib import Path
 
@@ -55,6 +58,32 @@ def test_launchers_parse_and_name_what_exists():
     job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
     (container,) = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
     assert (EXAMPLES.parent / Path(container["command"][-1]).relative_to("/mole_mega")).is_file()
+
+
+FAKES = {
+    "scontrol": 'if [ "$1" = show ]; then echo node0; else echo "$@" > asked; fi',
+    "scancel": 'echo "$@" > told',
+    "srun": 'echo "$@" > started; sleep 0.5; exit "$CODE"',
+}
+
+
+@pytest.mark.parametrize("code", [0, 2, 4, 75])
+@pytest.mark.parametrize("time_is_up", [False, True])
+def test_slurm_queues_a_run_again_that_saved_for_its_time_was_up(tmp_path, code, time_is_up):
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node0", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64"}
+    env = os.environ | slurm | {"CODE": str(code), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", EXAMPLES / "cluster" / "slurm.sbatch", "run.yaml"], cwd=tmp_path, env=env)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    if time_is_up:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == code
+    assert "--cpus-per-task=64" in (tmp_path / "started").read_text()
+    assert (tmp_path / "told").exists() == time_is_up
+    assert (tmp_path / "asked").exists() == (time_is_up and code == 75)
 
 
 @pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])

@@ -19,7 +19,7 @@ def test_this_machine_can_run_and_everything_missing_has_a_fix(tmp_path, capsys)
     findings = json.loads((tmp_path / "f.json").read_text())
     names = [finding["name"] for finding in findings]
     for name in ("Python", "torch", "CUDA", "NCCL", "Transformer Engine", "Apex", "flash attention", "C++ compiler",
-                 "disk", "shared memory", "interfaces", "port 29500"):  # fmt: skip
+                 "disk", "shared memory", "interfaces", "port 29500", "port 29400"):  # fmt: skip
         assert name in names
     assert all(finding["fix"] and finding["switches_off"] for finding in findings if finding["status"] != "ok")
     assert "everything that a CPU run needs is here" in capsys.readouterr().out
@@ -52,6 +52,18 @@ def test_an_optional_package_that_is_broken_is_not_called_missing(tmp_path, monk
     finding = doctor._optional("Apex", "broken_build", "broken-build", "something", "rebuild it")
     assert (finding.status, finding.found) == ("absent", "cannot be imported: libcudart.so.12: cannot open")
     assert doctor._optional("Apex", "no_such_build", "no-such-build", "something", "x").found == "not installed"
+
+
+def test_what_is_required_is_an_error_too(monkeypatch, capsys):
+    absent = doctor.Finding("CUDA", "absent", "no device", "GPUs", "get one")
+    monkeypatch.setattr(doctor, "_accelerator", lambda: [absent])
+    assert doctor.main(["--debug"]) == 0
+    assert doctor.main(["--debug", "--require", "torch"]) == 0
+    capsys.readouterr()
+    assert doctor.main(["--debug", "--require", "torch", "--require", "CUDA"]) == 2
+    assert capsys.readouterr().out.endswith("required, and not here: CUDA\n")
+    assert doctor.main(["--require", "cuda"]) == 2
+    assert "--require 'cuda' is nothing that is looked at; there are Python, torch," in capsys.readouterr().err
 
 
 def test_a_rendezvous_is_tried():
