@@ -47,6 +47,7 @@ from mole_mega.monitor.logs import RunLogs
 from mole_mega.monitor.metrics import Row, StepResult, step_row
 from mole_mega.monitor.throughput import Throughput, peak_memory_bytes, progress_line
 from mole_mega.platform import fp8
+from mole_mega.platform.meeting import check_agreement
 from mole_mega.platform.parallel import Parallel
 from mole_mega.platform.recipes import sequence_multiple
 from mole_mega.platform.scaling import make_scales, remembers_scales, scale_entries
@@ -201,6 +202,7 @@ class Trainer:
         assert self.loader.plan is not None
         self.plan = self.loader.plan
         self.plan.check(run.train.steps)
+        check_agreement(self._found_on_disk())
         self.model = build_model(run, self.size, parallel)
         self.optimizer = build_optimizer(self.model, run.train)
         self.stepper = Stepper(run, self.model, self.optimizer, parallel, len(self.loader.domains))
@@ -323,6 +325,17 @@ class Trainer:
             bad_steps_in_row=0 if result.applied else self.state.bad_steps_in_row + 1,
         )
         return step_row(step, result, lrs, self.loader.domains), result
+
+    def _found_on_disk(self) -> dict[str, str]:
+        """What ranks on hosts that do not share their files would find different, and train on without a word."""
+        latest = self.store.latest()
+        found = {
+            "the hash of model.base": self.base_hash,
+            "run_dir's newest checkpoint": latest.name if latest else "none",
+        }
+        for source, size in zip(self.run.data.sources, self.plan.sizes, strict=True):
+            found[f"the rows of data.sources {source.name!r}"] = f"{size:,}"
+        return found
 
     def _start(self) -> RunState:
         """Where this run begins: its own newest checkpoint, another run's weights, or the base alone."""

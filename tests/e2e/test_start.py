@@ -1,6 +1,7 @@
 """What a distributed run finds out before it trains: processes that do not come, or come with something else."""
 
 import os
+import re
 import signal
 import socket
 from functools import partial
@@ -65,6 +66,57 @@ def test_a_rank_that_differs_is_named_with_what_it_has(write_run, tmp_path, prep
     (line,) = text.splitlines()
     assert line.startswith(f"error: {message}")
     assert not (tmp_path / "run").exists()
+
+
+def other_base(rank):
+    """For `prepare`: rank 1's host has another base at the same path."""
+    if rank == 1:
+        from mole_mega.checkpoint import files
+
+        files.folder_hash = lambda folder: "another"
+
+
+def other_checkpoints(rank):
+    """For `prepare`: rank 1's host has a run_dir of its own."""
+    if rank == 1:
+        from mole_mega.checkpoint.store import CheckpointStore
+
+        CheckpointStore.latest = lambda self: None
+
+
+def other_rows(rank):
+    """For `prepare`: rank 1's host has a longer file."""
+    if rank == 1:
+        import dataclasses
+
+        from mole_mega.training import trainer
+
+        build = trainer.build_run_loader
+
+        def build_other(*args):
+            loader = build(*args)
+            loader.plan = dataclasses.replace(loader.plan, sizes=tuple(size + 1 for size in loader.plan.sizes))
+            return loader
+
+        trainer.build_run_loader = build_other
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (other_base, r"the hash of model\.base: another there, \w+ on rank 0"),
+        (other_checkpoints, r"run_dir's newest checkpoint: none there, step_\d+ on rank 0"),
+        (other_rows, r"the rows of data\.sources '\w+': (\d+) there, (\d+) on rank 0"),
+    ],
+)
+def test_hosts_that_do_not_share_their_files_do_not_train(write_run, tmp_path, prepare, message):
+    assert commands.run([write_run()], tmp_path / "log", 2)[0] == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    code, text = commands.run([write_run(), "train.steps=20"], tmp_path / "log", 2, prepare)
+    assert code == INPUT_ERROR, text
+    (line,) = text.splitlines()
+    assert re.match(f"error: rank 1 differs from rank 0 in {message}", line), line
+    assert sorted((tmp_path / "run").rglob("*")) == before
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
