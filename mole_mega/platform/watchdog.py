@@ -100,6 +100,10 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._standing = (step, doing, self._standing[2] + 1)
         self._since = time.monotonic()
 
+    def going_on(self) -> None:
+        """This process is where it was, and not stuck: a validation may have more batches than patience lasts for."""
+        self._since = time.monotonic()
+
     @property
     def _mine(self) -> Place:
         step, doing, passed = self._standing

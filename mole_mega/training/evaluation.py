@@ -8,7 +8,7 @@ as an answer may be as long as the true one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,15 +105,17 @@ def answer_questions(
     base: Path,
     batch_size: int,
     max_new_tokens: int,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The answers of all ranks to the questions in their batches, in the order of the sources; every rank gets all.
 
-    `base` names the stop tokens. All ranks call it, with the validation batches of their data-parallel rank.
+    `base` names the stop tokens; `each_batch` is called before each batch of questions. All ranks call it, with the
+    validation batches of their data-parallel rank.
     """
     parallel = model.parallel
     stop_ids = encoder.stop_ids(base)
     asked = sorted(questions(batches, parallel.dp_rank, encoder.places_per_image), key=lambda q: len(q.prompt))
-    written = _write(model, asked, batch_size, max_new_tokens, stop_ids)
+    written = _write(model, asked, batch_size, max_new_tokens, stop_ids, each_batch)
     mine = []
     # each question is counted by one rank
     if parallel.pp_rank == 0 and parallel.tp_rank == 0:
@@ -176,7 +178,12 @@ def _answers(labels_S: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _write(
-    model: LLaVA, asked: Sequence[Question], batch_size: int, max_new_tokens: int, stop_ids: frozenset[int]
+    model: LLaVA,
+    asked: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    each_batch: Callable[[], None],
 ) -> list[list[int]]:
     """The tokens of each answer. Ranks may have unlike numbers of questions, also none."""
     parallel = model.parallel
@@ -186,6 +193,7 @@ def _write(
     dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
     written: list[list[int]] = []
     for number in range(int(rounds)):
+        each_batch()
         part = chunks[number * parallel.pp_size : (number + 1) * parallel.pp_size]
         prompts = [_prompts(chunk, model) for chunk in (*part, *[()] * (parallel.pp_size - len(part)))]
         for chunk, rows in zip(part, greedy(model, prompts, max_new_tokens, stop_ids), strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,8 +27,14 @@ from mole_mega.training.loss import LOSS_ROWS, SCORE_ROWS, sum_loss, sum_scores
 from mole_mega.training.optimizer import current_lr, held_parts
 
 
+def _nothing() -> None:
+    pass
+
+
 class Evaluator:
-    """Runs one model forward under one layout."""
+    """Runs one model forward under one layout. `each_batch` is called as each micro-batch begins."""
+
+    each_batch: Callable[[], None] = staticmethod(_nothing)
 
     def __init__(self, run: RunConfig, model: torch.nn.Module, parallel: Parallel, num_domains: int) -> None:
         self.run, self.model, self.parallel, self.num_domains = run, model, parallel, num_domains
@@ -75,8 +81,8 @@ class Evaluator:
         taken: dict[str, Any] = {name: part.take(getattr(batch, name)) for name in names}
         return replace(batch, **taken)
 
-    @staticmethod
-    def _run(model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
+    def _run(self, model: Any, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
+        self.each_batch()
         return model(
             tokens=batch.tokens,
             position_ids=batch.position_ids,

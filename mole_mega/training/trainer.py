@@ -158,7 +158,9 @@ def _validate(
     answers: list[Answer] = []
     if generate:
         base, rows, longest = Path(run.model.base), run.train.micro_batch_size, run.validation.max_new_tokens
-        answers = answer_questions(model, batches, loader.domains, loader.encoder, base, rows, longest)
+        answers = answer_questions(
+            model, batches, loader.domains, loader.encoder, base, rows, longest, evaluator.each_batch
+        )
     return scores | answer_row(answers), answers
 
 
@@ -215,6 +217,7 @@ class Trainer:
         self._unproved = set() if self.state.applied_steps else _names_to_prove(run, self.model)
         self._signals = StopSignals(parallel)
         self._watchdog = Watchdog(run.train.hang_seconds)
+        self.stepper.each_batch = self._watchdog.going_on
 
     def train(self) -> int:
         """Run to the last step; returns the exit code."""

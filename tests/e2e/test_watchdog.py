@@ -84,3 +84,35 @@ def test_a_run_that_moves_is_left_alone(write_run, tmp_path, seconds):
     run = write_run(train={"steps": 2, "hang_seconds": seconds})
     code, text = commands.run([run], tmp_path / "log", 2)
     assert code == 0 and "no progress" not in text, text
+
+
+def score_and_write_slowly(rank):
+    """For `prepare`: a validation whose batches each take half of the patience."""
+    from mole_mega.training import evaluation, step
+
+    score, greedy = step.Evaluator._score, evaluation.greedy
+
+    def slow_score(*args):
+        time.sleep(1.5)
+        return score(*args)
+
+    def slow_greedy(*args):
+        time.sleep(1.5)
+        return greedy(*args)
+
+    step.Evaluator._score, evaluation.greedy = slow_score, slow_greedy
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_a_long_validation_is_not_taken_for_a_hang(write_run, data, tmp_path, generate):
+    sources = [{"name": "text", "path": str(data / "text.json")}]
+    run = write_run(
+        train={"steps": 1, "hang_seconds": 3, "micro_batch_size": 1},
+        data={"sources": sources, "validation": sources},
+        validation={"every": 1, "samples": 10, "generate": generate, "max_new_tokens": 2},
+    )
+    started = time.monotonic()
+    code, text = commands.run([run], tmp_path / "log", 2, score_and_write_slowly)
+    assert code == 0, text
+    assert "validation after step 1: loss/text" in text
+    assert time.monotonic() - started > 5 * 1.5 * (1 + generate)  # more than the patience in each part
