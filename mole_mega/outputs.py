@@ -49,31 +49,49 @@ def check_file(path: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def holding(folder: Path, name: str) -> Iterator[None]:
-    """Keep the folder, which is made, from other processes that ask for it like this; the system lets go of it when
-    this one ends, however it ends. Raises ConfigError, naming the setting, the folder and who has it.
+    """Keep the folder from other processes that ask for it like this; the system lets go of it when this one ends,
+    however it ends. A folder that was made for this and stayed empty is taken away again. Raises ConfigError, naming
+    the setting, the folder and who has it.
 
     On a file system without locks nothing is kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "a+") as lock:
-        _take(lock.fileno(), folder, name)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    lock = _locked(folder, name)
+    try:
+        os.truncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty: a run is in it
+            (folder / _LOCK).unlink()
+            for each in made:
+                each.rmdir()
+        os.close(lock)
 
 
-def _take(lock: int, folder: Path, name: str) -> None:
+def _locked(folder: Path, name: str) -> int:
+    """The folder's lock, open and taken."""
     give_up = time.monotonic() + _RELEASE_SECONDS
+    path = folder / _LOCK
     while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its last holder took the folder away just now
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            # a lock that was removed while it was waited for is nobody's
+            if _take(lock) and path.exists() and os.path.samestat(path.stat(), os.fstat(lock)):
+                return lock
+            os.close(lock)
             if time.monotonic() > give_up:
-                who = (folder / _LOCK).read_text() or "another process"
-                raise ConfigError(
-                    f"{name}: {who} is already at work in {folder}; wait for it, or name another folder"
-                ) from None
+                who = path.read_text() or "another process"
+                raise ConfigError(f"{name}: {who} is already at work in {folder}; wait for it, or name another folder")
             time.sleep(0.1)
-        except OSError:
-            return None
+
+
+def _take(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # the file system has no locks
+    return True

@@ -462,7 +462,11 @@ MISTAKES = {
     "layer": (["adapter.layers=[1, 7]"], 1, "adapter.layers names layer 7; the decoder has layers 0 to 3"),
     "no base": (["model.base=nowhere"], 1, "nowhere is not a complete checkpoint"),
     "no such source": (["data.sources.vqa.weight=1"], 1, "'vqa' is not an index below 2, nor a name of mixed, text"),
-    "weight": (["data.sources.text.weight=.nan"], 1, "data.sources[1].weight must be a finite number, got nan"),
+    "weight": (
+        ["data.sources.text.weight=.nan"],
+        1,
+        "sources[1].weight must be a finite number or a list, got nan",
+    ),
     "schedule": (
         ["data.sources.text.weight=[[5, 1], [5, 2]]"],
         1,

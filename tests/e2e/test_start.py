@@ -124,10 +124,10 @@ def test_a_run_that_another_process_is_at_is_left_alone(write_run, tmp_path, wor
     run = tmp_path / "run"
     with holding(run, "run_dir"):
         code, text = commands.run([write_run()], tmp_path / "log", world_size)
+        assert [path.name for path in run.iterdir()] == [".lock"]
     assert code == INPUT_ERROR, text
     (line,) = text.splitlines()
     assert line.startswith(f"error: run_dir: process {os.getpid()} on ") and f"is already at work in {run};" in line
-    assert [path.name for path in run.iterdir()] == [".lock"]
     assert commands.run([write_run()], tmp_path / "log", world_size)[0] == 0
 
 

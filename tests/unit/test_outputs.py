@@ -65,6 +65,37 @@ def test_a_folder_is_one_process_s_until_it_ends_however_it_ends(tmp_path, monke
             assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_folder_that_stayed_empty_is_taken_away_again_and_one_that_did_not_stays(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with pytest.raises(ConfigError), holding(folder, "run_dir"):
+        raise ConfigError("refused")
+    assert list(tmp_path.iterdir()) == []
+    with holding(folder, "run_dir"):
+        (folder / "metrics.csv").write_text("")
+    with holding(folder, "run_dir"):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["metrics.csv"]
+    (tmp_path / "there").mkdir()
+    with holding(tmp_path / "there", "run_dir"):
+        pass
+    assert (tmp_path / "there").is_dir()
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_nobodys(tmp_path, monkeypatch):
+    take, folder = outputs._take, tmp_path / "run"
+    monkeypatch.setattr(outputs, "_RELEASE_SECONDS", 0.2)
+
+    def take_what_is_no_more(lock):
+        monkeypatch.setattr(outputs, "_take", take)
+        (folder / ".lock").unlink()
+        folder.rmdir()
+        return take(lock)
+
+    monkeypatch.setattr(outputs, "_take", take_what_is_no_more)
+    with holding(folder, "run_dir"), pytest.raises(ConfigError, match="already at work"), holding(folder, "run_dir"):
+        pass
+
+
 def test_without_locks_nothing_is_kept_and_all_goes_on(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
