@@ -252,7 +252,7 @@ def _arrow_rows(path: Path, name: str) -> _ArrowRows:
 
 
 def _image_entries(row: dict[str, Any]) -> tuple[Any, ...]:
-    value = row["images"] if row.get("images") is not None else row.get("image")
+    value = row.get("images") or row.get("image")
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)

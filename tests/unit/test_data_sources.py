@@ -48,14 +48,16 @@ def test_conversation_files_may_mix_one_many_and_no_images(folder, name):
         row(["blue.png", "red.png"], "<image> and <image>?", id=7),
         {"conversations": turns("Hi\u2028there", "Hello", "And?", "Bye")},
         row(None, "No picture?"),
+        row("blue.png", images=[]),
     ]
     source = open_rows(folder, rows, name)
-    assert (source.name, len(source)) == ("vqa", 4)
-    one, two, text, none = (source[i] for i in range(4))
+    assert (source.name, len(source)) == ("vqa", 5)
+    one, two, text, none, other = (source[i] for i in range(5))
     assert one.messages == (("user", "<image>\nWhat colour?"), ("assistant", "Red."))
     assert (one.domain, one.sample_id, two.sample_id, text.sample_id) == ("vqa", "r", "7", "2")
     assert colours(one) == [(255, 0, 0)]
     assert colours(two) == [(0, 0, 255), (255, 0, 0)]
+    assert colours(other) == [(0, 0, 255)]
     assert [role for role, _ in text.messages] == ["user", "assistant"] * 2
     assert text.messages[0][1] == "Hi\u2028there"
     assert text.images == none.images == ()
