@@ -10,9 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mole_mega.errors import STOP_SIGNALS, ExitCode
 
-# For `environment`: processes find no GPU, whatever the host has; libraries do not warn while they are imported.
+# For `environment`: processes find no GPU, whatever the host has.
 WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
-QUIET = {"PYTHONWARNINGS": "ignore"}
 # What processes may take after a signal to finish their step and save; torchrun would kill them after 30 s.
 _SAVE_SECONDS = 600
 
@@ -24,6 +23,13 @@ def launch(module: str, arguments: Sequence[str], nproc: int, environment: Mappi
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with _environment(environment or {}):
         return torchrun(["--standalone", f"--nproc-per-node={nproc}", "-m", module, *arguments])
+
+
+def launch_worker(
+    module: str, arguments: Sequence[str], nproc: int, environment: Mapping[str, str] | None = None
+) -> int:
+    """`launch` of the module's `main(arguments)`, in which libraries warn of nothing."""
+    return launch("mole_mega.platform.worker", [module, *arguments], nproc, environment)
 
 
 def torchrun(arguments: Sequence[str]) -> int:

@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +30,7 @@ from mole_mega import config as run_config
 from mole_mega.config import ConfigError, Fp8Config, ParallelConfig, RunConfig, ValidationConfig
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
-from mole_mega.platform.launch import QUIET, WITHOUT_GPUS, launch
+from mole_mega.platform.launch import WITHOUT_GPUS, launch_worker
 from mole_mega.platform.processor import Device
 from mole_mega.platform.recipes import RECIPES, dotted
 from mole_mega.training import parity
@@ -312,7 +309,7 @@ def _record(
         for name, case in cases.items()
     ]
     listing.write_text(json.dumps(tree))
-    code = launch(_WORKER, [str(listing)], processes, QUIET | dict(environment))
+    code = launch_worker(_WORKER, [str(listing)], processes, environment)
     failures = {}
     for name in cases:
         out = _file(folder, kind, name)
@@ -333,11 +330,9 @@ def _file(folder: Path, kind: str, name: str) -> Path:
     return folder / f"{kind}_{name.replace('/', '_').replace(' ', '_')}.st"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """The worker: record the cases of a listing; one that fails leaves its reason and not its record."""
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    listing = Path((argv or sys.argv[1:])[0])
+    listing = Path(arguments[0])
     for tree in json.loads(listing.read_text()):
         out = Path(tree["out"])
         try:
@@ -354,7 +349,3 @@ def main(argv: list[str] | None = None) -> int:
         platform.leave_groups()
     platform.shutdown()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +29,7 @@ from mole_mega.models.sizes import LlavaSize
 from mole_mega.monitor.throughput import peak_memory_bytes
 from mole_mega.platform import fp8
 from mole_mega.platform import parallel as platform
-from mole_mega.platform.launch import QUIET, WITHOUT_GPUS, launch
+from mole_mega.platform.launch import WITHOUT_GPUS, launch_worker
 from mole_mega.platform.parallel import Parallel
 from mole_mega.platform.processor import Device
 from mole_mega.platform.te import check_machine
@@ -140,7 +137,7 @@ def _in_a_process(case: SpeedCase, gpu: Gpu | None, environment: Mapping[str, st
         folder = Path(scratch)
         (folder / "size.json").write_text(case.size.to_json())
         (folder / "run.json").write_text(json.dumps(run_config.to_dict(case.run)))
-        code = launch(_WORKER, [str(folder)], 1, QUIET | dict(environment))
+        code = launch_worker(_WORKER, [str(folder)], 1, environment)
         found = folder / "speed.json"
         if not found.exists():
             return {"status": "failed", "reason": f"the process ended with exit code {code}"}
@@ -240,11 +237,9 @@ def full_batch(size: LlavaSize, shape: Shape, seed: int) -> Batch:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """The worker: time the run in a folder, and leave the figures, or the reason why there are none, beside it."""
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    folder = Path((argv or sys.argv[1:])[0])
+    folder = Path(arguments[0])
     try:
         run = run_config.from_dict(json.loads((folder / "run.json").read_text()))
         parallel = platform.initialize(run.parallel, run.train.seed)
@@ -254,7 +249,3 @@ def main(argv: list[str] | None = None) -> int:
     (folder / "speed.json").write_text(json.dumps(found))
     platform.shutdown()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

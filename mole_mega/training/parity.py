@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +33,7 @@ from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.monitor.experts import measure_experts
 from mole_mega.platform import parallel as platform
-from mole_mega.platform.launch import launch
+from mole_mega.platform.launch import launch_worker
 from mole_mega.platform.parallel import Parallel
 from mole_mega.platform.recipes import sequence_multiple
 from mole_mega.training.loss import SCORE_ROWS
@@ -329,7 +326,7 @@ def verify(cases: Sequence[Case], size: LlavaSize) -> list[Comparison]:
             listing = folder / f"cases_{world_size}.json"
             tree = [{"name": c.name, "run": run_config.to_dict(_with_base(c.run, folder / "base"))} for c in group]
             listing.write_text(json.dumps(tree))
-            code = launch("mole_mega.training.parity", [str(listing)], world_size)
+            code = launch_worker("mole_mega.training.parity", [str(listing)], world_size)
             if code:
                 raise RuntimeError(f"recording on {world_size} processes ended with exit code {code}")
         return [
@@ -355,11 +352,9 @@ def table(comparisons: Iterable[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """The worker: record the cases of a listing, all of this world size."""
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
-    listing = Path((argv or sys.argv[1:])[0])
+    listing = Path(arguments[0])
     size = LlavaSize.from_json(listing.parent / "size.json")
     for tree in json.loads(listing.read_text()):
         run = run_config.from_dict(tree["run"])
@@ -421,7 +416,3 @@ def _whole(entries: dict[str, Any], tensors: dict[str, torch.Tensor], parallel: 
         if not filled.all():
             raise ValueError(f"no rank holds a part of {key}")
     return whole
-
-
-if __name__ == "__main__":
-    sys.exit(main())

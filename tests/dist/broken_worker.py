@@ -45,6 +45,6 @@ def record(run, size, parallel):
     return _record(run, size, parallel)
 
 
-if __name__ == "__main__":
+def main(arguments):
     parity.record = record
-    sys.exit(parity.main())
+    return parity.main(arguments)

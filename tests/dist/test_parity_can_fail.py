@@ -103,7 +103,7 @@ def broken():
         name = f"{method['name']} over {'experts' if layout is EP else 'tensors'}"
         cases.append(Case(name, replace(RUN, run_dir="forgets", parallel=layout, adapter=adapter, train=train), 2))
     records = {}
-    launch = parity.launch
+    launch = parity.launch_worker
 
     def launch_broken(module, arguments, nproc):
         return launch("broken_worker" if nproc > 1 else module, arguments, nproc)
@@ -114,7 +114,7 @@ def broken():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
-        patch.setattr(parity, "launch", launch_broken)
+        patch.setattr(parity, "launch_worker", launch_broken)
         patch.setattr(parity, "compare", keep)
         comparisons = parity.verify(cases, SIZE)
     return {c.case.name: (c, *records[c.case.name]) for c in comparisons}

@@ -47,10 +47,10 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def comparisons():
-    launch = parity.launch
+    launch = parity.launch_worker
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
-        patch.setattr(parity, "launch", lambda module, arguments, nproc: launch("te_worker", arguments, nproc))
+        patch.setattr(parity, "launch_worker", lambda module, arguments, nproc: launch("te_worker", arguments, nproc))
         return {c.case.name: c for c in parity.verify(CASES, SIZE)}
 
 

@@ -41,7 +41,7 @@ def run_here(module, arguments, nproc, environment=None):
 def rehearse(monkeypatch, tmp_path):
     """rehearse(*arguments) runs the command on the CPU, with FEW settings; its exit code and file."""
     for module in (device_parity, device_speed):
-        monkeypatch.setattr(module, "launch", run_here)
+        monkeypatch.setattr(module, "launch_worker", run_here)
         monkeypatch.setattr(module, "SETTINGS", FEW)
     _, small = scaled_down(verify_gpu.made_up_run(), None)
     monkeypatch.setattr(device_parity, "device_sizes", lambda *_, **__: {"tiny": small})
