@@ -73,6 +73,10 @@ def report_errors(*, debug: bool) -> Iterator[Outcome]:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr, flush=True)
         outcome.code = ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # who reads our output (`| head`) has seen enough; what Python still has of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        outcome.code = 128 + signal.SIGPIPE
     except Exception as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":

@@ -6,8 +6,6 @@
 set -euo pipefail
 : "${HEAD:?the host where the processes meet}" "${NODES:?how many nodes there are}" "${1:?the run file}"
 PORT=${PORT:-29400} GPUS=${GPUS:-8} RESTARTS=${RESTARTS:-3} ID=${ID:-mole_mega}
-# torchrun 2.13 tells the meeting point of the first round only: a node that comes back would wait for it in vain
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # torchrun with exit codes: 75 for a run that was told to stop and saved, where torchrun's own command ends with 1
 exec python -m mole_mega.platform.launch --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" \

@@ -65,6 +65,8 @@ class RunState:
     data_counts: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     # the mixtures that the run was trained on, one after the other (data/tally.py)
     data_phases: Sequence[Mapping[str, Any]] = ()
+    # by source, what its files came to; not of its images
+    data_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     # of a run whose adapters have routers
     routers: RouterMemory | None = None
 
@@ -137,6 +139,11 @@ class CheckpointStore:
         would quietly repeat what was trained already.
         """
         return latest_checkpoint(self.folder)
+
+    def named(self) -> str | None:
+        """The checkpoint that the file `latest` names, if it is there."""
+        pointer = self.folder / LATEST
+        return pointer.read_text(errors="replace").strip() if pointer.exists() else None
 
     def load(
         self,

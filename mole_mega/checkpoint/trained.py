@@ -15,7 +15,7 @@ from mole_mega.checkpoint.base import MODEL_JSON, load_base, model_entries, read
 from mole_mega.checkpoint.store import (
     ADAPTER_FILE,
     LATEST,
-    complete_checkpoints,
+    latest_checkpoint,
     load_weights,
     read_adapter,
     warm_start,
@@ -52,12 +52,19 @@ class Trained:
         """What the adapters are; None for a base alone."""
         return None if self.step is None else self.run.adapter
 
+    @property
+    def trained_steps(self) -> int | None:
+        """How many steps a run trained the adapters for; None for a base alone and for converted adapters."""
+        state = None if self.step is None else self.step / "state.json"
+        return json.loads(state.read_text())["step"] if state is not None and state.is_file() else None
+
 
 def find_trained(path: Path, base: Path | None = None) -> Trained:
     """What `path` names: a base folder, a run directory (its newest complete step), a step, or converted adapters.
     `base` says where the base is, if it is no longer where the run had it; converted adapters need it.
 
-    Raises ConfigError when the path is none of these, or the base is not the one that the run was trained on.
+    Raises ConfigError when the path is none of these, its newest step is not complete, or the base is not the one that
+    the run was trained on.
     """
     if path.name == LATEST and path.is_file():
         path = path.parent / path.read_text().strip()
@@ -70,10 +77,10 @@ def find_trained(path: Path, base: Path | None = None) -> Trained:
         return _converted(path, base)
     step = path
     if not (path / "state.json").is_file():
-        steps = complete_checkpoints(path / "checkpoints")
-        if not steps:
+        newest = latest_checkpoint(path / "checkpoints")
+        if newest is None:
             raise ConfigError(f"{path} is no base ({MODEL_JSON}), no run with a complete checkpoint and no step")
-        step = steps[-1]
+        step = newest
     run = config.load(step / "config.yaml")
     base = base or Path(run.model.base)
     if not (base / MODEL_JSON).is_file():

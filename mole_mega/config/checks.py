@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -51,13 +52,19 @@ def check_batch(train: TrainConfig, data_parallel: int) -> None:
 
 def check_ranges(section: Any, where: str) -> None:
     """Every number of a section and of those in it, against the range that its type names."""
-    hints = typing.get_type_hints(type(section), include_extras=True)
-    for entry in dataclasses.fields(section):
-        value, bounds = getattr(section, entry.name), _range_of(hints[entry.name])
+    for name, bounds in _ranges_of(section.__class__).items():
+        value = getattr(section, name)
         if dataclasses.is_dataclass(value):
-            check_ranges(value, f"{where}{entry.name}.")
+            check_ranges(value, f"{where}{name}.")
         elif bounds is not None and value is not None and value not in bounds:
-            raise ConfigError(f"{where}{entry.name} must be {bounds}, got {value}")
+            raise ConfigError(f"{where}{name} must be {bounds}, got {value}")
+
+
+@functools.cache  # a search of layouts checks thousands of configs
+def _ranges_of(kind: type) -> dict[str, Range | None]:
+    """{field: the range that its type names} of a section."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {entry.name: _range_of(hints[entry.name]) for entry in dataclasses.fields(kind)}
 
 
 def _range_of(hint: Any) -> Range | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,7 +154,7 @@ def _megatron_to_hf(args: argparse.Namespace) -> None:
                     f"be left, with an error of {overall['error_in_fp8']:.3g} times its norm: nothing is merged into it"
                 )
         _prove(args, trained, lambda: find_counterpart(trained, unproved))
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}, which is {trained.step or trained.base}")
 
 
 def _peft_to_megatron(args: argparse.Namespace) -> None:
@@ -237,6 +238,7 @@ def _proved(out: Path) -> Iterator[Path]:
             raise ConfigError(f"{out} lies in the checkpoint {folder}, which must stay as it is; choose another folder")
     unproved, failed = out.with_name(f".{out.name}.unproved"), out.with_name(f"{out.name}.failed")
     shutil.rmtree(unproved, ignore_errors=True)
+    on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         yield unproved
     except BaseException:
@@ -245,6 +247,8 @@ def _proved(out: Path) -> Iterator[Path]:
             unproved.rename(failed)
             print(f"not proved equal: what was written is now {failed}", file=sys.stderr)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
     unproved.rename(out)
 
 

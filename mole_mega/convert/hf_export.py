@@ -110,7 +110,7 @@ def export_merged(trained: Trained, out: Path) -> Exported:
         write_serving_files(base.base, base.size, folder)
         _write_json(folder / CONFIG, _config(base))
         _write_json(folder / MERGE_REPORT, report.to_dict())
-        write_provenance(trained.base, folder)
+        write_provenance(trained, folder)
     return Exported((*missing_files(trained.base), *_more_rows(trained.size)), report.to_dict())
 
 

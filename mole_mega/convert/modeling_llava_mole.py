@@ -51,6 +51,7 @@ class LlavaMoleConfig(LlavaConfig):
     base_model_name_or_path: str | None = None
     # mole_mega's hash of the base that the model was trained on
     base_hash: str | None = None
+    trained_steps: int | None = None
 
 
 class Routing:

@@ -96,6 +96,7 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
         "dtype": _DTYPES[trained.run.train.dtype],
         # of the checkpoint that the run was trained on
         "base_hash": files.folder_hash(trained.base),
+        "trained_steps": trained.trained_steps,
         "mole": {
             "method": adapter.method,
             "num_experts": adapter.num_experts,

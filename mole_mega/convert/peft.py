@@ -163,7 +163,7 @@ def _write_adapter(folder: Path, trained: Trained, step: StoredTensors, expert: 
     write_tensors(folder, tensors, dict.fromkeys(tensors, ADAPTER_WEIGHTS))
     tree = _adapter_config(trained, has_projector=bool(trained_projector(step)))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
-    write_provenance(trained.base, folder)
+    write_provenance(trained, folder)
 
 
 def _adapter_config(trained: Trained, *, has_projector: bool) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Which base an export is of: `base.json`, which no library reads, with its name and the hash of our checkpoint."""
+"""What an export is of: `base.json`, which no library reads, with the base's name, the hash of our checkpoint, and how
+many steps adapters were trained for."""
 
 from __future__ import annotations
 
@@ -6,14 +7,16 @@ import json
 from pathlib import Path
 
 from mole_mega.checkpoint import files
+from mole_mega.checkpoint.trained import Trained
 from mole_mega.convert.hf_files import CONFIG, read_json
 
 BASE_JSON = "base.json"
 
 
-def write_provenance(base: Path, folder: Path) -> None:
+def write_provenance(trained: Trained, folder: Path) -> None:
     """Into the folder of an export of what was trained on a base."""
-    tree = {"base": origin(base), "base_hash": files.folder_hash(base)}
+    base = trained.base
+    tree = {"base": origin(base), "base_hash": files.folder_hash(base), "trained_steps": trained.trained_steps}
     (folder / BASE_JSON).write_text(json.dumps(tree, indent=2) + "\n")
 
 

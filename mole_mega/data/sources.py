@@ -194,6 +194,13 @@ def open_source(config: SourceConfig, max_image_pixels: int) -> Source:
     return ConversationSource(config.name, rows, Path(config.image_folder or beside), max_image_pixels)
 
 
+def bytes_on_disk(config: SourceConfig) -> int:
+    """What a source's file, or all files in its folder, come to: other rows seldom leave that as it was. Of images only
+    those that lie in these files."""
+    path = Path(config.path)
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()) if file.is_file())
+
+
 def _json_rows(path: Path, name: str) -> list[Any]:
     # Not through `datasets`: Arrow wants one type a column, and LLaVA files mix rows whose `image` is a string, a list
     # or absent, and whose `id` is a number or a string. Plain lists take them as they are, at the price of memory; a

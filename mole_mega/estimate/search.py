@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from mole_mega.adapters.methods import check_methods
 from mole_mega.config import ConfigError, ParallelConfig, RunConfig, check_batch, validate
 from mole_mega.estimate.gpus import Gpu
 from mole_mega.estimate.plan import Estimate, Sample, estimate
@@ -22,6 +23,7 @@ _CONTEXTS = (1, 2, 4, 8)
 def check(run: RunConfig, size: LlavaSize, world_size: int) -> None:
     """Raise ConfigError, with the numbers, unless the run's layout and batch divide over `world_size` processes."""
     validate(run)
+    check_methods(run)
     check_world(run.parallel, world_size)
     check_precision(run)
     check_layout(run, size)

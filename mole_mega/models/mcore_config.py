@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.config import ConfigError, RunConfig
 from mole_mega.models.sizes import LanguageSize, LlavaSize
+from mole_mega.platform.fp8 import BLOCK
 from mole_mega.platform.recipes import recipe_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,6 +120,7 @@ def check_layout(run: RunConfig, size: LlavaSize) -> None:
     if run.data.max_length > language.max_length:
         raise ConfigError(f"data.max_length {run.data.max_length} exceeds the base's context of {language.max_length}")
     _check_fp8(run, language)
+    _check_blocks(run, size)
     layers = run.adapter.layers
     if layers != "all":
         for index in layers:
@@ -145,6 +147,27 @@ def _check_fp8(run: RunConfig, language: LanguageSize) -> None:
             raise ConfigError(
                 f"fp8.recipe {run.fp8.recipe} takes widths that are a multiple of {recipe.multiple}; at "
                 f"parallel.tensor {tensor} the decoder's {what} is {width}"
+            )
+
+
+def _check_blocks(run: RunConfig, size: LlavaSize) -> None:
+    """Raise ConfigError, naming the width, where tensor parallelism would cut a block of a base that is kept in FP8."""
+    tensor, language, vision = run.parallel.tensor, size.language, size.vision
+    if tensor == 1 or not run.fp8.store_base or run.fp8.scale != "block" or recipe_of(run) is not None:
+        return
+    fused_heads = language.num_heads + 2 * language.num_kv_heads
+    for what, width in (
+        ("the decoder's query, key and value heads", fused_heads * language.kv_channels),
+        ("the decoder's query heads", language.num_heads * language.kv_channels),
+        ("the decoder's feed-forward width", language.ffn_hidden_size),
+        ("the tower's query, key and value heads", 3 * vision.hidden_size),
+        ("the tower's query heads", vision.hidden_size),
+        ("the tower's feed-forward width", vision.ffn_hidden_size),
+    ):
+        if width // tensor % BLOCK:
+            raise ConfigError(
+                f"fp8.scale block needs parts of a multiple of {BLOCK}, but under parallel.tensor {tensor} {what} "
+                f"has parts of {width // tensor}; use fp8.scale channel"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,6 +13,8 @@ from mole_mega.errors import STOP_SIGNALS, ExitCode
 
 # For `environment`: processes find no GPU, whatever the host has.
 WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+# torchrun 2.13 tells the meeting point of its first round only: processes that it starts again would wait in vain.
+_FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # What processes may take after a signal to finish their step and save; torchrun would kill them after 30 s.
 _SAVE_SECONDS = 600
 
@@ -41,14 +44,24 @@ def torchrun(arguments: Sequence[str]) -> int:
 
     signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and SIGUSR1
     try:
-        run(get_args_parser().parse_args([signals, f"--shutdown-timeout={_SAVE_SECONDS}", *arguments]))
+        with _environment(_FRESH_STORE):
+            run(get_args_parser().parse_args([signals, f"--shutdown-timeout={_SAVE_SECONDS}", *arguments]))
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
+        rank, failure = error.get_first_failure()
+        return _ended_by(-failure.exitcode, rank, failure.pid) if failure.exitcode < 0 else failure.exitcode
     except SignalException as error:
         # The launcher has passed the signal on. A run saves on STOP_SIGNALS and on Ctrl-C; any other ends it where it
         # is. Only the former say that it wants to be started again; else the code is the shell's: 130 (INTERRUPTED).
         return ExitCode.STOPPED_ON_SIGNAL if error.sigval in STOP_SIGNALS else 128 + error.sigval
     return ExitCode.DONE
+
+
+def _ended_by(number: int, rank: int, process: int) -> ExitCode:
+    """The code of a run of which a process did not end by itself; says which, and by what signal."""
+    why = " (so the system ends what takes too much memory)" if number == signal.SIGKILL else ""
+    name = signal.Signals(number).name
+    print(f"error: rank {rank}, process {process}, was ended by {name}{why}", file=sys.stderr, flush=True)
+    return ExitCode.STOPPED_ON_SIGNAL if number in STOP_SIGNALS else ExitCode.STOPPED_ITSELF
 
 
 @contextlib.contextmanager

@@ -162,6 +162,19 @@ def questions(batches: Sequence[Batch], dp_rank: int, places_per_image: int) -> 
                 )
 
 
+def answers_name(step: int) -> str:
+    """Of the file with the answers of a run's own validation after a step."""
+    return f"step_{step}.jsonl"
+
+
+def forget_answers(folder: Path, step: int) -> None:
+    """Remove the answers to validations after `step`, which a run that goes on from there has not reached yet."""
+    for path in folder.glob("step_*.jsonl"):
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal() and int(number) > step:
+            path.unlink()
+
+
 def write_answers(answers: Sequence[Answer], path: Path) -> None:
     """One JSON object a line; `path`, whose folder need not exist, is replaced when all are written."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,7 +27,7 @@ from mole_mega.checkpoint.store import (
     CheckpointStore,
     RunState,
     check_trained_with,
-    complete_checkpoints,
+    latest_checkpoint,
     load_weights,
     trainable_entries,
     warm_start,
@@ -36,6 +36,7 @@ from mole_mega.config import ConfigError, RunConfig
 from mole_mega.data import tally
 from mole_mega.data.collate import Batch
 from mole_mega.data.loader import Loader, build_loader
+from mole_mega.data.sources import bytes_on_disk
 from mole_mega.errors import CheckFailedError, ExitCode, StoppedError
 from mole_mega.estimate.plan import misfit
 from mole_mega.models.expert_parallel import expert_parallel
@@ -57,7 +58,9 @@ from mole_mega.training.evaluation import (
     Answer,
     answer_questions,
     answer_row,
+    answers_name,
     evaluation_row,
+    forget_answers,
     labelled_places,
     write_answers,
 )
@@ -204,6 +207,7 @@ class Trainer:
         assert self.loader.plan is not None
         self.plan = self.loader.plan
         self.plan.check(run.train.steps)
+        self._data_bytes = {source.name: bytes_on_disk(source) for source in run.data.sources}
         check_agreement(self._found_on_disk())
         self.model = build_model(run, self.size, parallel)
         self.optimizer = build_optimizer(self.model, run.train)
@@ -301,7 +305,7 @@ class Trainer:
         batches = _validation_batches(run, self.loader, self.parallel)
         scores, answers = _validate(run, self.stepper, model, self.loader, batches, generate=run.validation.generate)
         if answers:  # every rank has those of all
-            path = Path(run.run_dir) / "eval" / f"step_{self.state.step}.jsonl"
+            path = Path(run.run_dir) / "eval" / answers_name(self.state.step)
             with files.shared_disk_errors("writing", path):
                 if self.parallel.is_main:
                     write_answers(answers, path)
@@ -338,7 +342,17 @@ class Trainer:
         }
         for source, size in zip(self.run.data.sources, self.plan.sizes, strict=True):
             found[f"the rows of data.sources {source.name!r}"] = f"{size:,}"
+        for name, size in self._data_bytes.items():
+            found[f"the bytes of data.sources {name!r}"] = f"{size:,}"
         return found
+
+    def _other_files(self, before: Mapping[str, int]) -> list[str]:
+        """Sources whose files have another size than when they were trained on, in words."""
+        return [
+            f"the files of data.sources {name!r} ({before[name]:,} bytes -> {size:,})"
+            for name, size in self._data_bytes.items()
+            if size != before.get(name, size)
+        ]
 
     def _start(self) -> RunState:
         """Where this run begins: its own newest checkpoint, another run's weights, or the base alone."""
@@ -354,15 +368,19 @@ class Trainer:
                     f"{self.base_hash}"
                 )
             self._say(f"going on after step {state.step} from {latest}")
-            if changes := self.store.changes_since(latest):
+            if changes := [*self.store.changes_since(latest), *self._other_files(state.data_bytes)]:
                 self._say(f"changed since {latest.name}: {', '.join(changes)}")
+            if (named := self.store.named()) != latest.name:
+                self._say(f"latest names {named}, which is older: remove {latest.name} to go on from there")
+            if self.run.checkpoint.init_from:
+                self._say("checkpoint.init_from is for a run that has no checkpoint yet: not heard")
             return state
         if self.run.checkpoint.init_from:
             source = Path(self.run.checkpoint.init_from)
-            found = complete_checkpoints(source / "checkpoints") or [source]
-            kept = warm_start(self.model, found[-1], self.run.adapter)
+            source = latest_checkpoint(source / "checkpoints") or source
+            kept = warm_start(self.model, source, self.run.adapter)
             self.optimizer.reload_model_params()
-            self._say(f"starting from the adapters of {found[-1]}")
+            self._say(f"starting from the adapters of {source}")
             if kept:
                 self._say(f"not in it, and as a fresh run has them: {len(kept)} tensors, first {kept[0]}")
         elif self.stepper.methods:
@@ -404,7 +422,8 @@ class Trainer:
         counts = tally.add([self._counted_before, *_of_each_reader(self.loader.read, self.parallel)])
         taken = tally.taken_since(self._phases_before, counts)
         phase = tally.phase(self.plan, self._first_of_phase, self.state.step, taken)
-        self.state = replace(self.state, data_counts=counts, data_phases=(*self._phases_before, phase))
+        phases = (*self._phases_before, phase)
+        self.state = replace(self.state, data_counts=counts, data_phases=phases, data_bytes=self._data_bytes)
 
     def _write_mixture(self) -> dict[str, Any]:
         """Write `mixture.json`, asked against realised, and return what it holds."""
@@ -446,6 +465,7 @@ class Trainer:
             if self.parallel.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "config.yaml").write_text(run_config.dump(self.run))
+                forget_answers(folder / "eval", self.state.step)
                 logs = RunLogs(folder, self.run.monitor, self.state.step, self._router_layers, self.loader.domains)
         return logs
 

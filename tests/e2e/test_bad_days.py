@@ -22,6 +22,7 @@ import torch
 from commands import limit_file_size, read_checkpoint, read_rows
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from mole_mega.checkpoint import files
 from mole_mega.checkpoint.store import complete_checkpoints
@@ -483,6 +484,17 @@ MISTAKES = {
 }
 
 
+def test_a_run_does_not_start_from_an_older_step_than_the_latest(trained, write_run, tmp_path):
+    source = shutil.copytree(trained, tmp_path / "source")
+    run = write_run(train={"steps": 1}, checkpoint={"init_from": str(source)})
+    (source / "checkpoints/step_2/manifest.json").unlink()
+    line = error_line(*commands.run([run], tmp_path / "log"))
+    assert "step_2 is not a complete checkpoint, yet" in line and "latest names it" in line
+    (source / "checkpoints/latest").unlink()
+    code, text = commands.run([run], tmp_path / "log")
+    assert code == 0 and f"starting from the adapters of {source}/checkpoints/step_1" in text
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_nothing_is_started(write_run, tmp_path, mistake):
     overrides, nproc, message = MISTAKES[mistake]
@@ -646,3 +658,20 @@ def test_only_a_signal_that_saves_ends_the_launcher_with_the_code_that_promises_
 
     monkeypatch.setattr("torch.distributed.run.run", run)
     assert launch("mole_mega.train", [], 2) == code
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "why"),
+    [
+        (signal.SIGKILL, STOPPED_ITSELF, " (so the system ends what takes too much memory)"),
+        (signal.SIGSEGV, STOPPED_ITSELF, ""),
+        (signal.SIGTERM, STOPPED_ON_SIGNAL, ""),
+    ],
+)
+def test_a_process_that_a_signal_ended_is_named(monkeypatch, capsys, number, code, why):
+    def run(args):
+        raise ChildFailedError("train", {3: ProcessFailure(local_rank=1, pid=4242, exitcode=-number, error_file="")})
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    assert launch("mole_mega.train", [], 2) == code
+    assert capsys.readouterr().err == f"error: rank 3, process 4242, was ended by {number.name}{why}\n"

@@ -265,12 +265,12 @@ def signal_while_writing(number, which, rank):
     SafetensorsShard.read = read_or_signal
 
 
-def interrupt_the_proof(rank):
-    """For `prepare`: Ctrl-C as the other model is asked."""
+def signal_the_proof(which, rank):
+    """For `prepare`: a signal as the other model is asked."""
     from mole_mega.convert import probe
 
     commands.heed_interrupts()
-    probe.ask_transformers = lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(10)
+    probe.ask_transformers = lambda *_: os.kill(os.getpid(), which) or time.sleep(10)
 
 
 def kill_the_proof(rank):
@@ -318,7 +318,8 @@ def test_a_kill_during_the_proof_leaves_no_base(convert, tmp_path):
     assert names(tmp_path) == {"base"}
 
 
-def test_an_interrupt_of_the_proof_leaves_it_unproved(convert, tmp_path):
-    code, text = convert(*IMPORT, tmp_path / "base", prepare=interrupt_the_proof)
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_proof_leaves_it_unproved(convert, tmp_path, which):
+    code, text = convert(*IMPORT, tmp_path / "base", prepare=partial(signal_the_proof, which))
     assert code == INTERRUPTED, text
     assert names(tmp_path) == {"base.failed"} and "Traceback" not in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -250,6 +251,50 @@ def test_what_a_run_goes_on_with_otherwise_than_before_is_said(train, tmp_path, 
     counts = {name: (entry["share_asked"], entry["drawn"], entry["rows"]) for name, entry in mixture["sources"].items()}
     assert counts == {"text": (0.625, 10, 10), "mixed": (0.375, 6, 6)}
     assert mixture["samples"] == mixture["samples_counted"] == 16
+
+
+def test_a_source_of_other_contents_is_said(train, tmp_path, data):
+    copy = shutil.copyfile(data / "text.json", tmp_path / "text.json")
+    sources = {"sources": [{"name": "text", "path": str(copy)}]}
+    assert train("run", data=sources, train={"steps": 1, "schedule_steps": 3})[0] == 0
+    before = copy.stat().st_size
+    copy.write_text(copy.read_text().replace('"answer ', '"another answer ', 1))
+    code, text = train("run", data=sources, train={"steps": 2, "schedule_steps": 3})
+    assert code == 0, text
+    now = before + len("another ")
+    assert changed(text) == [f"changed since step_1: the files of data.sources 'text' ({before:,} bytes -> {now:,})"]
+    code, text = train("run", data=sources, train={"steps": 3, "schedule_steps": 3})
+    assert code == 0 and changed(text) == []
+
+
+def test_what_is_set_and_not_heard_when_a_run_goes_on_is_said(train, tmp_path):
+    assert train("run", train={"steps": 2, "schedule_steps": 4}, checkpoint={"every": 1})[0] == 0
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "latest").write_text("step_1\n")
+    code, text = train("run", train={"steps": 3, "schedule_steps": 4}, checkpoint={"init_from": "nowhere"})
+    assert code == 0, text
+    assert "latest names step_1, which is older: remove step_2 to go on from there" in text.splitlines()
+    assert "checkpoint.init_from is for a run that has no checkpoint yet: not heard" in text.splitlines()
+    code, text = train("run", train={"steps": 4, "schedule_steps": 4})
+    assert code == 0 and "latest names" not in text and "not heard" not in text
+
+
+def test_answers_of_steps_that_are_trained_again_are_forgotten(train, tmp_path, data):
+    validation = [{"name": "text", "path": str(data / "text.json")}]
+    sections = {
+        "data": {"validation": validation},
+        "validation": {"every": 1, "samples": 1, "generate": True, "max_new_tokens": 2},
+        "checkpoint": {"every": 1},
+    }
+    assert train("run", train={"steps": 2, "schedule_steps": 3}, **sections)[0] == 0
+    answers, checkpoints = tmp_path / "run/eval", tmp_path / "run/checkpoints"
+    (answers / "step_2_eval.jsonl").write_text("")  # of `mole-mega eval`, which was asked for
+    assert {path.name for path in answers.iterdir()} == {"step_1.jsonl", "step_2.jsonl", "step_2_eval.jsonl"}
+    shutil.rmtree(checkpoints / "step_2")
+    (checkpoints / "latest").write_text("step_1\n")
+    sections["validation"]["every"] = 0
+    assert train("run", train={"steps": 2, "schedule_steps": 3}, **sections)[0] == 0
+    assert {path.name for path in answers.iterdir()} == {"step_1.jsonl", "step_2_eval.jsonl"}
 
 
 def test_recompute_draws_the_dropout_that_the_first_pass_drew(train, tmp_path):

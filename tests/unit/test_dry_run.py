@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from mole_mega.config import (
 )
 from mole_mega.estimate.memory import micro_batch, stage_memory
 from mole_mega.estimate.parameters import stage_parameters
+from mole_mega.estimate.search import check
+from mole_mega.models import mcore_config
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import SIZES
 from mole_mega.platform import fp8
@@ -109,6 +112,41 @@ def test_the_estimate_counts_the_bytes_of_an_fp8_base(layout, scale):
         assert kept + others == stage_memory(run, ODD, 4, stage, micro_batch(run)).frozen
 
 
+WHOLE_BLOCKS = replace(
+    TINY,
+    language=replace(TINY.language, num_heads=8, num_kv_heads=8, head_dim=64, ffn_hidden_size=1024),
+    vision=replace(TINY.vision, hidden_size=512, num_heads=8, ffn_hidden_size=1024),
+)
+CUT = {
+    "none": WHOLE_BLOCKS,
+    "decoder's feed-forward": replace(WHOLE_BLOCKS, language=replace(WHOLE_BLOCKS.language, ffn_hidden_size=1152)),
+    "decoder's heads": replace(WHOLE_BLOCKS, language=replace(WHOLE_BLOCKS.language, head_dim=32)),
+    "key-value heads": replace(WHOLE_BLOCKS, language=replace(WHOLE_BLOCKS.language, num_kv_heads=4, head_dim=72)),
+    "tower's feed-forward": replace(WHOLE_BLOCKS, vision=replace(WHOLE_BLOCKS.vision, ffn_hidden_size=768)),
+    "tower's heads": replace(WHOLE_BLOCKS, vision=replace(WHOLE_BLOCKS.vision, hidden_size=256)),
+}
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("what", CUT)
+def test_the_estimate_refuses_the_blocks_that_the_built_model_refuses(monkeypatch, what, tensor):
+    run = replace(run_of(ParallelConfig(tensor=tensor)), fp8=Fp8Config(store_base=True, scale="block"))
+
+    def refusal(look, *given):
+        try:
+            look(run, CUT[what], tensor, *given)
+        except ConfigError as error:
+            assert "fp8.scale block needs parts of a multiple of 128" in str(error)
+            return True
+        return False
+
+    foreseen = refusal(check)
+    monkeypatch.setattr(mcore_config, "_check_blocks", lambda *_: None)
+    assert foreseen == refusal(dry_run, None)
+    assert foreseen == (tensor > 1 and (what == "decoder's feed-forward" or (what != "none" and tensor == 4)
+                                        or what == "key-value heads"))  # fmt: skip
+
+
 def test_the_estimate_counts_a_7b_model_on_64_ranks():
     run = run_of(ParallelConfig(tensor=4, pipeline=8), adapter={"num_experts": 3, "rank": 32})
     size = SIZES["llava15_7b"]
@@ -178,8 +216,9 @@ def test_what_does_not_divide_is_said(mistake):
     ],
 )
 def test_methods_that_do_not_go_with_the_run_are_said(adapter, message):
-    with pytest.raises(ConfigError, match=message):
-        dry_run(run_of(adapter=adapter), TINY, 1, base=None)
+    for look in (partial(dry_run, base=None), check):
+        with pytest.raises(ConfigError, match=message):
+            look(run_of(adapter=adapter), TINY, 1)
 
 
 @pytest.fixture

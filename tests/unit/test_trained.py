@@ -67,6 +67,15 @@ def test_a_run_directory_is_its_newest_complete_step(run, base):
     assert (trained.base, trained.step, trained.adapter) == (base, run / "checkpoints" / "step_10", MOLE)
 
 
+def test_no_older_step_stands_in_for_the_one_that_latest_names(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "checkpoints" / "latest").write_text("step_10\n")
+    assert find_trained(copy).step == copy / "checkpoints" / "step_10"
+    (copy / "checkpoints" / "step_10" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"step_10 is not a complete checkpoint, yet .*latest names it"):
+        find_trained(copy)
+
+
 def test_a_step_is_itself(run, base):
     step = run / "checkpoints" / "step_2"
     trained = find_trained(step)
