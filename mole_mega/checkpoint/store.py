@@ -342,25 +342,18 @@ def _check_same_tasks(path: Path, old: RunConfig, new: RunConfig) -> None:
 
 def _training_keys(run: RunConfig) -> dict[str, Any]:
     """{"section.key": value} of what training depends on, the schedule's end resolved."""
-    sections = {"adapter": run.adapter, "train": run.train, "data": run.data}
+    sections = {"adapter": run.adapter, "train": run.train, "data": run.data, "fp8": run.fp8}
     if run.monitor.alarms.reaction != "none":
         sections["monitor.alarms"] = run.monitor.alarms
     keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
     for key in run_config.idle_keys(run):
         del keys[key]
-    keys |= {"model.backend": run.model.backend, **_fp8_keys(run)}
+    keys["model.backend"] = run.model.backend
     keys["train.schedule_steps"] = run.train.schedule_steps or run.train.steps
     if run.train.schedule == "constant":
         del keys["train.schedule_steps"]
     del keys["train.steps"], keys["data.validation"]
     return keys
-
-
-def _fp8_keys(run: RunConfig) -> dict[str, Any]:
-    """Those of section fp8 that this run hears."""
-    heard = {"store_base": True, "first_last_layers_bf16": run.fp8.store_base or run.train.precision == "fp8"}
-    heard |= {"recipe": run.train.precision == "fp8", "scale": run.fp8.store_base and run.train.precision != "fp8"}
-    return {f"fp8.{key}": getattr(run.fp8, key) for key, is_heard in heard.items() if is_heard}
 
 
 def _stored_weights(path: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 from mole_mega.config.adapter import AdapterConfig
 from mole_mega.config.data import DataConfig
@@ -29,25 +30,35 @@ class RunConfig:
 
 
 def idle_keys(config: RunConfig) -> frozenset[str]:
-    """The whole keys of sections adapter and train that nothing hears beside the others."""
-    adapter = config.adapter
-    has_routers = adapter.method == "mole" and adapter.router_scope != "task"
+    """The whole keys of sections adapter, train and fp8 that nothing hears beside the others."""
+    adapter, in_fp8, stored = config.adapter, config.train.precision == "fp8", config.fp8.store_base
     unheard = {f"adapter.{key}" for key in adapter.without_effect}
-    return frozenset(unheard if has_routers else unheard | {"train.router_lr"})
+    if adapter.method != "mole" or adapter.router_scope == "task":
+        unheard.add("train.router_lr")
+    if not in_fp8:
+        unheard.add("fp8.recipe")
+    if in_fp8 or not stored:
+        unheard.add("fp8.scale")
+    if not in_fp8 and not stored:
+        unheard.add("fp8.first_last_layers_bf16")
+    return frozenset(unheard)
 
 
 def describe_idle(config: RunConfig) -> list[str]:
     """For people, a line a reason: what is set, to something else than its default, and changes nothing."""
     idle, lines = idle_keys(config), []
-    unheard = [
-        f"{name}.{entry.name} {str(plain(getattr(section, entry.name))).lower()}"
-        for name, section in (("adapter", config.adapter), ("train", config.train))
-        for entry in dataclasses.fields(section)
-        if f"{name}.{entry.name}" in idle and getattr(section, entry.name) != entry.default
-    ]
-    if unheard:
-        why = "adapter.method lora: " if config.adapter.method == "lora" else ""
-        lines.append(f"{why}these keys have no effect: {', '.join(unheard)}")
+    sections: dict[str, Any] = {"adapter": config.adapter, "train": config.train, "fp8": config.fp8}
+    of_adapters = "adapter.method lora: " if config.adapter.method == "lora" else ""
+    of_fp8 = f"train.precision {config.train.precision}, fp8.store_base {str(config.fp8.store_base).lower()}: "
+    for why, names in ((of_adapters, ("adapter", "train")), (of_fp8, ("fp8",))):
+        unheard = [
+            f"{name}.{entry.name} {str(plain(getattr(sections[name], entry.name))).lower()}"
+            for name in names
+            for entry in dataclasses.fields(sections[name])
+            if f"{name}.{entry.name}" in idle and getattr(sections[name], entry.name) != entry.default
+        ]
+        if unheard:
+            lines.append(f"{why}these keys have no effect: {', '.join(unheard)}")
     if config.validation.every and not config.data.validation:
         lines.append(
             f"validation.every is {config.validation.every}, but data.validation is empty: nothing is validated"

@@ -1,22 +1,20 @@
-"""`mole-mega verify-parallel`, as a user starts it: real processes, no forks of one that has imported everything."""
+"""`mole-mega verify-parallel`."""
 
 import json
 import subprocess
 import sys
 
+import commands
 import pytest
 
 from mole_mega.errors import ExitCode
 
 
-def verify(*arguments):
-    command = [sys.executable, "-m", "mole_mega.cli", "verify-parallel", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_it_prints_the_table_and_nothing_else(write_run, tmp_path):
+    """Started as a user does, and not in a fork of a process that has imported everything: imports warn too."""
     out = tmp_path / "rows.json"
-    done = verify(write_run(), "--max-processes", 2, "--json", out)
+    command = [sys.executable, "-m", "mole_mega.cli", "verify-parallel", write_run(), "--max-processes", "2"]
+    done = subprocess.run([*command, "--json", out], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (ExitCode.DONE, "")
     head, *rows, note = done.stdout.splitlines()
     assert head.split()[:2] == ["case", "processes"]
@@ -39,8 +37,8 @@ def test_it_prints_the_table_and_nothing_else(write_run, tmp_path):
         (["model.base=nowhere"], "nowhere is not a complete checkpoint"),
     ],
 )
-def test_a_mistake_is_one_line(write_run, arguments, message):
-    done = verify(write_run(), *arguments)
-    assert (done.returncode, done.stdout) == (ExitCode.INPUT_ERROR, "")
-    (line,) = done.stderr.splitlines()
+def test_a_mistake_is_one_line(write_run, tmp_path, arguments, message):
+    code, text = commands.run([write_run(), *arguments], tmp_path / "log", module="mole_mega.verify_parallel")
+    assert code == ExitCode.INPUT_ERROR
+    (line,) = text.splitlines()
     assert line.startswith("error: ") and message in line

@@ -797,6 +797,28 @@ def test_a_mixture_hears_its_keys_but_those_of_what_it_has_not():
     assert run_config.describe_idle(make(adapter=sigmoid)) == []
 
 
+@pytest.mark.parametrize(
+    ("fp8", "precision", "unheard"),
+    [
+        (
+            {"first_last_layers_bf16": True, "scale": "block"},
+            "bf16",
+            "fp8.scale block, fp8.first_last_layers_bf16 true",
+        ),
+        ({"recipe": "mxfp8", "store_base": True, "scale": "block"}, "bf16", "fp8.recipe mxfp8"),
+        ({"recipe": "mxfp8", "store_base": True, "scale": "block"}, "fp8", "fp8.scale block"),
+        ({"recipe": "mxfp8", "first_last_layers_bf16": True}, "fp8", None),
+        ({"store_base": True, "first_last_layers_bf16": True, "scale": "block"}, "fp32", None),
+    ],
+)
+def test_keys_of_fp8_that_nothing_hears_are_told(fp8, precision, unheard):
+    backend = "transformer_engine" if precision == "fp8" else "local"
+    run = make(fp8=fp8, train={"precision": precision}, model={"backend": backend})
+    stored = str(fp8.get("store_base", False)).lower()
+    line = f"train.precision {precision}, fp8.store_base {stored}: these keys have no effect: {unheard}"
+    assert run_config.describe_idle(run) == ([] if unheard is None else [line])
+
+
 def test_validation_without_a_source_is_told():
     (line,) = run_config.describe_idle(make(validation={"every": 2}))
     assert line == "validation.every is 2, but data.validation is empty: nothing is validated"
