@@ -230,7 +230,9 @@ def test_a_folder_that_takes_its_base_from_elsewhere_is_compared_in_what_it_hold
 def test_an_export_of_a_run_on_another_base_is_told_by_the_hash_that_it_names(name, file, pairs, alone, tmp_path):
     trained, folder = pairs[name]
     path = copy(folder, tmp_path / "other") / file
-    assert json.loads(path.read_text())["base_hash"] == files.folder_hash(trained.base)
+    tree = json.loads(path.read_text())
+    assert tree["base_hash"] == files.folder_hash(trained.base)
+    assert tree["trained_steps"] == json.loads((trained.step / "state.json").read_text())["step"] > 0
     edit_json(path, base_hash="f00d" * 16)
     assert unequal(compare(trained, tmp_path / "other", alone)) == {"base": "another hash, f00df00df00d..."}
 
