@@ -88,10 +88,9 @@ def _locked(folder: Path, name: str) -> int:
 
 
 def _take(lock: int) -> bool:
+    """Whether the lock is ours; always on a file system without locks, which fails in another way than a taken one."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # the file system has no locks
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True

@@ -370,7 +370,7 @@ class Trainer:
             self._say(f"going on after step {state.step} from {latest}")
             if changes := [*self.store.changes_since(latest), *self._other_files(state.data_bytes)]:
                 self._say(f"changed since {latest.name}: {', '.join(changes)}")
-            if (named := self.store.named()) != latest.name:
+            if (named := self.store.named()) not in (None, latest.name):
                 self._say(f"latest names {named}, which is older: remove {latest.name} to go on from there")
             if self.run.checkpoint.init_from:
                 self._say("checkpoint.init_from is for a run that has no checkpoint yet: not heard")

@@ -675,3 +675,11 @@ def test_a_process_that_a_signal_ended_is_named(monkeypatch, capsys, number, cod
     monkeypatch.setattr("torch.distributed.run.run", run)
     assert launch("mole_mega.train", [], 2) == code
     assert capsys.readouterr().err == f"error: rank 3, process 4242, was ended by {number.name}{why}\n"
+
+
+def test_the_launcher_has_processes_meet_where_those_that_it_starts_again_can(monkeypatch):
+    name, seen = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", []
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: seen.append(os.environ.get(name)))
+    assert launch("mole_mega.train", [], 2) == 0
+    assert seen == ["1"] and name not in os.environ

@@ -277,6 +277,9 @@ def test_what_is_set_and_not_heard_when_a_run_goes_on_is_said(train, tmp_path):
     assert "checkpoint.init_from is for a run that has no checkpoint yet: not heard" in text.splitlines()
     code, text = train("run", train={"steps": 4, "schedule_steps": 4})
     assert code == 0 and "latest names" not in text and "not heard" not in text
+    (checkpoints / "latest").unlink()
+    code, text = train("run", train={"steps": 4, "schedule_steps": 4})
+    assert code == 0 and "going on after step 4" in text and "latest names" not in text
 
 
 def test_answers_of_steps_that_are_trained_again_are_forgotten(train, tmp_path, data):
