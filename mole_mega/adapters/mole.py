@@ -64,7 +64,9 @@ class TopOneDispatcher(MoEAlltoAllTokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs, routing_map
+        # Detached: the weights' graph leads to the hooks of parameters, and these to the model, which would hold itself
+        # where Python's collector cannot see it. Only their dtype is asked for.
+        self.hidden_shape, self.probs, self.routing_map = hidden_states.shape, probs.detach(), routing_map
         hidden_TH = hidden_states.view(-1, self.hidden_shape[-1])
         self.hidden_shape_before_permute = hidden_TH.shape
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.preprocess(routing_map))

@@ -8,8 +8,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import commands
 import pytest
 import torch
+import transformers
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
@@ -26,7 +28,6 @@ from mole_mega.convert.hf_import import UNUSED_FILE, import_hf
 from mole_mega.convert.mole_folder import export_mole
 from mole_mega.convert.source import SOURCE_FILE
 from mole_mega.platform import parallel as platform
-from mole_mega.platform.launch import launch
 
 LAYOUTS = {
     "TP 2": (2, {"tensor": 2}),
@@ -111,11 +112,15 @@ def ask(case: Case) -> list[dict]:
     return [asdict(check) for check in checks]
 
 
-def main(cases: Path, out: Path) -> None:
+def main(arguments: list[str]) -> int:
+    """The worker: the cases of a listing, all of this world size."""
+    cases, out = map(Path, arguments)
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(out.with_name("modules"))
     found = {values["name"]: ask(Case(**values)) for values in json.loads(cases.read_text())}
     if torch.distributed.get_rank() == 0:
         out.write_text(json.dumps(found))
     platform.shutdown()
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +161,11 @@ def found(folders, tmp_path_factory) -> dict[str, dict[str, dict]]:
         for fault, (layout, model, _) in FAULTS.items()
     ]
     results = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
-        patch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
-        for nproc in (2, 4):
-            path, out = folder / f"{nproc}.json", folder / f"{nproc}_found.json"
-            path.write_text(json.dumps([asdict(case) for case in (*whole, *broken) if case.nproc == nproc]))
-            assert launch("test_convert_layouts", [str(path), str(out)], nproc) == 0
-            results |= json.loads(out.read_text())
+    for nproc in (2, 4):
+        path, out = folder / f"{nproc}.json", folder / f"{nproc}_found.json"
+        path.write_text(json.dumps([asdict(case) for case in (*whole, *broken) if case.nproc == nproc]))
+        assert commands.launch(__name__, [str(path), str(out)], nproc) == 0
+        results |= json.loads(out.read_text())
     return {name: {check["what"]: check for check in checks} for name, checks in results.items()}
 
 
@@ -201,7 +203,3 @@ def test_a_part_that_one_rank_loads_wrongly_is_named(fault, found):
     assert checks["layout"]["found"] == f"1 differ, first {stored} on rank 1"
     assert checks["names"]["equal"] and checks["tensors"]["equal"]
     assert checks["logits"]["equal"] == (fault in SEEN_IN_THE_LAYOUT_ALONE)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -7,11 +7,11 @@ All cases of one world size run in one launch, whose worker is this file.
 import json
 import logging
 import math
-import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -25,7 +25,6 @@ from mole_mega.data.conversation import IGNORE_INDEX, Encoder
 from mole_mega.models.decode import greedy, pad_prompts
 from mole_mega.models.llava import LLaVA
 from mole_mega.platform import parallel as platform
-from mole_mega.platform.launch import launch
 from mole_mega.training import parity
 from mole_mega.training.evaluation import answer_questions
 from mole_mega.training.loss import SCORE_ROWS
@@ -116,13 +115,16 @@ def evaluate(folder, layout, adapter):
     return {"answers": [asdict(answer) for answer in answers], "scores": scores.tolist()}
 
 
-def main(folder: Path, world: int) -> None:
+def main(arguments: list[str]) -> int:
+    """The worker: the cases of this world size."""
+    folder, world = Path(arguments[0]), int(arguments[1])
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     found = {name(*case): evaluate(folder, case[0], case[2]) for case in CASES if case[1] == world}
     if torch.distributed.get_rank() == 0:
         (folder / f"found_{world}.json").write_text(json.dumps(found))
     platform.shutdown()
+    return 0
 
 
 # ---- samples whose true answers the model would give, or not
@@ -202,11 +204,9 @@ def found(expected):
     """{case: what it finds}."""
     folder, _ = expected
     results = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
-        for world in (2, 4):
-            assert launch("test_decode_layouts", [str(folder), str(world)], world) == 0
-            results |= json.loads((folder / f"found_{world}.json").read_text())
+    for world in (2, 4):
+        assert commands.launch(__name__, [str(folder), str(world)], world) == 0
+        results |= json.loads((folder / f"found_{world}.json").read_text())
     return results
 
 
@@ -224,7 +224,3 @@ def test_a_layout_answers_as_one_process_does(case, expected, found):
     of_one, of_layout = expected[1][kind(case[2])], found[name(*case)]
     assert of_layout["answers"] == of_one["answers"]
     torch.testing.assert_close(torch.tensor(of_layout["scores"]), torch.tensor(of_one["scores"]), rtol=1e-5, atol=0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

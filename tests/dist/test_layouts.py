@@ -3,12 +3,18 @@
 All cases of one world size run in one launch. A case is recorded once; each test reads one comparison.
 """
 
+import gc
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import commands
 import pytest
 import torch
 
 from mole_mega.config import DataConfig, ModelConfig, ParallelConfig, RunConfig, SourceConfig, TrainConfig, validate
+from mole_mega.models.llava import LLaVA
+from mole_mega.platform import parallel as platform
 from mole_mega.training import parity
 from mole_mega.training.parity import GRADIENT_TOLERANCE, WEIGHT_TOLERANCE, Case, layout_name, scaled_down
 
@@ -86,11 +92,34 @@ def record_all(cases):
         references[one_case.name] = reference
         return compare(one_case, reference, measured)
 
+    def launch(module, arguments, nproc):
+        return commands.launch(__name__, arguments, nproc)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "compare", keep)
+        patch.setattr(parity, "launch_worker", launch)
         comparisons = parity.verify(cases, SIZE)
     print(parity.table(comparisons))
     return {comparison.case.name: comparison for comparison in comparisons}, references
+
+
+def main(arguments):
+    """parity's worker, which also sees to it that each model goes with its case, and its groups' threads with it."""
+    cases = json.loads(Path(arguments[0]).read_text())
+    leave_groups, kept = platform.leave_groups, 0
+
+    def leave_and_look():
+        nonlocal kept
+        leave_groups()
+        if not cases:
+            return
+        case = cases.pop(0)
+        kept += case["run"]["train"]["distributed_optimizer"]  # Megatron-Core's holds itself
+        living = sum(type(one) is LLaVA for one in gc.get_objects())
+        assert living <= kept, f"{living} models live on after {case['name']}, not {kept}"
+
+    platform.leave_groups = leave_and_look
+    return parity.main(arguments)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
 from test_layouts import EP, RUN, SIZE, TP
@@ -103,17 +103,15 @@ def broken():
         name = f"{method['name']} over {'experts' if layout is EP else 'tensors'}"
         cases.append(Case(name, replace(RUN, run_dir="forgets", parallel=layout, adapter=adapter, train=train), 2))
     records = {}
-    launch = parity.launch_worker
 
     def launch_broken(module, arguments, nproc):
-        return launch("broken_worker" if nproc > 1 else module, arguments, nproc)
+        return commands.launch("broken_worker" if nproc > 1 else module, arguments, nproc)
 
     def keep(case, reference, measured):
         records[case.name] = reference, measured
         return compare(case, reference, measured)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
         patch.setattr(parity, "launch_worker", launch_broken)
         patch.setattr(parity, "compare", keep)
         comparisons = parity.verify(cases, SIZE)

@@ -1,14 +1,13 @@
 """A bank gathered while the block before it computes is the bank that its own block would have gathered: the same
 losses, gradients and weights, bit for bit, also where layers are recomputed and over the stages of a pipeline."""
 
-import os
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
+import commands
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_layouts import PP_EP, RUN, SIZE
 
 from mole_mega.adapters import mixture
@@ -34,9 +33,9 @@ class Watched(mixture.BankOnItsWay):
         return super().arrive()
 
 
-def worker(rank, folder):
-    os.environ["WORLD_SIZE"] = str(WORLD)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+def main(arguments):
+    """The worker."""
+    folder = Path(arguments[0])
     parallel = platform.initialize(PP_EP, seed=0)
     make_base(TOP_2, SIZE, parallel, folder / "base")
     mixture.BankOnItsWay = Watched
@@ -49,10 +48,11 @@ def worker(rank, folder):
             plain = record(run, SIZE, parallel)
         assert all(mine == ("sent", then[1]) for mine, then in zip(Watched.seen[::2], Watched.seen[1::2], strict=True))
         Watched.seen.clear()
-        if rank == 0:
+        if parallel.is_main:
             assert ahead.keys() == plain.keys() and any(key.startswith("gradient/") for key in ahead)
             assert all(torch.equal(ahead[key], tensor) for key, tensor in plain.items()), name
     platform.shutdown()
+    return 0
 
 
 def check_order(seen, *, recomputed):
@@ -69,4 +69,4 @@ def check_order(seen, *, recomputed):
 
 
 def test_prefetched_banks_change_no_bit(tmp_path):
-    mp.spawn(worker, (tmp_path,), nprocs=WORLD)
+    assert commands.launch(__name__, [str(tmp_path)], WORLD) == 0

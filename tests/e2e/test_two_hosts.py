@@ -12,6 +12,7 @@ from pathlib import Path
 
 import commands
 import pytest
+import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mole_mega import train as train_command
@@ -81,7 +82,8 @@ def be_agent(host: str, address: str, run: str, log: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.setns(os.open(f"/var/run/netns/{host}", os.O_RDONLY), os.CLONE_NEWNET)
-    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "veth0"}
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "veth0"
     # torchrun 2.13 tells the meeting point of the first round only: a host that comes back would wait for it
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     launch = LaunchConfig(

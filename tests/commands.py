@@ -3,6 +3,7 @@ real command from its `main` on, and a launch costs tenths of a second instead o
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -25,11 +26,19 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mole_mega.monitor.metrics import TIMING_KEYS
 
-EXAMPLE_BASE = Path(__file__).parents[2] / "examples" / "tiny_cpu" / "base_hf"
+EXAMPLE_BASE = Path(__file__).parents[1] / "examples" / "tiny_cpu" / "base_hf"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["mole_mega.train", "mole_mega.training.trainer", "transformers.models.llama", "torch.utils.tensorboard"]
+    [
+        "mole_mega.train",
+        "mole_mega.training.parity",
+        "mole_mega.training.trainer",
+        "transformers.models.clip.configuration_clip",
+        "transformers.models.llama.configuration_llama",
+        "transformers.models.llava.configuration_llava",
+        "torch.utils.tensorboard",
+    ]
 )
 
 TIMEOUT = 120
@@ -82,7 +91,7 @@ def start(
     processes = []
     log.write_bytes(b"")
     for rank in range(nproc):
-        environment = {"OMP_NUM_THREADS": "1"}
+        environment = {}
         if nproc > 1:
             environment |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc}
             environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
@@ -96,6 +105,16 @@ def run(*args, **kwargs) -> tuple[int, str]:
     """`start` and wait: (exit code, what was printed)."""
     command = start(*args, **kwargs)
     return command.wait(), command.text
+
+
+def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
+    """In place of `mole_mega.platform.launch.launch_worker`, which starts torchrun and as many new processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = start(arguments, Path(folder) / "log", nproc, module=module)
+        code = command.wait(timeout=600)
+        if code:
+            print(command.text)
+    return code
 
 
 def kill_before_step(step: int, rank: int) -> None:
@@ -184,9 +203,11 @@ def read_rows(run_dir: Path) -> list[dict]:
 
 def _main(rank, environment, log, prepare, module, arguments):
     os.environ.update({key: str(value) for key, value in environment.items()})
+    torch.set_num_threads(1)  # OMP_NUM_THREADS was heard when torch was imported
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    gc.freeze()  # what was imported stays: looking for garbage in it takes a third of a second each time
     if prepare is not None:
         prepare(rank)
     code = 1
