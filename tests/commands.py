@@ -1,5 +1,5 @@
-"""Runs the project's commands in forks of one process that has imported everything already: the code is that of the
-real command from its `main` on, and a launch costs tenths of a second instead of ten."""
+"""Runs the project's commands, and tests' own workers, in forks of one process that has imported everything already:
+the code is that of the real command from its `main` on, and a launch costs tenths of a second instead of ten."""
 
 import contextlib
 import functools
@@ -108,7 +108,9 @@ def run(*args, **kwargs) -> tuple[int, str]:
 
 
 def launch(module: str, arguments: Sequence[str], nproc: int) -> int:
-    """In place of `mole_mega.platform.launch.launch_worker`, which starts torchrun and as many new processes."""
+    """The exit code of the module's `main(arguments)` on `nproc` processes; what they printed is shown if it is not 0.
+    In place of `mole_mega.platform.launch.launch_worker`, which starts torchrun and processes that import everything.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = start(arguments, Path(folder) / "log", nproc, module=module)
         code = command.wait(timeout=600)

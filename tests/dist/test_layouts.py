@@ -104,7 +104,8 @@ def record_all(cases):
 
 
 def main(arguments):
-    """parity's worker, which also sees to it that each model goes with its case, and its groups' threads with it."""
+    """parity's worker, which also sees to it that each model goes with its case: one that stays keeps the threads of
+    its groups, for which later cases wait."""
     cases = json.loads(Path(arguments[0]).read_text())
     leave_groups, kept = platform.leave_groups, 0
 
