@@ -304,11 +304,13 @@ def add_projections(
         else:
             products = _StackedProducts(_MaskedProducts(tokens_per_expert_E, num_tokens))
     x_TI = x_TI if gradient is None else x_TI.detach()
-    return _AddLoRA.apply(products, scale, False, gradient, overwritable(base_TO), x_TI, weight_T, *A_P, *B_P)
+    base_TO = overwritable(base_TO)
+    return _AddLoRA.apply(products, products, scale, False, gradient, base_TO, x_TI, weight_T, *A_P, *B_P)
 
 
 def add_with(
-    products: CompiledProducts,
+    reads: CompiledProducts,
+    writes: CompiledProducts,
     base_TO: Tensor,
     x_TI: Tensor,
     A_P: Sequence[Tensor],
@@ -319,7 +321,8 @@ def add_with(
     *,
     rescaled: bool = False,
 ) -> Tensor:
-    """`add_projections` by products that know which rows are which expert's, and may take a token's several times.
+    """`add_projections` by products that know which rows are which expert's, and may take a token's several times:
+    those of x, and those of what is added to.
 
     `rescaled`: backward, the experts get sqrt(weight) in the place of weight.
     """
@@ -327,7 +330,8 @@ def add_with(
     x_TI = x_TI.to(dtype).contiguous()
     factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
     x_TI = x_TI if gradient is None else x_TI.detach()
-    return _AddLoRA.apply(products, scale, rescaled, gradient, overwritable(base_TO), x_TI, weight_N, *factors)
+    base_TO = overwritable(base_TO)
+    return _AddLoRA.apply(reads, writes, scale, rescaled, gradient, base_TO, x_TI, weight_N, *factors)
 
 
 def overwritable(base_TO: Tensor) -> Tensor:
@@ -348,7 +352,8 @@ class _AddLoRA(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        products: _Products,
+        reads: _Products,
+        writes: _Products,
         scale: float,
         rescaled: bool,
         gradient: InputGradient | None,
@@ -358,51 +363,59 @@ class _AddLoRA(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        z_TPR = products.to_rank(x_TI, [A.transpose(1, 2) for A in A_P])
-        zw_TPR = _weigh(z_TPR, scale, weight_T)
-        for out_TO, B_EOR, zw_TR in _by_projection(base_TO, B_P, zw_TPR):
-            products.add_from_rank_(out_TO, zw_TR, [B_EOR.transpose(1, 2)])
+        z_TPR = reads.to_rank(x_TI, [A.transpose(1, 2) for A in A_P])
+        zw_TPR = weigh(z_TPR, scale, weight_T)
+        for out_TO, B_EOR, zw_TR in by_projection(base_TO, B_P, zw_TPR):
+            writes.add_from_rank_(out_TO, zw_TR, [B_EOR.transpose(1, 2)])
         ctx.mark_dirty(base_TO)
-        ctx.products, ctx.scale, ctx.rescaled, ctx.gradient = products, scale, rescaled, gradient
+        ctx.reads, ctx.writes, ctx.scale, ctx.rescaled, ctx.gradient = reads, writes, scale, rescaled, gradient
         ctx.save_for_backward(x_TI, z_TPR, weight_T, *factors)
         return base_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        products: _Products = ctx.products
+        reads: _Products = ctx.reads
         x_TI, z_TPR, weight_T, *factors = ctx.saved_tensors
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        _, _, _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        _, _, _, _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
         grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
 
         if ctx.rescaled:
             weight_T = weight_T.sqrt()
-        zw_TPR = _weigh(z_TPR, ctx.scale, weight_T)
-        u_TPR = torch.empty_like(z_TPR)
-        dB_P: list[Tensor | None] = []
-        for g_TO, B_EOR, zw_TR, u_TR in _by_projection(grad_TO, B_P, zw_TPR, u_TPR):
-            if any(needs_factors):
-                dB_P.append(products.to_rank_with_outer(g_TO, B_EOR, zw_TR, u_TR))
-            else:
-                u_TR.copy_(products.to_rank(g_TO, [B_EOR]))
-                dB_P.append(None)
-        dz_TPR = _weigh(u_TPR, ctx.scale, weight_T)
+        zw_TPR = weigh(z_TPR, ctx.scale, weight_T)
+        u_TPR, dB_P = write_gradients(ctx.writes, grad_TO, B_P, zw_TPR, wanted=any(needs_factors))
+        dz_TPR = weigh(u_TPR, ctx.scale, weight_T)
         dweight_T = None
         if needs_weight:
             dweight_T = _dot_rows(u_TPR, z_TPR, ctx.scale, weight_T.dtype)
         dx_TI = None
         if ctx.gradient is not None:
-            ctx.gradient.add_later(lambda grad_TI: products.add_from_rank_(grad_TI, dz_TPR, A_P))
+            ctx.gradient.add_later(lambda grad_TI: reads.add_from_rank_(grad_TI, dz_TPR, A_P))
         elif needs_x:
-            dx_TI = products.from_rank(dz_TPR, A_P, len(x_TI))
+            dx_TI = reads.from_rank(dz_TPR, A_P, len(x_TI))
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
-            dA_P = products.outer(dz_TPR, x_TI, len(A_P))
-        return None, None, None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
+            dA_P = reads.outer(dz_TPR, x_TI, len(A_P))
+        return None, None, None, None, None, grad_TO, dx_TI, dweight_T, *dA_P, *dB_P
 
 
-def _weigh(z_TR: Tensor, scale: float, weight_T: Tensor | None) -> Tensor:
+def write_gradients(
+    writes: _Products, grad_TO: Tensor, B_P: Sequence[Tensor], zw_TPR: Tensor, *, wanted: bool = True
+) -> tuple[Tensor, list[Tensor | None]]:
+    """u_p = g_p B_p side by side, and d B_p = g_p^T zw_p where it is wanted."""
+    u_TPR = torch.empty_like(zw_TPR)
+    dB_P: list[Tensor | None] = []
+    for g_TO, B_EOR, zw_TR, u_TR in by_projection(grad_TO, B_P, zw_TPR, u_TPR):
+        if wanted:
+            dB_P.append(writes.to_rank_with_outer(g_TO, B_EOR, zw_TR, u_TR))
+        else:
+            u_TR.copy_(writes.to_rank(g_TO, [B_EOR]))
+            dB_P.append(None)
+    return u_TPR, dB_P
+
+
+def weigh(z_TR: Tensor, scale: float, weight_T: Tensor | None) -> Tensor:
     """scale * weight * z; the product is rounded to z's dtype once, whatever the weight's."""
     if weight_T is None:
         return z_TR * scale
@@ -421,7 +434,7 @@ def _dot_rows(u_TR: Tensor, z_TR: Tensor, scale: float, dtype: torch.dtype) -> T
     return scale * (u_TR.to(dtype) * z_TR).sum(1)
 
 
-def _by_projection(wide_TO: Tensor, B_P: Sequence[Tensor], *ranks_TPR: Tensor) -> zip[tuple[Tensor, ...]]:
+def by_projection(wide_TO: Tensor, B_P: Sequence[Tensor], *ranks_TPR: Tensor) -> zip[tuple[Tensor, ...]]:
     """(columns of the projection, its B, its part of each that lies in rank space) for each projection."""
     columns = wide_TO.split([B.shape[1] for B in B_P], dim=1)
     return zip(columns, B_P, *(z_TPR.chunk(len(B_P), dim=1) for z_TPR in ranks_TPR), strict=True)

@@ -18,6 +18,7 @@
 
 #ifdef __AVX512F__
 #include <immintrin.h>
+#include <sleef.h>
 #endif
 
 #include <algorithm>
@@ -103,33 +104,34 @@ inline void written() {
 #endif
 }
 
-// out = sums, or out += sums, n numbers side by side.
+// out = sums, or base + sums where there is one, which may be out itself; n numbers side by side.
 template <bool add, bool once = false, typename T>
-inline void put(const float* __restrict__ sums, T* __restrict__ out, int64_t n) {
+inline void put(const float* __restrict__ sums, T* out, int64_t n, const T* base = nullptr) {
   int64_t i = 0;
 #ifdef __AVX512F__
-  if constexpr (once && !add && std::is_same_v<T, float>)
-    for (; i + 16 <= n; i += 16) write<true>(out + i, _mm512_loadu_si512(sums + i));
+  if constexpr (std::is_same_v<T, float>)
+    for (; i + 16 <= n; i += 16) {
+      __m512 sum = _mm512_loadu_ps(sums + i);
+      if constexpr (add) sum = _mm512_add_ps(sum, _mm512_loadu_ps(base + i));
+      write<once>(out + i, _mm512_castps_si512(sum));
+    }
 #endif
 #ifdef __AVX512BF16__
   if constexpr (std::is_same_v<T, at::BFloat16>) {
-    if constexpr (once && !add)
-      for (; i + 32 <= n; i += 32) {
-        const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums + i));
-        const __m256i high = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums + i + 16));
-        write<true>(out + i, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-      }
-    for (; i + 16 <= n; i += 16) {
-      __m512 sum = _mm512_loadu_ps(sums + i);
+    const auto sixteen = [&](int64_t at) {
+      __m512 sum = _mm512_loadu_ps(sums + at);
       if constexpr (add) {
-        const __m256i had = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(out + i));
+        const __m256i had = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base + at));
         sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(had), 16)));
       }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(sum));
-    }
+      return (__m256i)_mm512_cvtneps_pbh(sum);
+    };
+    for (; once && i + 32 <= n; i += 32)
+      write<true>(out + i, _mm512_inserti64x4(_mm512_castsi256_si512(sixteen(i)), sixteen(i + 16), 1));
+    for (; i + 16 <= n; i += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), sixteen(i));
   }
 #endif
-  for (; i < n; ++i) narrow(add ? widen(out[i]) + sums[i] : sums[i], out[i]);
+  for (; i < n; ++i) narrow(add ? widen(base[i]) + sums[i] : sums[i], out[i]);
 }
 
 // out[c, r] = in[r, c], numbers of four bytes.
@@ -278,11 +280,14 @@ void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts
   }
 }
 
+// out = z M, or base + z M where there is one: of other rows of another tensor, or out itself.
 template <typename T>
 void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E, int64_t R, int64_t O,
                const T* z, int64_t ldz, const T* const* M, int64_t P, int64_t stride_e, int64_t stride_r,
-               int64_t stride_o, bool add, int64_t threads) {
+               int64_t stride_o, const T* base, int64_t ldb, const int64_t* base_rows, int64_t threads) {
   const int64_t blocks = (O + kAdded - 1) / kAdded;
+  const bool once = base != out;  // then out is not read here
+  const auto base_of = [&](int64_t n) { return base + (base_rows ? base_rows[n] : n) * ldb; };
   // Threads share the columns: two experts may add to one row.
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t part = 0; part < threads; ++part) {
@@ -314,21 +319,27 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
           else
             blas::brgemm(height, width, R, leading, width, width, false, block, packed + packed_rows * (column - from),
                          sums, kPair<T> > 1);
-          for (int64_t i = 0; i < count; ++i) {
-            T* out_row = out + (rows ? rows[first + i] : first + i) * ldo + column;
-            const float* sum = sums + i * width;
-            if (add && column + kAdded < to) {
-              fetch(out_row + kAdded, kAdded);
-            } else if (add && first + kRows + i < starts[e + 1]) {
-              const int64_t next = first + kRows + i;
-              fetch(out + (rows ? rows[next] : next) * ldo + from, std::min(kAdded, to - from));
+          for (int64_t n = first; n < first + count; ++n) {
+            T* to_row = out + (rows ? rows[n] : n) * ldo + column;
+            const float* sum = sums + (n - first) * width;
+            if (!base) {
+              put<false>(sum, to_row, width);
+              continue;
             }
-            add ? put<true>(sum, out_row, width) : put<false>(sum, out_row, width);
+            if (column + kAdded < to)
+              fetch(base_of(n) + column + kAdded, kAdded);
+            else if (n + kRows < starts[e + 1])
+              fetch(base_of(n + kRows) + from, std::min(kAdded, to - from));
+            if (once)
+              put<true, true>(sum, to_row, width, base_of(n) + column);
+            else
+              put<true>(sum, to_row, width, base_of(n) + column);
           }
         }
       }
     }
     blas::brgemm_release(kPair<T> > 1);
+    written();
   }
 }
 
@@ -761,6 +772,146 @@ void swiglu_backward(const at::BFloat16* grad, at::BFloat16* fused, const float*
   }
 }
 
+// So many numbers side by side, as the processor's registers hold them.
+constexpr int64_t kLanes = 16;
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+// n numbers, and 0 beyond. (Compilers do not see that sixteen are one load.)
+template <typename T>
+inline Lanes load(const T* from, int64_t n) {
+#ifdef __AVX512F__
+  if constexpr (kPair<T> == 2)
+    if (n == kLanes) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    }
+#endif
+  float numbers[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = widen(from[i]);
+  Lanes lanes;
+  std::memcpy(&lanes, numbers, sizeof(lanes));
+  return lanes;
+}
+
+template <typename T>
+inline void store(const Lanes& lanes, T* to, int64_t n) {
+  put<false>(reinterpret_cast<const float*>(&lanes), to, n);
+}
+
+// The sigmoid of n numbers; in bf16 there is a table of it.
+inline void sigmoids(const float*, const float* of, float* found, int64_t n) {
+  int64_t i = 0;
+#ifdef __AVX512F__
+  for (; i + kLanes <= n; i += kLanes) {
+    const Lanes x = load(of + i, kLanes);
+    _mm512_storeu_ps(found + i, (__m512)(1.f / (1.f + (Lanes)Sleef_expf16_u10((__m512)-x))));
+  }
+#endif
+  for (; i < n; ++i) found[i] = 1.f / (1.f + std::exp(-of[i]));
+}
+inline void sigmoids(const float* table, const at::BFloat16* of, float* found, int64_t n) {
+  look_up(table, of, found, n);
+}
+
+// work(from, n) for the columns [from, from + n) of so many, kLanes at a time.
+template <typename Work>
+inline void by_lanes(int64_t columns, const Work& work) {
+  int64_t from = 0;
+  for (; from + kLanes <= columns; from += kLanes) work(from, std::integral_constant<int64_t, kLanes>());
+  if (from < columns) work(from, columns - from);
+}
+
+// Tokens have K sorted rows each, token t those at places[t K] to places[t K + K - 1], with weights that sum to 1.
+// fused [N, 2F]: gate and up side by side. h [N, F] = silu(gate) up: in fp32 it comes with silu(gate), in bf16 there is
+// a table. mixed [T, F] = h1 + sum_k w_k (h_k - h1), where h1 is the token's first: exactly h where all are equal.
+template <typename T>
+void swiglu_mixed(const T* fused, const float* silu, const float* weight, const int64_t* places, int64_t tokens,
+                  int64_t K, int64_t F, T* h, T* mixed, int64_t threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Memory of_silu;
+    float* found = of_silu.room<float>(K * kColumns);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t column = 0; column < F; column += kColumns) {
+        const int64_t width = std::min(kColumns, F - column);
+        if constexpr (kPair<T> == 2)
+          for (int64_t k = 0; k < K; ++k)
+            look_up(silu, fused + places[t * K + k] * 2 * F + column, found + k * kColumns, width);
+        by_lanes(width, [&](int64_t i, auto n) {
+          Lanes first, sum;
+          for (int64_t k = 0; k < K; ++k) {
+            const int64_t row = places[t * K + k];
+            T* of_row = h + row * F + column + i;
+            Lanes product;
+            if constexpr (kPair<T> == 2)
+              product = load(found + k * kColumns + i, n);
+            else
+              product = load(of_row, n);
+            product *= load(fused + row * 2 * F + F + column + i, n);
+            store(product, of_row, n);
+            if (k == 0)
+              sum = first = product;
+            else
+              sum += weight[row] * (product - first);
+          }
+          store(sum, mixed + t * F + column + i, n);
+        });
+      }
+  }
+}
+
+// Of h's gradient dh [N, F] and mixed's, dmixed [T, F]: fused becomes its own gradient, dfused [T, 2F] the sum of a
+// token's, dweight [N] the weights' (the first one's is 0).
+template <typename T>
+void swiglu_mixed_backward(const T* dh, const T* dmixed, T* fused, const float* table, const float* weight,
+                           const int64_t* places, int64_t tokens, int64_t K, int64_t F, T* dfused, float* dweight,
+                           int64_t threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Memory of_dots, of_sigmoids;
+    Lanes* dots = of_dots.room<Lanes>(K);
+    float* sigmoid = of_sigmoids.room<float>(K * kColumns);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+      float weight_of_first = 1;
+      for (int64_t k = 1; k < K; ++k) weight_of_first -= weight[places[t * K + k]];
+      std::fill(dots, dots + K, Lanes{});
+      for (int64_t column = 0; column < F; column += kColumns) {
+        const int64_t width = std::min(kColumns, F - column);
+        for (int64_t k = 0; k < K; ++k)
+          sigmoids(table, fused + places[t * K + k] * 2 * F + column, sigmoid + k * kColumns, width);
+        by_lanes(width, [&](int64_t i, auto n) {
+          const Lanes of_mixed = load(dmixed + t * F + column + i, n);
+          Lanes first, sum_gate, sum_up;
+          for (int64_t k = 0; k < K; ++k) {
+            const int64_t row = places[t * K + k];
+            T *gate = fused + row * 2 * F + column + i, *up = gate + F;
+            const Lanes x = load(gate, n), u = load(up, n), s = load(sigmoid + k * kColumns + i, n), silu = x * s;
+            const Lanes g = load(dh + row * F + column + i, n) + (k == 0 ? weight_of_first : weight[row]) * of_mixed;
+            const Lanes dgate = g * u * (s + silu * (1.f - s)), dup = g * silu, product = silu * u;
+            store(dgate, gate, n);
+            store(dup, up, n);
+            if (k == 0) {
+              first = product, sum_gate = dgate, sum_up = dup;
+            } else {
+              dots[k] += of_mixed * (product - first);
+              sum_gate += dgate, sum_up += dup;
+            }
+          }
+          store(sum_gate, dfused + t * 2 * F + column + i, n);
+          store(sum_up, dfused + t * 2 * F + F + column + i, n);
+        });
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        float sum = 0;
+        for (int64_t i = 0; i < kLanes; ++i) sum += dots[k][i];
+        dweight[places[t * K + k]] = sum;
+      }
+    }
+  }
+}
+
 // Whether oneDNN has these products on this processor: elsewhere they throw, which a parallel region must not.
 template <typename T>
 int available() {
@@ -786,9 +937,10 @@ int available() {
   }                                                                                                                   \
   extern "C" void from_rank_##suffix(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E,      \
                                      int64_t R, int64_t O, const T* z, int64_t ldz, const T* const* M, int64_t P,     \
-                                     int64_t stride_e, int64_t stride_r, int64_t stride_o, int64_t add,               \
-                                     int64_t threads) {                                                               \
-    from_rank(out, ldo, rows, starts, E, R, O, z, ldz, M, P, stride_e, stride_r, stride_o, add != 0, threads);        \
+                                     int64_t stride_e, int64_t stride_r, int64_t stride_o, const T* base,             \
+                                     int64_t ldb, const int64_t* base_rows, int64_t threads) {                        \
+    from_rank(out, ldo, rows, starts, E, R, O, z, ldz, M, P, stride_e, stride_r, stride_o, base, ldb, base_rows,      \
+              threads);                                                                                               \
   }                                                                                                                   \
   extern "C" void outer_##suffix(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* rows,            \
                                  const int64_t* starts, int64_t E, int64_t R, int64_t W, T* const* grad, int64_t P,   \
@@ -801,6 +953,16 @@ int available() {
       int64_t ldu, T* grad, int64_t stride_e, int64_t stride_w, int64_t stride_r, int64_t threads) {                  \
     to_rank_with_outer(wide, ldw, rows, starts, E, W, R, M, m_stride_e, m_stride_w, m_stride_r, z, ldz, u, ldu, grad, \
                        stride_e, stride_w, stride_r, threads);                                                        \
+  }                                                                                                                   \
+  extern "C" void swiglu_mixed_##suffix(const T* fused, const float* silu, const float* weight,                       \
+                                        const int64_t* places, int64_t tokens, int64_t K, int64_t F, T* h, T* mixed,  \
+                                        int64_t threads) {                                                            \
+    swiglu_mixed(fused, silu, weight, places, tokens, K, F, h, mixed, threads);                                       \
+  }                                                                                                                   \
+  extern "C" void swiglu_mixed_backward_##suffix(                                                                     \
+      const T* dh, const T* dmixed, T* fused, const float* table, const float* weight, const int64_t* places,         \
+      int64_t tokens, int64_t K, int64_t F, T* dfused, float* dweight, int64_t threads) {                             \
+    swiglu_mixed_backward(dh, dmixed, fused, table, weight, places, tokens, K, F, dfused, dweight, threads);          \
   }
 
 FOR_DTYPE(at::BFloat16, bf16)

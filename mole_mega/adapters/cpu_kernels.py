@@ -53,7 +53,7 @@ class CompiledProducts:
 
     def __init__(self, found: ctypes.CDLL, tokens_per_expert_E: Tensor, row_N: Tensor | None = None) -> None:
         assert row_N is None or row_N.is_contiguous()
-        self._library, self._row_N = found, row_N
+        self.library, self._row_N = found, row_N
         self._starts = torch.zeros(len(tokens_per_expert_E) + 1, dtype=torch.int64)
         torch.cumsum(tokens_per_expert_E, 0, out=self._starts[1:])
         self.num_rows = int(self._starts[-1])
@@ -70,13 +70,23 @@ class CompiledProducts:
     def from_rank(self, z_NR: Tensor, M_P: Sequence[Tensor], num_tokens: int) -> Tensor:
         """[T, O]: the sum of what each row gives, by M_P [E, R / P, O]."""
         shape = num_tokens, M_P[0].shape[2]
-        out_TO = z_NR.new_empty(shape) if self._row_N is None else z_NR.new_zeros(shape)
-        self._from_rank(out_TO, z_NR, M_P, add=self._row_N is not None)
+        if self._row_N is None:
+            out_TO = z_NR.new_empty(shape)
+            self._from_rank(out_TO, z_NR, M_P, None)
+        else:
+            out_TO = z_NR.new_zeros(shape)
+            self.add_from_rank_(out_TO, z_NR, M_P)
         return out_TO
 
     def add_from_rank_(self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor]) -> None:
         """out += what each row gives."""
-        self._from_rank(out_TO, z_NR, M_P, add=True)
+        self._from_rank(out_TO, z_NR, M_P, out_TO, self._row_N)
+
+    def put_from_rank(
+        self, out_NO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], base_TO: Tensor, token_N: Tensor
+    ) -> None:
+        """out = each row's base, base[token_n], + what it gives."""
+        self._from_rank(out_NO, z_NR, M_P, base_TO, token_N)
 
     def outer(self, z_NR: Tensor, wide_TW: Tensor, parts: int) -> list[Tensor]:
         """The sum over each expert's rows of z_n^T wide_n, in so many parts, [E, R / P, W]."""
@@ -96,10 +106,14 @@ class CompiledProducts:
         self._call("to_rank_with_outer", *values)
         return grad_EWR
 
-    def _from_rank(self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], *, add: bool) -> None:
+    def _from_rank(
+        self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], base: Tensor | None, base_row_N: Tensor | None = None
+    ) -> None:
         num_experts, rank, width = M_P[0].shape
-        sizes = (num_experts, rank * len(M_P), width)
-        self._call("from_rank", out_TO, *self._wide(out_TO), *sizes, z_NR, z_NR.stride(0), *_lying(M_P), add)
+        assert base is None or base.stride(1) == 1
+        sizes, ranks = (num_experts, rank * len(M_P), width), (z_NR, z_NR.stride(0), *_lying(M_P))
+        added = (base, 0 if base is None else base.stride(0), base_row_N)
+        self._call("from_rank", out_TO, *self._wide(out_TO), *sizes, *ranks, *added)
 
     def _wide(self, wide: Tensor) -> tuple[int, Tensor | None, Tensor]:
         assert wide.stride(1) == 1 and (self._row_N is not None or len(wide) == self.num_rows)
@@ -110,7 +124,7 @@ class CompiledProducts:
         assert isinstance(first, Tensor)
         tensors = [t for v in values for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
         assert all(tensor.dtype in (first.dtype, torch.int64) for tensor in tensors)
-        _call(self._library, f"{name}_{_SUFFIXES[first.dtype]}", *values)
+        _call(self.library, f"{name}_{_SUFFIXES[first.dtype]}", *values)
 
 
 def _lying(M_P: Sequence[Tensor]) -> tuple[list[Tensor], int, int, int, int]:
@@ -230,6 +244,42 @@ def swiglu_backward_(found: ctypes.CDLL, grad_TF: Tensor, fused_T2F: Tensor) -> 
     """Put the gradient of `fused`, rounded once, in its place."""
     assert fused_T2F.is_contiguous() and grad_TF.is_contiguous()
     _call(found, "swiglu_backward_bf16", grad_TF, fused_T2F, _table(_sigmoid), *grad_TF.shape)
+
+
+def swiglu_mixed(found: ctypes.CDLL, fused_N2F: Tensor, weight_N: Tensor, place_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """h [N, F], silu(gate) * up of sorted rows that have [gate | up] side by side, with the bits that torch's operators
+    give; and [T, F], each token's h_1 + sum_k w_k (h_k - h_1), rounded once. place [T, K]: where a token's rows are;
+    its weights, fp32, sum to 1."""
+    assert fused_N2F.is_contiguous() and weight_N.dtype == torch.float32
+    (rows, columns), (tokens, choices) = fused_N2F.shape, place_TK.shape
+    width, suffix = columns // 2, _SUFFIXES[fused_N2F.dtype]
+    assert rows == len(weight_N) == tokens * choices
+    table = None
+    if fused_N2F.dtype == torch.bfloat16:
+        table, h_NF = _table(F.silu), fused_N2F.new_empty(rows, width)
+    else:
+        h_NF = F.silu(fused_N2F[:, :width])
+    mixed_TF = h_NF.new_empty(tokens, width)
+    sizes = (tokens, choices, width)
+    tensors = (fused_N2F, table, weight_N.contiguous(), place_TK.contiguous())
+    _call(found, f"swiglu_mixed_{suffix}", *tensors, *sizes, h_NF, mixed_TF)
+    return h_NF, mixed_TF
+
+
+def swiglu_mixed_backward_(
+    found: ctypes.CDLL, dh_NF: Tensor, dmixed_TF: Tensor, fused_N2F: Tensor, weight_N: Tensor, place_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Put the gradient of `fused`, rounded once, in its place; give back the sum of each token's, [T, 2F], and the
+    gradient of the weights, [N] fp32."""
+    assert fused_N2F.is_contiguous() and weight_N.dtype == torch.float32
+    assert dh_NF.dtype == dmixed_TF.dtype == fused_N2F.dtype
+    (tokens, choices), width = place_TK.shape, dh_NF.shape[1]
+    table = _table(_sigmoid) if fused_N2F.dtype == torch.bfloat16 else None
+    dfused_T2F, dweight_N = fused_N2F.new_empty(tokens, 2 * width), torch.empty_like(weight_N)
+    tensors = (dh_NF.contiguous(), dmixed_TF.contiguous(), fused_N2F, table, weight_N.contiguous())
+    values = (*tensors, place_TK.contiguous(), tokens, choices, width, dfused_T2F, dweight_N)
+    _call(found, f"swiglu_mixed_backward_{_SUFFIXES[fused_N2F.dtype]}", *values)
+    return dfused_T2F, dweight_N
 
 
 def _call(found: ctypes.CDLL, name: str, *values: _Value) -> None:

@@ -62,22 +62,37 @@ class PairedGate:
         """Where the pairs of the first token stand, then those of the second, and so on."""
         return self.token_N.argsort(stable=True)
 
+    def places(self, num_tokens: int) -> Tensor:
+        """Where each token's pairs stand, [T, K]."""
+        return self.inverse_N.view(num_tokens, -1)
+
+    def products(self, like: Tensor, sizes: Sequence[int]) -> tuple[CompiledProducts, CompiledProducts] | None:
+        """Compiled ones of each token's row for its pairs, taken from where it lies, and of rows that are the pairs'
+        own; None where they do not take tensors like this one, or these sizes."""
+        return self._products if cpu_kernels.library_for(like, sizes) is not None else None
+
     @cached_property
-    def _in_place(self) -> CompiledProducts | None:
-        """Of kernels that take a pair's row from where it lies."""
+    def _products(self) -> tuple[CompiledProducts, CompiledProducts] | None:
         kernels = cpu_kernels.library_for(self.weight_N)
-        return None if kernels is None else CompiledProducts(kernels, self.tokens_per_expert_E, self.token_N)
+        if kernels is None:
+            return None
+        of_tokens = CompiledProducts(kernels, self.tokens_per_expert_E, self.token_N)
+        return of_tokens, CompiledProducts(kernels, self.tokens_per_expert_E)
 
     def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float,
-                 gradient: InputGradient | None = None) -> Tensor:  # fmt: skip
-        """See `Gate`."""
+                 gradient: InputGradient | None = None, *, of_pairs: bool = False) -> Tensor:  # fmt: skip
+        """See `Gate`. `of_pairs`: x has a row for each pair, [N, I]."""
         num_experts = len(self.tokens_per_expert_E)
         A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
-        products, sizes = self._in_place, [A_P[0].shape[1], x_TI.shape[1], *(B.shape[1] for B in B_P)]
-        if products is not None and cpu_kernels.library_for(base_TO, sizes) is not None:
-            weight_N, rescaled = self.weight_N, self.rescaled
-            return bank.add_with(products, base_TO, x_TI, A_P, B_P, scale, weight_N, gradient, rescaled=rescaled)
-        x_NI = self.to_pairs(x_TI.to(base_TO.dtype))
+        products = self.products(base_TO, [A_P[0].shape[1], x_TI.shape[1], *(B.shape[1] for B in B_P)])
+        if products is not None:
+            of_tokens, of_own = products
+            reads, weight_N, rescaled = of_own if of_pairs else of_tokens, self.weight_N, self.rescaled
+            return bank.add_with(
+                reads, of_tokens, base_TO, x_TI, A_P, B_P, scale, weight_N, gradient, rescaled=rescaled
+            )
+        x_NI = x_TI.to(base_TO.dtype)
+        x_NI = x_NI if of_pairs else self.to_pairs(x_NI)
         delta_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
         weight_N = self.weight_N
         if self.rescaled:

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters import bank
+from mole_mega.adapters import bank, whole_mlps
 from mole_mega.adapters.mixing import Gate, MaskedGate, PairedGate, make_gate, paired
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer, SwiGLU
 from mole_mega.adapters.routers import LinearRouters, MoLERouter
@@ -184,31 +184,23 @@ class MixtureExperts(MoLEExperts):
 
             h_e = silu(Wg x + Dg_e(x)) * (Wu x + Du_e(x));  out = Wd sum_e w_e h_e + sum_e w_e Dd_e(h_e)
 
-        The base's gate and up run once a token, and as down is linear, its base does too. The weights of a token sum
-        to 1, so that sum_e w_e h_e = h + sum_e w_e (h_e - h) with the frozen h, which is exactly h where B is 0. For
-        the same reason h gets no gradient here, and what it adds to the weights' is one number for all of them, which
-        dividing by their sum takes out again.
+        The base's gate and up run once a token, and as down is linear, its base does too.
         """
-        adapter, (weight_N, counts_E) = self.adapter, (gate.weight_N, gate.tokens_per_expert_E)
-        fc1_T2F = self._base(self.linear_fc1, x_TH)
-        with torch.no_grad():
-            frozen_TF = SwiGLU.apply(fc1_T2F)
-        fc1_N2F = bank.add_projections(
-            gate.to_pairs(fc1_T2F),
-            gate.to_pairs(F.dropout(x_TH, adapter.dropout, self.training)),
+        adapter, scale = self.adapter, self.adapter.scale
+        drops = adapter.dropout > 0 and self.training
+        x_TH, gradient = bank.share_input(x_TH)
+        h_NF, mixed_TF = whole_mlps.activate(
+            gate,
+            self._base(self.linear_fc1, x_TH),
+            F.dropout(x_TH, adapter.dropout) if drops else x_TH,
             [whole["lora_gate_A"], whole["lora_up_A"]],
             [whole["lora_gate_B"], whole["lora_up_B"]],
-            counts_E,
-            adapter.scale,
-            None,
+            scale,
+            None if drops else gradient,
         )
-        h_NF = SwiGLU.apply(fc1_N2F)
-        added_NF = (h_NF - gate.to_pairs(frozen_TF)) * weight_N[:, None].to(h_NF.dtype)
-        output_TH = self._base(self.linear_fc2, frozen_TF + gate.from_pairs(added_NF, len(x_TH)))
+        output_TH = self._base(self.linear_fc2, mixed_TF)
         A, B = [whole["lora_down_A"]], [whole["lora_down_B"]]
-        delta_NH = output_TH.new_zeros(len(h_NF), output_TH.shape[1])
-        delta_NH = bank.add_projections(delta_NH, self._dropout_split(h_NF), A, B, counts_E, adapter.scale, weight_N)
-        return output_TH + gate.from_pairs(delta_NH, len(x_TH))
+        return gate.add_lora(output_TH, self._dropout_split(h_NF), A, B, scale, of_pairs=True)
 
 
 def prefetch_along(blocks: Sequence[MixtureExperts]) -> None:

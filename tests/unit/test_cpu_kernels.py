@@ -284,8 +284,16 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
         cpu_kernels.sum_pairs_(kernels(torch.bfloat16), pairs_PX, x_TH, probs_TE)
         return pairs_PX
 
+    def activate():
+        fused_N2F, weight_N = z_NR.clone(), torch.full((len(z_NR),), 0.25)
+        place_TK = torch.arange(len(z_NR)).view(-1, 2)
+        h_NF, mixed_TF = cpu_kernels.swiglu_mixed(kernels(dtype), fused_N2F, weight_N, place_TK)
+        gradients = cpu_kernels.swiglu_mixed_backward_(kernels(dtype), h_NF, mixed_TF, fused_N2F, weight_N, place_TK)
+        return h_NF, mixed_TF, fused_N2F, *gradients
+
     def everything():
         return (
+            *activate(),
             products.to_rank(x_TI, [M_EIR]),
             products.from_rank(z_NR, [M_EIR.transpose(1, 2)], num_rows),
             *products.outer(z_NR, x_TI, 2),
@@ -407,6 +415,57 @@ def test_swiglu_writes_its_gradient_over_its_input_and_others_are_told(dtype):
     SwiGLU.apply(fused).sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.backward()
+
+
+MIXED = pytest.mark.parametrize(("choices", "width"), [(1, 16), (2, 300), (5, 129), (3, 7)])
+
+
+def pairs_of(choices, width, dtype):
+    """(gate and up of 40 tokens' pairs in any order, weights that sum to 1 a token, where each token's pairs are)."""
+    number = 40 * choices
+    place_TK = torch.randperm(number, generator=torch.Generator().manual_seed(3)).view(40, choices)
+    weight_N = torch.empty(number)
+    weight_N[place_TK] = randn(40, choices, dtype=torch.float32, seed=4).softmax(dim=1)
+    return 3 * randn(number, 2 * width, dtype=dtype), weight_N, place_TK
+
+
+@MIXED
+@DTYPES
+def test_swiglu_mixed(kernels, threads, dtype, choices, width):
+    fused_N2F, weight_N, place_TK = pairs_of(choices, width, dtype)
+    h_NF, mixed_TF = cpu_kernels.swiglu_mixed(kernels(dtype), fused_N2F, weight_N, place_TK)
+    assert torch.equal(h_NF, F.silu(fused_N2F[:, :width]) * fused_N2F[:, width:])
+    gate_NF, up_NF = fused_N2F.double().chunk(2, dim=1)
+    exact_TKF, weight_TK1 = (F.silu(gate_NF) * up_NF)[place_TK], weight_N.double()[place_TK][..., None]
+    assert_near(mixed_TF, (exact_TKF * weight_TK1).sum(1))
+
+
+@DTYPES
+def test_a_mixture_of_equals_is_one_of_them_bit_for_bit(kernels, threads, dtype):
+    fused_N2F, weight_N, place_TK = pairs_of(5, 300, dtype)
+    fused_N2F[place_TK] = fused_N2F[:40, None].clone()
+    h_NF, mixed_TF = cpu_kernels.swiglu_mixed(kernels(dtype), fused_N2F, weight_N, place_TK)
+    assert torch.equal(mixed_TF, h_NF[place_TK[:, 0]])
+
+
+@MIXED
+@DTYPES
+def test_gradient_of_swiglu_mixed(kernels, threads, dtype, choices, width):
+    fused_N2F, weight_N, place_TK = pairs_of(choices, width, dtype)
+    dh_NF, dmixed_TF = randn(40 * choices, width, dtype=dtype, seed=1), randn(40, width, dtype=dtype, seed=2)
+    exact_N2F, exact_weight_N = fused_N2F.double().requires_grad_(), weight_N.double().requires_grad_()
+    gate_NF, up_NF = exact_N2F.chunk(2, dim=1)
+    exact_NF = F.silu(gate_NF) * up_NF
+    first_TF, weight_TK1 = exact_NF[place_TK[:, 0]], exact_weight_N[place_TK][..., None]
+    mixed_TF = first_TF + ((exact_NF[place_TK] - first_TF[:, None]) * weight_TK1).sum(1)
+    expected_N2F, expected_N = torch.autograd.grad(
+        [exact_NF, mixed_TF], [exact_N2F, exact_weight_N], [dh_NF.double(), dmixed_TF.double()]
+    )
+    values = (dh_NF, dmixed_TF, fused_N2F, weight_N, place_TK)
+    dfused_T2F, dweight_N = cpu_kernels.swiglu_mixed_backward_(kernels(dtype), *values)
+    assert_near(fused_N2F, expected_N2F)
+    assert_near(dfused_T2F, expected_N2F[place_TK].sum(1))
+    assert_near(dweight_N, expected_N)
 
 
 def test_without_kernels_the_layer_says_so_and_goes_on(monkeypatch):

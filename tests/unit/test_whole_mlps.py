@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_mixture import MIX, weights_of
 from test_models import SIZE, assert_close, build, gradients_of, logits_of, make_inputs
 
+from mole_mega.adapters import bank, whole_mlps
 from mole_mega.adapters.mixing import paired
 
 MLPS = replace(MIX, expert_form="mlp", top_k=2, renormalize=True)
@@ -35,24 +36,106 @@ def naive(experts, x_TH, weight_TE):
     return total
 
 
+# (dtype, rtol of each tensor's norm); the kernels know no float64
+FORMS = {
+    "torch": (torch.float64, 1e-12),
+    "kernels": (torch.float32, 1e-6),
+    "kernels, bf16": (torch.bfloat16, 2e-2),
+}
+
+
+@pytest.fixture
+def form(request, monkeypatch, kernels):
+    """(dtype, tolerance) of a form, which is the one that runs."""
+    dtype, tolerance = FORMS[request.param]
+    ran, apply = [], whole_mlps._Activate.apply
+    monkeypatch.setattr(whole_mlps._Activate, "apply", lambda *values: ran.append(1) or apply(*values))
+    if request.param != "torch":
+        kernels(dtype)
+    yield dtype, tolerance
+    assert bool(ran) == (request.param != "torch")
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("name", KINDS)
-def test_whole_mlps_equal_a_loop_over_experts_in_float64(alone, name):
+def test_whole_mlps_equal_a_loop_over_experts(alone, name, form):
     """Value and every gradient: of x, of all factors, and of the probabilities that the weights come from."""
-    adapter = KINDS[name]
-    experts = build(alone, adapter).language_model.decoder.layers[1].mlp.experts.double()
+    adapter, (dtype, tolerance) = KINDS[name], form
+    experts = build(alone, adapter).language_model.decoder.layers[1].mlp.experts.to(dtype)
     generator = torch.Generator().manual_seed(3)
-    x_TH, pull_TH = (torch.randn(11, HIDDEN, generator=generator, dtype=torch.float64) for _ in range(2))
+    x_TH, pull_TH = (torch.randn(11, HIDDEN, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     probs_TE = torch.rand(11, adapter.num_experts, generator=generator, dtype=torch.float64).softmax(-1)
+    probs_TE = probs_TE if dtype == torch.float64 else probs_TE.float()
     chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, probs_TE.topk(adapter.top_k).indices, True)
-    leaves = [x_TH.requires_grad_(), probs_TE.requires_grad_(), *experts.parameters(recurse=False)]
-    weight_TE = chosen_TE * probs_TE / (chosen_TE * probs_TE).sum(-1, keepdim=True)
-    found = experts(x_TH, paired(weight_TE, chosen_TE, adapter.top_k))
-    expected = naive(experts, x_TH, weight_TE)
-    torch.testing.assert_close(found, expected)
-    gradients = torch.autograd.grad(found, leaves, pull_TH, retain_graph=True)
-    for gradient, reference in zip(gradients, torch.autograd.grad(expected, leaves, pull_TH), strict=True):
+
+    def pull(run, experts, x_TH, probs_TE, pull_TH):
+        leaves = [x_TH.requires_grad_(), probs_TE.requires_grad_(), *experts.parameters(recurse=False)]
+        weight_TE = chosen_TE * probs_TE / (chosen_TE * probs_TE).sum(-1, keepdim=True)
+        output_TH = run(x_TH * 1, weight_TE)
+        return output_TH, *torch.autograd.grad(output_TH, leaves, pull_TH)
+
+    def ours(x_TH, weight_TE):
+        return experts(x_TH, paired(weight_TE, chosen_TE, adapter.top_k))
+
+    found = pull(ours, experts, x_TH, probs_TE, pull_TH)
+    exact = experts.double()
+    values = (tensor.detach().double() for tensor in (x_TH, probs_TE, pull_TH))
+    expected = pull(lambda x_TH, weight_TE: naive(exact, x_TH, weight_TE), exact, *values)
+    for one, reference in zip(found, expected, strict=True):
         assert reference.any()
-        torch.testing.assert_close(gradient, reference)
+        assert (one.double() - reference).norm() <= tolerance * reference.norm()
+
+
+class Middle:
+    """`activate` of 9 tokens, two of three experts each, and the gradients that come back."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(5)
+        tokens, hidden, ffn, experts, rank = 9, 16, 24, 3, 2
+        shapes = ((experts, rank, hidden), (experts, rank, hidden), (experts, ffn, rank), (experts, ffn, rank))
+        self.x_TH, self.base_2FH, pull_NF, pull_TF, *self.factors = (
+            torch.randn(shape, generator=generator)
+            for shape in ((tokens, hidden), (2 * ffn, hidden), (2 * tokens, ffn), (tokens, ffn), *shapes)
+        )
+        self.pulls = (pull_NF, pull_TF)
+        chosen_TK = torch.rand(tokens, experts, generator=generator).topk(2).indices
+        chosen_TE = torch.zeros(tokens, experts, dtype=torch.bool).scatter(1, chosen_TK, True)
+        self.gate = paired(chosen_TE / 2.0, chosen_TE, 2)
+
+    def run(self, shared, of_x=True, of_factors=True):
+        """(outputs, leaves that want gradients). `shared`: x's goes into the frozen product's."""
+        x_TH = self.x_TH.clone().requires_grad_(of_x)
+        factors = [factor.clone().requires_grad_(of_factors) for factor in self.factors]
+        seen_TH, gradient = bank.share_input(x_TH) if shared else (x_TH, None)
+        fc1_T2F = F.linear(seen_TH, self.base_2FH)
+        outputs = whole_mlps.activate(self.gate, fc1_T2F, seen_TH, factors[:2], factors[2:], 0.5, gradient)
+        return outputs, [leaf for leaf in (x_TH, *factors) if leaf.requires_grad]
+
+    def gradients(self, *args, **kwargs):
+        return torch.autograd.grad(*self.run(*args, **kwargs), self.pulls)
+
+
+def test_gradients_are_those_wherever_xs_goes(kernels):
+    """Into the frozen product's, as without dropout; by itself, as with it; and where x or the factors have none."""
+    kernels(torch.float32)
+    middle = Middle()
+    apart = middle.gradients(shared=False)
+    for one, other in zip(middle.gradients(shared=True), apart, strict=True):
+        assert_close(one, other)
+    for shared in (False, True):
+        assert_close(*middle.gradients(shared, of_factors=False), apart[0])
+        for one, other in zip(middle.gradients(shared, of_x=False), apart[1:], strict=True):
+            assert_close(one, other)
+
+
+def test_a_second_backward_pass_is_refused(kernels):
+    """The first one's gradients lie where it kept what it needs."""
+    kernels(torch.float32)
+    middle = Middle()
+    outputs, leaves = middle.run(shared=False)
+    torch.autograd.grad(outputs, leaves, middle.pulls, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(outputs, leaves, middle.pulls)
 
 
 def test_a_block_mixes_the_experts_that_its_router_chose(alone):
