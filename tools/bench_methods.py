@@ -1,4 +1,5 @@
-"""Time a training step with each method against the same step without: forward, backward, method and optimizer.
+"""Time a training step with each method, and with each form of mixture, against the plain step of MoLE: forward,
+backward, method and optimizer.
 
 The model, its step and the methods are the product's own, on one process; the base has random weights. Cases are
 interleaved (each repeat runs all of them, starting with another one) and the ratio of each is the median over repeats.
@@ -11,6 +12,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +20,7 @@ from mole_mega.adapters.methods import METHODS
 from mole_mega.config import AdapterConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
 from mole_mega.platform import parallel as platform
+from mole_mega.platform.parallel import Parallel
 from mole_mega.training import parity
 from mole_mega.training.optimizer import build_optimizer, set_lr
 from mole_mega.training.step import Stepper
@@ -29,9 +32,26 @@ OPTIONS = {
     "lorasculpt": {"prune_step": 1, "conflict_weight": 0.0},
     "riemannian": {},
 }
-# (case, method, its options, may cost so much of the plain step)
-EXTRA = {"lorasculpt, regulariser": ("lorasculpt", {"prune_step": 1, "conflict_weight": 1e-3}, 1.5)}
+_TWO = {"expert_parallel": "weights", "top_k": 2, "renormalize": True}
+_TASK = {"expert_parallel": "weights", "router_scope": "task", "gate": "none", "balance_weight": 0.0}
+# what a form of mixture changes of the plain run's adapter: examples/mixtures and its neighbours, with as many ranks
+FORMS: dict[str, dict[str, Any]] = {
+    "top-2": _TWO,
+    "Octavius": _TWO | {"router_scope": "sample", "balance_weight": 0.0},
+    "MoSLD": _TWO | {"share_A": True},
+    "MixLoRA": _TWO | {"expert_form": "mlp"},
+    "MTL-LoRA": _TASK | {"share_A": True, "shared_B": 3},
+    "LoRAMoE": {
+        "expert_parallel": "weights", "gate": "dense", "router_scope": "linear", "router_bias": False,
+        "balance_weight": 0.0,
+    },
+    "SMoRA": _TWO | {
+        "num_experts": 64, "rank": 1, "top_k": 8, "alpha": 16.0, "router_score": "sigmoid", "router_scope": "linear",
+        "router_bias": False, "balance_weight": 0.0,
+    },
+}  # fmt: skip
 TARGET = 1.1
+REGULARISER_TARGET = 1.5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,11 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     parallel = platform.initialize(ParallelConfig(), seed=0)
     size = _size(args.layers, args.hidden, args.tokens)
-    cases = {"plain": (None, {}, 1.0)} | {n: (n, OPTIONS.get(n, {}), TARGET) for n in METHODS} | EXTRA
+    cases = _cases()
     with tempfile.TemporaryDirectory() as scratch:
         run = _run(Path(scratch) / "base", args.tokens)
         parity.make_base(run, size, parallel, Path(run.model.base))
-        benches = {name: _stepper(run, size, parallel, method, options) for name, (method, options, _) in cases.items()}
+        benches = {name: _stepper(run, size, parallel, changes) for name, (changes, _) in cases.items()}
     batch = _batch(size, args.tokens)
     times: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
@@ -61,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             if repeat:  # the first is a warm-up
                 times[name].append(time.perf_counter() - start)
     rows = []
-    for name, (_, _, target) in cases.items():
+    for name, (_, target) in cases.items():
         ratio = statistics.median(own / plain for own, plain in zip(times[name], times["plain"], strict=True))
         rows.append({"case": name, "seconds": statistics.median(times[name]), "ratio": ratio, "target": target})
         print(f"{name:<26} {rows[-1]['seconds']:8.3f} s  {ratio:6.3f} of plain, at most {target:.2f}")
@@ -94,9 +114,22 @@ def _run(base: Path, tokens: int) -> RunConfig:
     )
 
 
-def _stepper(run: RunConfig, size: LlavaSize, parallel, method: str | None, options: dict) -> Stepper:
-    if method is not None:
-        run = replace(run, adapter=replace(run.adapter, methods=({"name": method, **options},)))
+def _cases() -> dict[str, tuple[dict[str, Any], float]]:
+    """{case: (what it changes of the plain run's adapter, may cost so much of the plain step)}"""
+
+    def of_method(name: str, **options: Any) -> dict[str, Any]:
+        return {"methods": ({"name": name, **OPTIONS.get(name, {}), **options},)}
+
+    return {
+        "plain": ({}, 1.0),
+        **{name: (of_method(name), TARGET) for name in METHODS},
+        "lorasculpt, regulariser": (of_method("lorasculpt", conflict_weight=1e-3), REGULARISER_TARGET),
+        **{name: (changes, TARGET) for name, changes in FORMS.items()},
+    }
+
+
+def _stepper(run: RunConfig, size: LlavaSize, parallel: Parallel, changes: dict[str, Any]) -> Stepper:
+    run = replace(run, adapter=replace(run.adapter, **changes))
     model = build_model(run, size, parallel)
     return Stepper(run, model, build_optimizer(model, run.train), parallel, num_domains=2)
 

@@ -685,13 +685,11 @@ void find_largest(const float* scores, int64_t T, int64_t E, int64_t K, int64_t*
   for (int64_t t = 0; t < T; ++t) {
     const float* row = scores + t * E;
     int64_t* taken = places + t * K;
-    for (int64_t i = 0; i < K; ++i) {
-      const auto is_taken = [&](int64_t e) { return std::find(taken, taken + i, e) != taken + i; };
-      int64_t best = 0;
-      while (is_taken(best)) ++best;
-      for (int64_t e = best + 1; e < E; ++e)
-        if (row[e] > row[best] && !is_taken(e)) best = e;
-      taken[i] = best;
+    for (int64_t e = 0; e < E; ++e) {
+      int64_t place = std::min(e, K);
+      if (place == K && !(row[e] > row[taken[--place]])) continue;
+      for (; place > 0 && row[e] > row[taken[place - 1]]; --place) taken[place] = taken[place - 1];
+      taken[place] = e;
     }
   }
 }

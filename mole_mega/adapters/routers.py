@@ -368,8 +368,9 @@ class MoLERouter(MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `forward` returns, of tokens with these logits; counts them."""
         adapter = self.adapter
-        probs_TE = torch.softmax(logits_TE, dim=-1)
-        if self.score_bias is not None:
+        if self.score_bias is None:
+            probs_TE = torch.softmax(logits_TE, dim=-1)
+        else:
             probs_TE, logits_TE = sigmoid_scores(logits_TE, self.score_bias.detach())
         choice_TK, chosen_TE = self._choose(probs_TE)
         # Under recompute the first pass runs without gradients and the second with: each token is counted once.

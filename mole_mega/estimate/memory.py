@@ -300,8 +300,8 @@ def _routing(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     own, form = shape.tokens // tensor, mixture_form(run, size)
     # the router of a down projection has all tokens
     routed = 2 * own + shape.tokens if adapter.router_scope == "linear" else own
-    # sigmoids, and scores with their bias, beside what a softmax keeps
-    tables = 1 if adapter.gate == "dense" else 3 if adapter.router_score == "softmax" else 5
+    # sigmoids, beside what a softmax keeps
+    tables = 1 if adapter.gate == "dense" else 3 if adapter.router_score == "softmax" else 4
     if form == "paired":  # which keep their own weights alone
         tables -= 1
     saved = routed * (FP32 * adapter.num_experts * tables + 8 * adapter.num_choices)
