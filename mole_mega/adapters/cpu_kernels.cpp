@@ -11,7 +11,8 @@
 //
 // A router's logits and their gradients, in fp32 without copies of all tokens in it.
 //
-// SwiGLU in bf16: of 65,536 numbers there is a table, so that it gives the bits that torch gives.
+// SwiGLU: in bf16, of whose 65,536 numbers there is a table, with the bits that torch gives; and of several experts a
+// token, with their sum.
 
 #include <ATen/native/CPUBlas.h>
 #include <omp.h>
@@ -104,7 +105,7 @@ inline void written() {
 #endif
 }
 
-// out = sums, or base + sums where there is one, which may be out itself; n numbers side by side.
+// out = sums, or base + sums, where base may be out itself; n numbers side by side.
 template <bool add, bool once = false, typename T>
 inline void put(const float* __restrict__ sums, T* out, int64_t n, const T* base = nullptr) {
   int64_t i = 0;
@@ -280,13 +281,14 @@ void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts
   }
 }
 
-// out = z M, or base + z M where there is one: of other rows of another tensor, or out itself.
+// out = z M, or base + z M where base is given: out itself with the same rows, which several sorted rows may share; or
+// another tensor, of which base_rows says a sorted row's.
 template <typename T>
 void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E, int64_t R, int64_t O,
                const T* z, int64_t ldz, const T* const* M, int64_t P, int64_t stride_e, int64_t stride_r,
                int64_t stride_o, const T* base, int64_t ldb, const int64_t* base_rows, int64_t threads) {
   const int64_t blocks = (O + kAdded - 1) / kAdded;
-  const bool once = base != out;  // then out is not read here
+  const bool once = base != out;  // what is written is not read here
   const auto base_of = [&](int64_t n) { return base + (base_rows ? base_rows[n] : n) * ldb; };
   // Threads share the columns: two experts may add to one row.
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -872,7 +874,7 @@ void swiglu_mixed_backward(const T* dh, const T* dmixed, T* fused, const float* 
     float* sigmoid = of_sigmoids.room<float>(K * kColumns);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; ++t) {
-      float weight_of_first = 1;
+      float weight_of_first = 1;  // as mixed has it: not what weight says, where those sum to almost 1
       for (int64_t k = 1; k < K; ++k) weight_of_first -= weight[places[t * K + k]];
       std::fill(dots, dots + K, Lanes{});
       for (int64_t column = 0; column < F; column += kColumns) {

@@ -1,5 +1,5 @@
 """What a MoLE layer does on the CPU, compiled (cpu_kernels.cpp): the thin products of a bank, in one pass over the wide
-rows whatever the number of experts, a router's logits, and SwiGLU in bf16.
+rows whatever the number of experts, a router's logits, and SwiGLU, alone and of several experts a token.
 
 Shape suffixes as in bank.py; N sorted rows, T rows of a wide tensor, W its columns.
 """
@@ -85,7 +85,9 @@ class CompiledProducts:
     def put_from_rank(
         self, out_NO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], base_TO: Tensor, token_N: Tensor
     ) -> None:
-        """out = each row's base, base[token_n], + what it gives."""
+        """out = each row's base, base[token_n], + what it gives. base is no part of out."""
+        assert self._row_N is None and token_N.dtype == torch.int64 and token_N.is_contiguous()
+        assert len(out_NO) == len(token_N) == self.num_rows
         self._from_rank(out_NO, z_NR, M_P, base_TO, token_N)
 
     def outer(self, z_NR: Tensor, wide_TW: Tensor, parts: int) -> list[Tensor]:
@@ -250,10 +252,9 @@ def swiglu_mixed(found: ctypes.CDLL, fused_N2F: Tensor, weight_N: Tensor, place_
     """h [N, F], silu(gate) * up of sorted rows that have [gate | up] side by side, with the bits that torch's operators
     give; and [T, F], each token's h_1 + sum_k w_k (h_k - h_1), rounded once. place [T, K]: where a token's rows are;
     its weights, fp32, sum to 1."""
-    assert fused_N2F.is_contiguous() and weight_N.dtype == torch.float32
+    _check_pairs(fused_N2F, weight_N, place_TK)
     (rows, columns), (tokens, choices) = fused_N2F.shape, place_TK.shape
     width, suffix = columns // 2, _SUFFIXES[fused_N2F.dtype]
-    assert rows == len(weight_N) == tokens * choices
     table = None
     if fused_N2F.dtype == torch.bfloat16:
         table, h_NF = _table(F.silu), fused_N2F.new_empty(rows, width)
@@ -266,14 +267,20 @@ def swiglu_mixed(found: ctypes.CDLL, fused_N2F: Tensor, weight_N: Tensor, place_
     return h_NF, mixed_TF
 
 
+def _check_pairs(fused_N2F: Tensor, weight_N: Tensor, place_TK: Tensor) -> None:
+    assert fused_N2F.is_contiguous() and weight_N.dtype == torch.float32 and place_TK.dtype == torch.int64
+    assert len(fused_N2F) == len(weight_N) == place_TK.numel()
+
+
 def swiglu_mixed_backward_(
     found: ctypes.CDLL, dh_NF: Tensor, dmixed_TF: Tensor, fused_N2F: Tensor, weight_N: Tensor, place_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Put the gradient of `fused`, rounded once, in its place; give back the sum of each token's, [T, 2F], and the
     gradient of the weights, [N] fp32."""
-    assert fused_N2F.is_contiguous() and weight_N.dtype == torch.float32
+    _check_pairs(fused_N2F, weight_N, place_TK)
+    (tokens, choices), width = place_TK.shape, fused_N2F.shape[1] // 2
     assert dh_NF.dtype == dmixed_TF.dtype == fused_N2F.dtype
-    (tokens, choices), width = place_TK.shape, dh_NF.shape[1]
+    assert dh_NF.shape == (len(weight_N), width) and dmixed_TF.shape == (tokens, width)
     table = _table(_sigmoid) if fused_N2F.dtype == torch.bfloat16 else None
     dfused_T2F, dweight_N = fused_N2F.new_empty(tokens, 2 * width), torch.empty_like(weight_N)
     tensors = (dh_NF.contiguous(), dmixed_TF.contiguous(), fused_N2F, table, weight_N.contiguous())

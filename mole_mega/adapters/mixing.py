@@ -64,11 +64,11 @@ class PairedGate:
 
     def places(self, num_tokens: int) -> Tensor:
         """Where each token's pairs stand, [T, K]."""
-        return self.inverse_N.view(num_tokens, -1)
+        return self.inverse_N.view(num_tokens, len(self.token_N) // max(num_tokens, 1))
 
     def products(self, like: Tensor, sizes: Sequence[int]) -> tuple[CompiledProducts, CompiledProducts] | None:
-        """Compiled ones of each token's row for its pairs, taken from where it lies, and of rows that are the pairs'
-        own; None where they do not take tensors like this one, or these sizes."""
+        """(over a tensor with a row for each token, which its pairs share; over one with a row for each pair); None
+        where kernels do not take tensors like this one, or these sizes."""
         return self._products if cpu_kernels.library_for(like, sizes) is not None else None
 
     @cached_property
@@ -76,23 +76,20 @@ class PairedGate:
         kernels = cpu_kernels.library_for(self.weight_N)
         if kernels is None:
             return None
-        of_tokens = CompiledProducts(kernels, self.tokens_per_expert_E, self.token_N)
-        return of_tokens, CompiledProducts(kernels, self.tokens_per_expert_E)
+        by_token = CompiledProducts(kernels, self.tokens_per_expert_E, self.token_N)
+        return by_token, CompiledProducts(kernels, self.tokens_per_expert_E)
 
     def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float,
-                 gradient: InputGradient | None = None, *, of_pairs: bool = False) -> Tensor:  # fmt: skip
-        """See `Gate`. `of_pairs`: x has a row for each pair, [N, I]."""
-        num_experts = len(self.tokens_per_expert_E)
-        A_P = [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
+                 gradient: InputGradient | None = None, *, x_by_pair: bool = False) -> Tensor:  # fmt: skip
+        """See `Gate`. `x_by_pair`: x has a row for each pair, [N, I]."""
+        A_P = self.of_experts(A_P)
         products = self.products(base_TO, [A_P[0].shape[1], x_TI.shape[1], *(B.shape[1] for B in B_P)])
         if products is not None:
-            of_tokens, of_own = products
-            reads, weight_N, rescaled = of_own if of_pairs else of_tokens, self.weight_N, self.rescaled
-            return bank.add_with(
-                reads, of_tokens, base_TO, x_TI, A_P, B_P, scale, weight_N, gradient, rescaled=rescaled
-            )
+            by_token, by_pair = products
+            reads, weight_N, rescaled = by_pair if x_by_pair else by_token, self.weight_N, self.rescaled
+            return bank.add_with(reads, by_token, base_TO, x_TI, A_P, B_P, scale, weight_N, gradient, rescaled=rescaled)
         x_NI = x_TI.to(base_TO.dtype)
-        x_NI = x_NI if of_pairs else self.to_pairs(x_NI)
+        x_NI = x_NI if x_by_pair else self.to_pairs(x_NI)
         delta_NO = base_TO.new_zeros(len(x_NI), base_TO.shape[1])
         weight_N = self.weight_N
         if self.rescaled:
@@ -103,6 +100,11 @@ class PairedGate:
             )
         delta_NO = bank.add_projections(delta_NO, x_NI, A_P, B_P, self.tokens_per_expert_E, scale, weight_N)
         return base_TO + self.from_pairs(delta_NO, len(base_TO))
+
+    def of_experts(self, A_P: Sequence[Tensor]) -> list[Tensor]:
+        """Each A with an axis of experts, where they share it too."""
+        num_experts = len(self.tokens_per_expert_E)
+        return [A if A.dim() == 3 else A.expand(num_experts, *A.shape) for A in A_P]
 
     def to_pairs(self, x_TI: Tensor) -> Tensor:
         """Each token's row for each of its pairs, sorted by expert: [N, I]."""

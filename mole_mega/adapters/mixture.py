@@ -200,7 +200,7 @@ class MixtureExperts(MoLEExperts):
         )
         output_TH = self._base(self.linear_fc2, mixed_TF)
         A, B = [whole["lora_down_A"]], [whole["lora_down_B"]]
-        return gate.add_lora(output_TH, self._dropout_split(h_NF), A, B, scale, of_pairs=True)
+        return gate.add_lora(output_TH, self._dropout_split(h_NF), A, B, scale, x_by_pair=True)
 
 
 def prefetch_along(blocks: Sequence[MixtureExperts]) -> None:

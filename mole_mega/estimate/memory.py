@@ -329,9 +329,9 @@ def _experts(run: RunConfig, size: LlavaSize, shape: Shape) -> int:
     # weights, and the order of the rows there and back; of pairs also where their weights came from
     numbering = used * (FP32 + 8 * (2 if form == "tokens" else 3))
     if adapter.expert_form == "mlp":
-        # each pair has an MLP's middle of its own, in and out, and each but a token's first what it is more than that
-        middles = used * 3 * ffn + (used - 1) * ffn
-        return dropped + shape.tokens * (width * (used * (hidden + ranks) + middles) + numbering)
+        # each pair has an MLP's middle of its own, in and out; and what the adapter sees of that, if another
+        middle = (4 if adapter.dropout else 3) * ffn
+        return dropped + shape.tokens * (width * used * (hidden + ranks + middle) + numbering)
     return dropped + shape.tokens * (width * (used * (hidden + ranks + ffn) + 2 * ffn) + numbering)
 
 

@@ -76,6 +76,9 @@ ADAPTERS = {
     "top 2 of many": replace(MOLE, num_experts=9, top_k=2, gate="straight_through", expert_parallel="auto"),
     "dense": replace(MOLE, gate="dense", expert_parallel="weights"),
     "whole MLPs": replace(MOLE, top_k=2, renormalize=True, expert_form="mlp", expert_parallel="weights"),
+    "two of five MLPs, shared A": replace(
+        MOLE, num_experts=5, top_k=2, renormalize=True, expert_form="mlp", share_A=True, expert_parallel="weights"
+    ),
     "ranks by sigmoid": SIGMOID,
     "a router a linear": replace(MOLE, router_scope="linear", gate="dense", expert_parallel="weights"),
     "a router a linear, top 2": replace(

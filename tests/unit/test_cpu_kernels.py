@@ -446,6 +446,10 @@ def test_a_mixture_of_equals_is_one_of_them_bit_for_bit(kernels, threads, dtype)
     fused_N2F[place_TK] = fused_N2F[:40, None].clone()
     h_NF, mixed_TF = cpu_kernels.swiglu_mixed(kernels(dtype), fused_N2F, weight_N, place_TK)
     assert torch.equal(mixed_TF, h_NF[place_TK[:, 0]])
+    dmixed_TF = randn(40, 300, dtype=dtype, seed=2)
+    values = (torch.zeros_like(h_NF), dmixed_TF, fused_N2F, weight_N, place_TK)
+    _, dweight_N = cpu_kernels.swiglu_mixed_backward_(kernels(dtype), *values)
+    assert not dweight_N.any()  # nor does rounding choose between them
 
 
 @MIXED

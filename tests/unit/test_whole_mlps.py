@@ -15,7 +15,12 @@ from mole_mega.adapters import bank, whole_mlps
 from mole_mega.adapters.mixing import paired
 
 MLPS = replace(MIX, expert_form="mlp", top_k=2, renormalize=True)
-KINDS = {"two of three": MLPS, "two of many": replace(MLPS, num_experts=13), "all": replace(MLPS, top_k=3)}
+KINDS = {
+    "two of three": MLPS,
+    "two of many": replace(MLPS, num_experts=13),
+    "all": replace(MLPS, top_k=3),
+    "shared A": replace(MLPS, share_A=True),
+}
 HIDDEN = SIZE.language.hidden_size
 
 
@@ -26,7 +31,8 @@ def naive(experts, x_TH, weight_TE):
     gate_base, up_base = experts.linear_fc1.weight.chunk(2)
 
     def linear(name, base, z, e):
-        A, B = (getattr(experts, f"lora_{name}_{factor}")[e] for factor in "AB")
+        A, B = (getattr(experts, f"lora_{name}_{factor}") for factor in "AB")
+        A, B = A if adapter.share_A else A[e], B[e]
         return z @ base.T + scale * (z @ A.T) @ B.T
 
     total = 0
@@ -160,6 +166,20 @@ def test_b_zero_is_the_frozen_model_bit_for_bit(alone, name):
     inputs = make_inputs()
     frozen = logits_of(build(alone, None), inputs)
     assert torch.equal(logits_of(build(alone, replace(KINDS[name], attention=False), zero_B=True), inputs), frozen)
+
+
+@pytest.mark.parametrize("form", FORMS, indirect=True)
+def test_equal_experts_give_their_router_no_gradient(alone, form):
+    """None at all: Adam makes a whole step of rounding."""
+    experts = build(alone, MLPS, zero_B=True).language_model.decoder.layers[1].mlp.experts.to(form[0])
+    generator = torch.Generator().manual_seed(3)
+    x_TH, pull_TH = (torch.randn(300, HIDDEN, generator=generator).to(form[0]) for _ in range(2))
+    chosen_TK = torch.rand(300, MLPS.num_experts, generator=generator).topk(2).indices
+    chosen_TE = torch.zeros(300, MLPS.num_experts, dtype=torch.bool).scatter(1, chosen_TK, True)
+    weight_TE = (chosen_TE * 0.5).to(torch.float64 if form[0] == torch.float64 else torch.float32).requires_grad_()
+    experts(x_TH, paired(weight_TE, chosen_TE, 2)).backward(pull_TH)
+    assert weight_TE.grad.shape == chosen_TE.shape and not weight_TE.grad.any()
+    assert experts.lora_up_B.grad.any()
 
 
 def test_equal_experts_are_one_lora(alone):
