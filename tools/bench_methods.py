@@ -60,14 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     args = parser.parse_args(argv)
     parallel = platform.initialize(ParallelConfig(), seed=0)
     size = _size(args.layers, args.hidden, args.tokens)
     cases = _cases()
     with tempfile.TemporaryDirectory() as scratch:
-        run = _run(Path(scratch) / "base", args.tokens)
+        run = _run(Path(scratch) / "base", args.tokens, args.precision)
         parity.make_base(run, size, parallel, Path(run.model.base))
         benches = {name: _stepper(run, size, parallel, changes) for name, (changes, _) in cases.items()}
     batch = _batch(size, args.tokens)
@@ -104,12 +105,12 @@ def _size(layers: int, hidden: int, tokens: int) -> LlavaSize:
     )  # fmt: skip
 
 
-def _run(base: Path, tokens: int) -> RunConfig:
+def _run(base: Path, tokens: int, precision: str) -> RunConfig:
     return RunConfig(
         run_dir="unused",
         model=ModelConfig(base=str(base)),
         adapter=AdapterConfig(num_experts=4, rank=16, alpha=32.0),
-        train=TrainConfig(steps=1000, precision="fp32", schedule="constant", global_batch_size=1),
+        train=TrainConfig(steps=1000, precision=precision, schedule="constant", global_batch_size=1),
         data=DataConfig(sources=(), max_length=tokens),
     )
 

@@ -535,10 +535,10 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
 }
 
 // out [kRows, width] = the columns [from, from + width) of kRows rows of x [T, I], 0 for rows that there are not.
-void widen_rows(const at::BFloat16* x, int64_t first, int64_t tokens, int64_t I, int64_t from, int64_t width,
-                float* out) {
+template <typename T>
+void widen_rows(const T* x, int64_t first, int64_t tokens, int64_t I, int64_t from, int64_t width, float* out) {
   for (int64_t i = 0; i < kRows; ++i) {
-    const at::BFloat16* row = x + (first + i) * I + from;
+    const T* row = x + (first + i) * I + from;
     for (int64_t w = 0; w < width; ++w) out[i * width + w] = first + i < tokens ? widen(row[w]) : 0.f;
   }
 }
@@ -569,8 +569,9 @@ void router_logits(const at::BFloat16* x, const float* weight, const float* bias
 }
 
 // Of those logits' gradient [T, E]: dweight [E, I] and, where wanted, dx [T, I].
-void router_gradients(const float* grad, const at::BFloat16* x, const float* weight, int64_t tokens, int64_t I,
-                      int64_t E, float* dweight, at::BFloat16* dx, int64_t threads) {
+template <typename T>
+void router_gradients(const float* grad, const T* x, const float* weight, int64_t tokens, int64_t I, int64_t E,
+                      float* dweight, T* dx, int64_t threads) {
   const int64_t blocks = (I + kColumns - 1) / kColumns, depth = (tokens + kRows - 1) / kRows * kRows;
   Memory of_grad, of_transposed;
   float* padded = of_grad.room<float>(depth * E);
@@ -954,6 +955,10 @@ int available() {
     to_rank_with_outer(wide, ldw, rows, starts, E, W, R, M, m_stride_e, m_stride_w, m_stride_r, z, ldz, u, ldu, grad, \
                        stride_e, stride_w, stride_r, threads);                                                        \
   }                                                                                                                   \
+  extern "C" void router_gradients_##suffix(const float* grad, const T* x, const float* weight, int64_t tokens,       \
+                                            int64_t I, int64_t E, float* dweight, T* dx, int64_t threads) {           \
+    router_gradients(grad, x, weight, tokens, I, E, dweight, dx, threads);                                            \
+  }                                                                                                                   \
   extern "C" void swiglu_mixed_##suffix(const T* fused, const float* silu, const float* weight,                       \
                                         const int64_t* places, int64_t tokens, int64_t K, int64_t F, T* h, T* mixed,  \
                                         int64_t threads) {                                                            \
@@ -971,11 +976,6 @@ FOR_DTYPE(float, fp32)
 extern "C" void router_logits_bf16(const at::BFloat16* x, const float* weight, const float* bias, int64_t tokens,
                                    int64_t I, int64_t E, float* logits, int64_t threads) {
   router_logits(x, weight, bias, tokens, I, E, logits, threads);
-}
-
-extern "C" void router_gradients_bf16(const float* grad, const at::BFloat16* x, const float* weight, int64_t tokens,
-                                      int64_t I, int64_t E, float* dweight, at::BFloat16* dx, int64_t threads) {
-  router_gradients(grad, x, weight, tokens, I, E, dweight, dx, threads);
 }
 
 extern "C" void sum_pairs_bf16(const at::BFloat16* x, const float* probs, int64_t tokens, int64_t I, int64_t E,

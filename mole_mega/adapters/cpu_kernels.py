@@ -180,16 +180,16 @@ def router_logits(found: ctypes.CDLL, x_TH: Tensor, weight_EH: Tensor, bias_E: T
 def router_gradients(
     found: ctypes.CDLL, grad_TE: Tensor, x_TH: Tensor, weight_EH: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of those logits' weight, [E, H] fp32, and, where the weight is given, of x, [T, H] bf16; reads x
-    once."""
-    assert x_TH.dtype == torch.bfloat16 and grad_TE.dtype == torch.float32
+    """The gradients of such logits' weight, [E, H] fp32, and, where the weight is given, of x, [T, H] bf16 or fp32;
+    reads x once."""
+    assert grad_TE.dtype == torch.float32
     grad_TE, x_TH = grad_TE.contiguous(), x_TH.contiguous()
     dweight_EH, dx_TH = grad_TE.new_empty(grad_TE.shape[1], x_TH.shape[1]), None
     if weight_EH is not None:
         assert weight_EH.dtype == torch.float32 and weight_EH.shape == dweight_EH.shape
         weight_EH, dx_TH = weight_EH.contiguous(), torch.empty_like(x_TH)
     sizes = (*x_TH.shape, len(dweight_EH))
-    _call(found, "router_gradients_bf16", grad_TE, x_TH, weight_EH, *sizes, dweight_EH, dx_TH)
+    _call(found, f"router_gradients_{_SUFFIXES[x_TH.dtype]}", grad_TE, x_TH, weight_EH, *sizes, dweight_EH, dx_TH)
     return dweight_EH, dx_TH
 
 

@@ -214,7 +214,9 @@ class _AddMasked(torch.autograd.Function):
             dx_TI = dz @ A_RI
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
-            dA_P = [dA.view_as(A) for dA, A in zip((dz.t() @ x_TI).chunk(len(A_P)), A_P, strict=True)]
+            # as columns: a product of few rows and as many columns as x takes longer
+            dA_RI = (x_TI.t() @ dz).t()
+            dA_P = [dA.unflatten(0, A.shape[:-1]) for dA, A in zip(dA_RI.chunk(len(A_P)), A_P, strict=True)]
         return None, None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
 
 

@@ -177,19 +177,21 @@ def test_a_routers_logits_and_their_gradients(kernels, threads, tokens, width, e
     assert logits_TE.dtype == torch.float32
     expected_TE = x_TH.double() @ weight_EH.double().T
     assert_near(logits_TE, expected_TE if bias_E is None else expected_TE + bias_E.double())
-    dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, weight_EH)
-    assert dweight_EH.dtype == torch.float32 and dx_TH.dtype == torch.bfloat16
-    assert_near(dweight_EH, grad_TE.double().T @ x_TH.double())
-    assert_near(dx_TH, grad_TE.double() @ weight_EH.double())
-    alone_EH, none = cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TH, None)
-    assert none is None and torch.equal(alone_EH, dweight_EH)
+    for x in (x_TH, randn(tokens, width, dtype=torch.float32)):
+        dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(x.dtype), grad_TE, x, weight_EH)
+        assert dweight_EH.dtype == torch.float32 and dx_TH.dtype == x.dtype
+        assert_near(dweight_EH, grad_TE.double().T @ x.double())
+        assert_near(dx_TH, grad_TE.double() @ weight_EH.double())
+        alone_EH, none = cpu_kernels.router_gradients(kernels(x.dtype), grad_TE, x, None)
+        assert none is None and torch.equal(alone_EH, dweight_EH)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("needs", ["x and factors", "factors", "x"])
-def test_logits_of_bf16_are_those_of_megatron_core(kernels, bias, needs):
-    kernels(torch.bfloat16)
-    leaves = (randn(50, 96, dtype=torch.bfloat16), *(randn(*s, dtype=torch.float32) for s in ((5, 96), (5,))))
+@DTYPES
+def test_logits_are_those_of_megatron_core(kernels, bias, needs, dtype):
+    kernels(dtype)
+    leaves = (randn(50, 96, dtype=dtype), *(randn(*s, dtype=torch.float32) for s in ((5, 96), (5,))))
     for leaf, name in zip(leaves, ("x", "factors", "factors"), strict=True):
         leaf.requires_grad_(name in needs)
     wanted = [leaf for leaf in leaves[: 3 if bias else 2] if leaf.requires_grad]
@@ -299,7 +301,7 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
             *products.outer(z_NR, x_TI, 2),
             products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR)),
             cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None),
-            *cpu_kernels.router_gradients(kernels(torch.bfloat16), grad_TE, x_TI.bfloat16(), weight_EI),
+            *cpu_kernels.router_gradients(kernels(dtype), grad_TE, x_TI, weight_EI),
             sum_pairs(x_TI.bfloat16(), grad_TE),
         )
 
