@@ -81,7 +81,8 @@ def test_the_cases_read_the_same_input_through_the_same_base(make, dtype):
 
 @every_dtype
 @pytest.mark.parametrize(
-    "case, experts", [("lora", 1), ("mole", 1), ("mole", 4), ("top 2", 4), ("top 2", 9), ("dense", 4)]
+    "case, experts",
+    [("lora", 1), ("mole", 1), ("mole", 4), ("top 2", 4), ("top 2", 9), ("MLPs", 4), ("dense", 4)],
 )
 def test_without_b_every_case_is_the_frozen_mlp(make, case, experts, dtype):
     frozen, other = make("frozen", 1, dtype), make(case, experts, dtype)
