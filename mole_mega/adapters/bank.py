@@ -403,7 +403,8 @@ class _AddLoRA(torch.autograd.Function):
 def write_gradients(
     writes: _Products, grad_TO: Tensor, B_P: Sequence[Tensor], zw_TPR: Tensor, *, wanted: bool = True
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """u_p = g_p B_p side by side, and d B_p = g_p^T zw_p where it is wanted."""
+    """Of grad [T, sum of O], B_P [E, O, R] and zw [N, P R]: u [N, P R], u_p = g_p B_p side by side; and where it is
+    wanted d B_p = g_p^T zw_p, [E, O, R] each."""
     u_TPR = torch.empty_like(zw_TPR)
     dB_P: list[Tensor | None] = []
     for g_TO, B_EOR, zw_TR, u_TR in by_projection(grad_TO, B_P, zw_TPR, u_TPR):

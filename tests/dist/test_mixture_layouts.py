@@ -77,6 +77,7 @@ CASES = [
     case(PP_EP, 4, SMORA, {"recompute": "full"}),
     case(TP_EP, 4, {**SMORA, "router_scope": "block"}),
     case(TP_EP, 4, MLPS),
+    case(TP_EP, 4, {**MLPS, "share_A": True}),
     case(PP_EP, 4, MLPS, {"recompute": "full"}),
     case(DP, 2, {**MLPS, "num_experts": 14}),
     case(EP, 2, {**TOP_2, "top_k": 1}),

@@ -93,6 +93,13 @@ def test_without_b_every_case_is_the_frozen_mlp(make, case, experts, dtype):
         assert torch.equal(other.run(), frozen.run())
 
 
+def test_two_whole_mlps_are_another_case_than_two_experts_of_a_linear(make):
+    mlps, linears = make("MLPs", 4, "fp32"), make("top 2", 4, "fp32")
+    mlps.run(), linears.run()
+    of_mlps, of_linears = (one.base.lora_down_A.grad for one in (mlps, linears))
+    assert mlps.base.adapter.expert_form == "mlp" and not close(of_mlps, of_linears, "fp32")
+
+
 @every_dtype
 def test_one_expert_is_plain_lora(make, dtype):
     lora, mole = make("lora", 1, dtype), make("mole", 1, dtype)
