@@ -11,6 +11,8 @@
 //
 // A router's logits and their gradients, in fp32 without copies of all tokens in it.
 //
+// Products with a matrix most of which is 0: what tokens make of the few experts, or ranks, that they use.
+//
 // SwiGLU: in bf16, of whose 65,536 numbers there is a table, with the bits that torch gives; and of several experts a
 // token, with their sum.
 
@@ -41,6 +43,7 @@ constexpr int64_t kWide = 512;     // of one that two products read, the second 
 constexpr int64_t kDepth = 64;     // rows that are summed over in one product
 constexpr int64_t kAhead = 8;      // rows between one that is read and one that is sent for
 constexpr int64_t kChunk = 512;    // rows of an expert that one thread takes
+constexpr int64_t kFew = 4;        // one of so many entries that is not 0 is few enough to take them one by one
 
 template <typename T>
 constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;  // rows of the second factor that lie interleaved
@@ -534,6 +537,126 @@ void to_rank_with_outer(const T* wide, int64_t ldw, const int64_t* rows, const i
   }
 }
 
+// So many numbers side by side, as the processor's registers hold them.
+constexpr int64_t kLanes = 16;
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+// n numbers, and 0 beyond. (Compilers do not see that sixteen are one load.)
+template <typename T>
+inline Lanes load(const T* from, int64_t n) {
+#ifdef __AVX512F__
+  if constexpr (kPair<T> == 2)
+    if (n == kLanes) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+    }
+#endif
+  float numbers[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) numbers[i] = widen(from[i]);
+  Lanes lanes;
+  std::memcpy(&lanes, numbers, sizeof(lanes));
+  return lanes;
+}
+
+template <typename T>
+inline void store(const Lanes& lanes, T* to, int64_t n) {
+  put<false>(reinterpret_cast<const float*>(&lanes), to, n);
+}
+
+// What is not 0 of values [T, E]: token t has the entries from starts[t] to starts[t + 1], in their order.
+struct Entries {
+  struct Entry {
+    int64_t expert;
+    float value;
+  };
+  std::vector<int64_t> starts;
+  std::unique_ptr<Entry[]> all;
+};
+
+template <typename T>
+Entries entries_of(const T* values, int64_t ldv, int64_t tokens, int64_t E, int64_t threads) {
+  Entries entries;
+  entries.starts.resize(tokens + 1);
+  int64_t* starts = entries.starts.data();
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t t = 0; t < tokens; ++t) {
+    int32_t count = 0;
+    for (int64_t e = 0; e < E; ++e) count += widen(values[t * ldv + e]) != 0.f;
+    starts[t + 1] = count;
+  }
+  for (int64_t t = 0; t < tokens; ++t) starts[t + 1] += starts[t];
+  entries.all.reset(new Entries::Entry[starts[tokens]]);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t t = 0; t < tokens; ++t) {
+    int64_t n = starts[t];
+    for (int64_t e = 0; n < starts[t + 1]; ++e)
+      if (const float value = widen(values[t * ldv + e]); value != 0.f) entries.all[n++] = {e, value};
+  }
+  return entries;
+}
+
+// With v [T, E], most of which is 0: out [T, W] = v M, or what it has + v M, of M [E, W]; grad [E, W] = v^T wide, of
+// wide [T, W]. Either may be all that is wanted.
+template <bool forth, bool add, bool back, typename T, typename Matrix>
+void multiply_entries(const Entries& v, int64_t tokens, int64_t E, int64_t W, const Matrix* M, T* out, int64_t ldo,
+                      const T* wide, int64_t ldw, Matrix* grad, int64_t threads) {
+  constexpr int64_t lanes = kAdded / kLanes;
+  const int64_t blocks = (W + kAdded - 1) / kAdded;
+  // Threads share the columns, so that no two add to one number.
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Memory of_matrix, of_sums;
+    Lanes* matrix = of_matrix.room<Lanes>(forth ? E * lanes : 0);
+    Lanes* sums = of_sums.room<Lanes>(back ? E * lanes : 0);
+    const auto columns = [&](int64_t from, auto width) {
+      const auto has = [&](int64_t lane) {
+        if constexpr (std::is_same_v<decltype(width), int64_t>)
+          return std::clamp(width - lane * kLanes, int64_t(0), kLanes);
+        else
+          return kLanes;
+      };
+      for (int64_t e = 0; e < E; ++e)
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          if (forth) matrix[e * lanes + lane] = load(M + e * W + from + lane * kLanes, has(lane));
+          if (back) sums[e * lanes + lane] = Lanes{};
+        }
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t ahead = std::min(t + kAhead, tokens - 1);
+        if (forth && add) fetch(out + ahead * ldo + from, width);
+        if (back) fetch(wide + ahead * ldw + from, width);
+        Lanes row[lanes], result[lanes];
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          result[lane] = Lanes{};
+          if (back) row[lane] = load(wide + t * ldw + from + lane * kLanes, has(lane));
+        }
+        for (int64_t n = v.starts[t]; n < v.starts[t + 1]; ++n) {
+          const int64_t e = v.all[n].expert;
+          const float value = v.all[n].value;
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            if (back) sums[e * lanes + lane] += value * row[lane];
+            if (forth) result[lane] += value * matrix[e * lanes + lane];
+          }
+        }
+        for (int64_t lane = 0; forth && lane < lanes; ++lane) {
+          T* to = out + t * ldo + from + lane * kLanes;
+          if (add) result[lane] += load(to, has(lane));
+          store(result[lane], to, has(lane));
+        }
+      }
+      for (int64_t e = 0; back && e < E; ++e)
+        for (int64_t lane = 0; lane < lanes; ++lane)
+          store(sums[e * lanes + lane], grad + e * W + from + lane * kLanes, has(lane));
+    };
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (const int64_t left = W - block * kAdded; left < kAdded)
+        columns(block * kAdded, left);
+      else
+        columns(block * kAdded, std::integral_constant<int64_t, kAdded>());
+    }
+  }
+}
+
 // out [kRows, width] = the columns [from, from + width) of kRows rows of x [T, I], 0 for rows that there are not.
 template <typename T>
 void widen_rows(const T* x, int64_t first, int64_t tokens, int64_t I, int64_t from, int64_t width, float* out) {
@@ -572,6 +695,14 @@ void router_logits(const at::BFloat16* x, const float* weight, const float* bias
 template <typename T>
 void router_gradients(const float* grad, const T* x, const float* weight, int64_t tokens, int64_t I, int64_t E,
                       float* dweight, T* dx, int64_t threads) {
+  // Where it comes from the chosen experts alone.
+  if (const Entries few = entries_of(grad, E, tokens, E, threads); few.starts[tokens] * kFew <= tokens * E) {
+    if (dx)
+      multiply_entries<true, false, true>(few, tokens, E, I, weight, dx, I, x, I, dweight, threads);
+    else
+      multiply_entries<false, false, true>(few, tokens, E, I, weight, dx, I, x, I, dweight, threads);
+    return;
+  }
   const int64_t blocks = (I + kColumns - 1) / kColumns, depth = (tokens + kRows - 1) / kRows * kRows;
   Memory of_grad, of_transposed;
   float* padded = of_grad.room<float>(depth * E);
@@ -773,32 +904,6 @@ void swiglu_backward(const at::BFloat16* grad, at::BFloat16* fused, const float*
   }
 }
 
-// So many numbers side by side, as the processor's registers hold them.
-constexpr int64_t kLanes = 16;
-using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
-
-// n numbers, and 0 beyond. (Compilers do not see that sixteen are one load.)
-template <typename T>
-inline Lanes load(const T* from, int64_t n) {
-#ifdef __AVX512F__
-  if constexpr (kPair<T> == 2)
-    if (n == kLanes) {
-      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-      return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-    }
-#endif
-  float numbers[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) numbers[i] = widen(from[i]);
-  Lanes lanes;
-  std::memcpy(&lanes, numbers, sizeof(lanes));
-  return lanes;
-}
-
-template <typename T>
-inline void store(const Lanes& lanes, T* to, int64_t n) {
-  put<false>(reinterpret_cast<const float*>(&lanes), to, n);
-}
-
 // The sigmoid of n numbers; in bf16 there is a table of it.
 inline void sigmoids(const float*, const float* of, float* found, int64_t n) {
   int64_t i = 0;
@@ -958,6 +1063,16 @@ int available() {
   extern "C" void router_gradients_##suffix(const float* grad, const T* x, const float* weight, int64_t tokens,       \
                                             int64_t I, int64_t E, float* dweight, T* dx, int64_t threads) {           \
     router_gradients(grad, x, weight, tokens, I, E, dweight, dx, threads);                                            \
+  }                                                                                                                   \
+  extern "C" void add_few_##suffix(T* out, int64_t ldo, const T* values, int64_t ldv, const T* M, int64_t tokens,     \
+                                   int64_t R, int64_t O, int64_t threads) {                                           \
+    const Entries few = entries_of(values, ldv, tokens, R, threads);                                                  \
+    multiply_entries<true, true, false, T, T>(few, tokens, R, O, M, out, ldo, nullptr, 0, nullptr, threads);          \
+  }                                                                                                                   \
+  extern "C" void outer_few_##suffix(const T* values, int64_t ldv, const T* wide, int64_t ldw, int64_t tokens,        \
+                                     int64_t R, int64_t W, T* grad, int64_t threads) {                                \
+    const Entries few = entries_of(values, ldv, tokens, R, threads);                                                  \
+    multiply_entries<false, false, true, T, T>(few, tokens, R, W, nullptr, nullptr, 0, wide, ldw, grad, threads);     \
   }                                                                                                                   \
   extern "C" void swiglu_mixed_##suffix(const T* fused, const float* silu, const float* weight,                       \
                                         const int64_t* places, int64_t tokens, int64_t K, int64_t F, T* h, T* mixed,  \

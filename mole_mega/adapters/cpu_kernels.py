@@ -1,5 +1,6 @@
 """What a MoLE layer does on the CPU, compiled (cpu_kernels.cpp): the thin products of a bank, in one pass over the wide
-rows whatever the number of experts, a router's logits, and SwiGLU, alone and of several experts a token.
+rows whatever the number of experts, a router's logits, products of which most is 0, and SwiGLU, alone and of several
+experts a token.
 
 Shape suffixes as in bank.py; N sorted rows, T rows of a wide tensor, W its columns.
 """
@@ -152,6 +153,23 @@ def dot_rows(found: ctypes.CDLL, u_NR: Tensor, z_NR: Tensor, scale: float) -> Te
     dots_N = z_NR.new_empty(len(z_NR), dtype=torch.float32)
     _call(found, f"dot_rows_{_SUFFIXES[z_NR.dtype]}", u_NR, z_NR, scale, *z_NR.shape, dots_N)
     return dots_N
+
+
+def add_few_(found: ctypes.CDLL, out_TO: Tensor, values_TR: Tensor, M_RO: Tensor) -> None:
+    """out += values M, faster than a product of all of them where most of the values are 0 (`forms.uses_few`)."""
+    assert out_TO.dtype == values_TR.dtype == M_RO.dtype and out_TO.stride(1) == values_TR.stride(1) == 1
+    sizes = (len(values_TR), *M_RO.shape)
+    values = (out_TO, out_TO.stride(0), values_TR, values_TR.stride(0), M_RO.contiguous(), *sizes)
+    _call(found, f"add_few_{_SUFFIXES[out_TO.dtype]}", *values)
+
+
+def outer_few(found: ctypes.CDLL, values_TR: Tensor, wide_TW: Tensor) -> Tensor:
+    """values^T wide, [R, W], where most of the values are 0."""
+    assert values_TR.dtype == wide_TW.dtype and values_TR.stride(1) == wide_TW.stride(1) == 1
+    grad_RW = wide_TW.new_empty(values_TR.shape[1], wide_TW.shape[1])
+    tensors = (values_TR, values_TR.stride(0), wide_TW, wide_TW.stride(0))
+    _call(found, f"outer_few_{_SUFFIXES[wide_TW.dtype]}", *tensors, len(wide_TW), *grad_RW.shape, grad_RW)
+    return grad_RW
 
 
 def largest(found: ctypes.CDLL, scores_TE: Tensor, number: int) -> Tensor:

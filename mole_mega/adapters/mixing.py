@@ -14,6 +14,7 @@ P projections that read the same x.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,18 +24,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mole_mega.adapters import bank, cpu_kernels
+from mole_mega.adapters import bank, cpu_kernels, forms
 from mole_mega.adapters.bank import InputGradient
 from mole_mega.adapters.cpu_kernels import CompiledProducts
-from mole_mega.adapters.forms import computes_all
 
 
 @dataclass(frozen=True)
 class MaskedGate:
-    """weight_TE: fp32, 0 for an expert that a token does not use. Or weight_TPE, one of its own for each projection."""
+    """weight_TE: fp32, 0 for an expert that a token does not use. Or weight_TPE, one of its own for each projection.
+    `few`: so many are 0 that products are faster without them (`forms.uses_few`)."""
 
     weight: Tensor
     rescaled: bool = False
+    few: bool = False
 
     def add_lora(self, base_TO: Tensor, x_TI: Tensor, A_P: Sequence[Tensor], B_P: Sequence[Tensor], scale: float,
                  gradient: InputGradient | None = None) -> Tensor:  # fmt: skip
@@ -44,7 +46,9 @@ class MaskedGate:
         factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
         weight = self.weight if self.weight.dim() == 3 else self.weight[:, None]
         x_TI = x_TI if gradient is None else x_TI.detach()
-        return _AddMasked.apply(scale, self.rescaled, gradient, bank.overwritable(base_TO), x_TI, weight, *factors)
+        kernels = cpu_kernels.library_for(base_TO) if self.few else None
+        settings = (scale, self.rescaled, kernels, gradient)
+        return _AddMasked.apply(*settings, bank.overwritable(base_TO), x_TI, weight, *factors)
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,8 @@ def make_gate(
     """The faster form, in this dtype, for tokens that use `top_k` of E experts each: those that `chosen` marks."""
     num_tokens, num_experts = weight_TE.shape
     in_place = weight_TE.device.type == "cpu" and cpu_kernels.library(dtype) is not None
-    if computes_all(num_experts, top_k, rank, dtype.itemsize, in_place=in_place) or num_tokens == 0:
-        return MaskedGate(weight_TE, rescaled)
+    if forms.computes_all(num_experts, top_k, rank, dtype.itemsize, in_place=in_place) or num_tokens == 0:
+        return MaskedGate(weight_TE, rescaled, few=forms.uses_few(num_experts, top_k, dtype.itemsize))
     return paired(weight_TE, chosen_TE, top_k, rescaled=rescaled)
 
 
@@ -156,7 +160,8 @@ class _AddMasked(torch.autograd.Function):
         d base = g      d w_te = scale * sum_p <u_pte, z_pte>      dz_p = scale * w * u_p
         d B_p = g_p^T zw_p      d A_p = dz_p^T x, summed over experts if they share it      d x = sum_p dz_p A_p
 
-    `rescaled`: sqrt(w) in place of w in the last two rows.
+    `rescaled`: sqrt(w) in place of w in the last two rows. `kernels`: where they are given, what is 0 of zw and dz is
+    left out of the products.
     """
 
     @staticmethod
@@ -164,6 +169,7 @@ class _AddMasked(torch.autograd.Function):
         ctx: Any,
         scale: float,
         rescaled: bool,
+        kernels: ctypes.CDLL | None,
         gradient: InputGradient | None,
         base_TO: Tensor,
         x_TI: Tensor,
@@ -176,9 +182,9 @@ class _AddMasked(torch.autograd.Function):
         z_TPER = z.view(len(x_TI), len(A_P), *(experts or [1]), rank)  # E is 1 where the experts share A
         zw_TPER = _weigh(z_TPER, scale, weight_TPE)
         for p, (out_TO, B_EOR) in enumerate(zip(_columns(base_TO, B_P), B_P, strict=True)):
-            out_TO.addmm_(zw_TPER[:, p].flatten(1), _write_rows(B_EOR))
+            _add_product_(kernels, out_TO, zw_TPER[:, p].flatten(1), _write_rows(B_EOR))
         ctx.mark_dirty(base_TO)
-        ctx.scale, ctx.rescaled, ctx.gradient = scale, rescaled, gradient
+        ctx.scale, ctx.rescaled, ctx.kernels, ctx.gradient = scale, rescaled, kernels, gradient
         ctx.save_for_backward(x_TI, z_TPER, weight_TPE, *factors)
         return base_TO
 
@@ -187,7 +193,7 @@ class _AddMasked(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, z_TPER, weight_TPE, *factors = ctx.saved_tensors
         A_P, B_P = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        _, _, _, _, needs_x, needs_weight, *needs_factors = ctx.needs_input_grad
+        needs_x, needs_weight, *needs_factors = ctx.needs_input_grad[5:]
         grad_TO = grad_TO.contiguous()  # sum().backward() sends an expanded one
 
         weight_TPE = weight_TPE.sqrt() if ctx.rescaled else weight_TPE
@@ -195,29 +201,28 @@ class _AddMasked(torch.autograd.Function):
         u_P, dB_P = [], []
         for p, (g_TO, B_EOR) in enumerate(zip(_columns(grad_TO, B_P), B_P, strict=True)):
             u_P.append((g_TO @ _write_rows(B_EOR).t()).unflatten(1, (len(B_EOR), B_EOR.shape[2])))
-            dB = g_TO.t() @ zw_TPER[:, p].flatten(1) if any(needs_factors) else None
-            dB_P.append(None if dB is None else dB.unflatten(1, (len(B_EOR), B_EOR.shape[2])).transpose(0, 1))
+            dB_RO = _outer(ctx.kernels, zw_TPER[:, p].flatten(1), g_TO) if any(needs_factors) else None
+            dB_P.append(None if dB_RO is None else dB_RO.unflatten(0, (len(B_EOR), -1)).transpose(1, 2))
         u_TPER = torch.stack(u_P, dim=1)
         dweight_TPE = None
         if needs_weight:
             dweight_TPE = ctx.scale * (u_TPER.to(weight_TPE.dtype) * z_TPER).sum(-1)
             if weight_TPE.shape[1] == 1:  # one gate for all projections
                 dweight_TPE = dweight_TPE.sum(1, keepdim=True)
-        dz_TPER = _weigh(u_TPER, ctx.scale, weight_TPE)
-        if z_TPER.shape[2] < dz_TPER.shape[2]:  # one A for all experts
-            dz_TPER = dz_TPER.sum(2, keepdim=True)
+        dz_TPER, kernels = _weigh(u_TPER, ctx.scale, weight_TPE), ctx.kernels
+        if z_TPER.shape[2] < dz_TPER.shape[2]:  # one A for all experts, whose ranks all are used
+            dz_TPER, kernels = dz_TPER.sum(2, keepdim=True), None
         dz = dz_TPER.flatten(1)
         dx_TI, A_RI = None, _read_rows(A_P)
         if ctx.gradient is not None:
-            ctx.gradient.add_later(lambda grad_TI: grad_TI.addmm_(dz, A_RI))
+            ctx.gradient.add_later(lambda grad_TI: _add_product_(kernels, grad_TI, dz, A_RI))
         elif needs_x:
             dx_TI = dz @ A_RI
         dA_P: Sequence[Tensor | None] = [None] * len(A_P)
         if any(needs_factors):
-            # as columns: torch multiplies few rows by a wide x more slowly in fp32 on the CPU
-            dA_RI = (x_TI.t() @ dz).t()
+            dA_RI = _outer(kernels, dz, x_TI)
             dA_P = [dA.unflatten(0, A.shape[:-1]) for dA, A in zip(dA_RI.chunk(len(A_P)), A_P, strict=True)]
-        return None, None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
+        return None, None, None, None, grad_TO, dx_TI, dweight_TPE, *dA_P, *dB_P
 
 
 class _ToPairs(torch.autograd.Function):
@@ -259,6 +264,22 @@ def _from_pairs(rows_N: Tensor, inverse_N: Tensor, num_tokens: int) -> Tensor:
 def _weigh(z_TPER: Tensor, scale: float, weight_TPE: Tensor) -> Tensor:
     """scale * w * z; the product is rounded to z's dtype once, whatever the weight's."""
     return (z_TPER * (scale * weight_TPE)[..., None]).to(z_TPER.dtype)
+
+
+def _add_product_(kernels: ctypes.CDLL | None, out_TO: Tensor, z_TR: Tensor, M_RO: Tensor) -> None:
+    """out += z M."""
+    if kernels is None:
+        out_TO.addmm_(z_TR, M_RO)
+    else:
+        cpu_kernels.add_few_(kernels, out_TO, z_TR, M_RO)
+
+
+def _outer(kernels: ctypes.CDLL | None, z_TR: Tensor, wide_TW: Tensor) -> Tensor:
+    """z^T wide, [R, W]."""
+    if kernels is None:
+        # as columns: torch multiplies few rows by a wide tensor more slowly in fp32 on the CPU
+        return (wide_TW.t() @ z_TR).t()
+    return cpu_kernels.outer_few(kernels, z_TR, wide_TW)
 
 
 def _read_rows(A_P: Sequence[Tensor]) -> Tensor:

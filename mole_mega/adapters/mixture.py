@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank, whole_mlps
+from mole_mega.adapters.forms import uses_few
 from mole_mega.adapters.mixing import Gate, MaskedGate, PairedGate, make_gate, paired
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer, SwiGLU
 from mole_mega.adapters.routers import LinearRouters, MoLERouter
@@ -89,7 +90,8 @@ class LinearMixtureLayer(MixtureLayer):
         self, hidden_states: torch.Tensor, intermediate_tensors: Any = None, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, None]:
         """See `MixtureLayer.forward`."""
-        shape, rescaled = hidden_states.shape, self.experts.adapter.rescale_gate
+        shape, adapter = hidden_states.shape, self.experts.adapter
+        few = adapter.gate != "dense" and uses_few(adapter.num_experts, adapter.top_k, hidden_states.dtype.itemsize)
         routers = (self.router.gate, self.router.up)
         weight_TPE = torch.stack([_route(router, hidden_states, padding_mask)[0] for router in routers], dim=1)
         if self._gathers_sequence:
@@ -98,10 +100,13 @@ class LinearMixtureLayer(MixtureLayer):
                 whole_SB = self._gather(padding_mask.T.contiguous().long())
                 padding_mask = (whole_SB.bool() if padding_mask.dtype == torch.bool else whole_SB).T
 
-        def gate_of_down(h_TF: torch.Tensor) -> Gate:
-            return MaskedGate(_route(self.router.down, h_TF, padding_mask)[0], rescaled)
+        def masked(weight: torch.Tensor) -> Gate:
+            return MaskedGate(weight, adapter.rescale_gate, few)
 
-        output_TH = self.experts(hidden_states.flatten(0, 1), MaskedGate(weight_TPE, rescaled), gate_of_down)
+        def gate_of_down(h_TF: torch.Tensor) -> Gate:
+            return masked(_route(self.router.down, h_TF, padding_mask)[0])
+
+        output_TH = self.experts(hidden_states.flatten(0, 1), masked(weight_TPE), gate_of_down)
         return self._scatter(output_TH, shape), None
 
 

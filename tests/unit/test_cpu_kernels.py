@@ -186,6 +186,47 @@ def test_a_routers_logits_and_their_gradients(kernels, threads, tokens, width, e
         assert none is None and torch.equal(alone_EH, dweight_EH)
 
 
+def few_of(tokens, number, used, dtype):
+    """[tokens, number], `used` not 0 in each row but the first, and none in the last column."""
+    values_TR, scores_TR = randn(tokens, number, dtype=dtype), randn(tokens, number, dtype=torch.float32, seed=1)
+    scores_TR[:, -1] = -100  # nobody's
+    values_TR *= torch.zeros(tokens, number).scatter_(1, scores_TR.topk(used).indices, 1).to(dtype)
+    values_TR[:1] = 0
+    return values_TR
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "number", "used"), [(0, 40, 8, 1), (1, 40, 8, 2), (33, 130, 17, 4), (97, 301, 64, 8)]
+)
+@DTYPES
+def test_products_of_few(kernels, threads, dtype, tokens, width, number, used):
+    """Of columns of something wider. What nobody uses is not touched: infinity times 0 would be no number."""
+    values_TR = few_of(tokens, number + 3, used, dtype)[:, 3:]
+    wide_TW, out_TO = (randn(tokens, width + 7, dtype=dtype, seed=s)[:, 3 : width + 3] for s in (2, 3))
+    M_RO = randn(number, width, dtype=dtype, seed=4)
+    expected_TO = out_TO.double() + values_TR.double() @ M_RO.double()
+    M_RO[-1] = float("inf")
+    cpu_kernels.add_few_(kernels(dtype), out_TO, values_TR, M_RO)
+    assert_near(out_TO, expected_TO)
+    assert not tokens or torch.equal(out_TO[0], randn(tokens, width + 7, dtype=dtype, seed=3)[0, 3 : width + 3])
+    assert_near(cpu_kernels.outer_few(kernels(dtype), values_TR, wide_TW), values_TR.double().T @ wide_TW.double())
+
+
+@pytest.mark.parametrize(("tokens", "width", "experts", "used"), [(1, 40, 8, 2), (33, 130, 17, 4), (97, 301, 64, 8)])
+@DTYPES
+def test_a_routers_gradients_from_few_experts(kernels, threads, dtype, tokens, width, experts, used):
+    """They come from those alone: infinity times 0 would be no number."""
+    x_TH, grad_TE = randn(tokens, width, dtype=dtype, seed=2), few_of(tokens, experts, used, torch.float32)
+    weight_EH = randn(experts, width, dtype=torch.float32, seed=3)
+    expected_TH = grad_TE.double() @ weight_EH.double()
+    weight_EH[-1] = float("inf")
+    dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(dtype), grad_TE, x_TH, weight_EH)
+    assert_near(dweight_EH, grad_TE.double().T @ x_TH.double())
+    assert_near(dx_TH, expected_TH)
+    alone_EH, none = cpu_kernels.router_gradients(kernels(dtype), grad_TE, x_TH, None)
+    assert none is None and torch.equal(alone_EH, dweight_EH)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("needs", ["x and factors", "factors", "x"])
 @DTYPES
@@ -293,15 +334,22 @@ def test_threads_change_no_bit(kernels, dtype, scattered):
         gradients = cpu_kernels.swiglu_mixed_backward_(kernels(dtype), h_NF, mixed_TF, fused_N2F, weight_N, place_TK)
         return h_NF, mixed_TF, fused_N2F, *gradients
 
+    def few():
+        values_TR, out_TI = few_of(num_rows, 6, 1, dtype), x_TI.clone()
+        cpu_kernels.add_few_(kernels(dtype), out_TI, values_TR, weight_EI.to(dtype))
+        return out_TI, cpu_kernels.outer_few(kernels(dtype), values_TR, x_TI)
+
     def everything():
         return (
             *activate(),
+            *few(),
             products.to_rank(x_TI, [M_EIR]),
             products.from_rank(z_NR, [M_EIR.transpose(1, 2)], num_rows),
             *products.outer(z_NR, x_TI, 2),
             products.to_rank_with_outer(x_TI, M_EIR, z_NR, torch.empty_like(z_NR)),
             cpu_kernels.router_logits(kernels(torch.bfloat16), x_TI.bfloat16(), weight_EI, None),
             *cpu_kernels.router_gradients(kernels(dtype), grad_TE, x_TI, weight_EI),
+            *cpu_kernels.router_gradients(kernels(dtype), few_of(num_rows, 6, 1, torch.float32), x_TI, weight_EI),
             sum_pairs(x_TI.bfloat16(), grad_TE),
         )
 

@@ -51,22 +51,24 @@ FORMS = {
     "masked": (torch.float64, {"rtol": 1e-11, "atol": 1e-11}),
     "paired": (torch.float64, {"rtol": 1e-11, "atol": 1e-11}),
     "in place": (torch.float32, {"rtol": 1e-4, "atol": 1e-4}),
+    "few": (torch.float32, {"rtol": 1e-4, "atol": 1e-4}),
 }
 
 
 @pytest.fixture
 def form(monkeypatch, kernels):
-    """form(name, ...): a gate of that form; "in place" where kernels take the rows of pairs from where they lie."""
+    """form(name, ...): a gate of that form; "in place" where kernels take the rows of pairs from where they lie, "few"
+    masked with kernels that pass over what is 0."""
 
     def make(name, weight_TE, chosen_TE, top_k, rescaled=False):
         used_TE = weight_TE * chosen_TE
-        if name != "in place":
+        if name in ("masked", "paired"):
             monkeypatch.setattr(cpu_kernels, "library", lambda dtype: None)
         else:
             kernels(torch.float32)
-        return (
-            MaskedGate(used_TE, rescaled) if name == "masked" else paired(used_TE, chosen_TE, top_k, rescaled=rescaled)
-        )
+        if name in ("masked", "few"):
+            return MaskedGate(used_TE, rescaled, few=name == "few")
+        return paired(used_TE, chosen_TE, top_k, rescaled=rescaled)
 
     return make
 
@@ -193,6 +195,9 @@ def test_the_form_follows_the_number_of_experts_for_each_that_is_used(monkeypatc
         assert type(make_gate(weight_TE, chosen_TE, top_k, 32, dtype)).__name__ == f"{expected}Gate"
     assert forms._MASKED_UP_TO == {4: 6, 2: 16}
     assert [forms.computes_all(n, 2, 32, 4, in_place=True) for n in (2, 3, 4)] == [True, True, False]
+    assert [forms.uses_few(n, 2, itemsize) for n, itemsize in ((7, 4), (8, 4), (15, 2), (16, 2))] == [False, True] * 2
+    assert make_gate(*make_tensors(8, 1)[2:4], 1, 1, torch.bfloat16).few
+    assert not make_gate(*make_tensors(7, 1)[2:4], 1, 1, torch.bfloat16).few
     assert forms.computes_all(64, 8, 1, 4, in_place=True)  # all of them are as wide as two of rank 32
 
 

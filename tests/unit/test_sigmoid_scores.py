@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_mixture import MIX
 from test_models import SIZE, assert_close, build, gradients_of, logits_of, make_inputs, noise
 
+from mole_mega.adapters import cpu_kernels, forms
 from mole_mega.adapters.mixing import MaskedGate, make_gate
 from mole_mega.adapters.routers import move_score_biases, plan_routers, router_loss_gradients, summarize
 
@@ -122,6 +123,26 @@ def test_a_step_moves_each_bias_towards_the_mean_load(alone, adapter):
     summary = summarize(table, plan, adapter)
     assert (summary.entropy_L > 0).all() and (summary.entropy_L <= torch.log(torch.tensor(16.0)) + 1e-6).all()
     assert summary.z_loss > 0 and (summary.margin_L >= 0).all()
+
+
+@pytest.mark.parametrize("adapter", [SMORA, BLOCK, replace(SMORA, router_scope="linear", gate="dense", top_k=1)],
+                         ids=["linear", "block", "dense"])  # fmt: skip
+def test_passing_over_what_nobody_uses_leaves_the_model_as_it_is(alone, kernels, monkeypatch, adapter):
+    kernels(torch.float32)
+    inputs, add_few_, calls, found = make_inputs(), cpu_kernels.add_few_, [], []
+    monkeypatch.setattr(cpu_kernels, "add_few_", lambda *args: calls.append(args) or add_few_(*args))
+    for few_in in (forms._FEW_IN[4], 17):
+        monkeypatch.setattr(forms, "_FEW_IN", {4: few_in})
+        model = with_biases(alone, adapter)
+        found.append((logits_of(model, inputs), gradients_of(model, inputs), len(calls)))
+        calls.clear()
+    (logits, gradients, few), (all_logits, all_gradients, none) = found
+    # of 3 blocks: gate, up and down, the gradient of x and of h; and the logits' own pass
+    assert (few, none) == (0 if adapter.gate == "dense" else 3 * (3 + 3 + 2), 0)
+    assert_close(logits, all_logits)
+    for name, gradient in gradients.items():
+        # products round otherwise, and queries and keys multiply it (seen: 1.4e-4; of all else up to 4e-5)
+        assert (all_gradients[name] - gradient).norm() <= 5e-4 * gradient.norm(), name
 
 
 def test_many_thin_experts_are_all_computed():
