@@ -43,7 +43,7 @@ constexpr int64_t kWide = 512;     // of one that two products read, the second 
 constexpr int64_t kDepth = 64;     // rows that are summed over in one product
 constexpr int64_t kAhead = 8;      // rows between one that is read and one that is sent for
 constexpr int64_t kChunk = 512;    // rows of an expert that one thread takes
-constexpr int64_t kFew = 4;        // one of so many entries that is not 0 is few enough to take them one by one
+constexpr int64_t kFew = 4;        // where at most one of so many numbers is not 0, those are taken one by one
 
 template <typename T>
 constexpr int64_t kPair = sizeof(T) == 2 ? 2 : 1;  // rows of the second factor that lie interleaved
@@ -545,6 +545,8 @@ using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 template <typename T>
 inline Lanes load(const T* from, int64_t n) {
 #ifdef __AVX512F__
+  if constexpr (kPair<T> == 1)
+    if (n == kLanes) return (Lanes)_mm512_loadu_ps(from);
   if constexpr (kPair<T> == 2)
     if (n == kLanes) {
       const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -566,15 +568,16 @@ inline void store(const Lanes& lanes, T* to, int64_t n) {
 // What is not 0 of values [T, E]: token t has the entries from starts[t] to starts[t + 1], in their order.
 struct Entries {
   struct Entry {
-    int64_t expert;
+    int32_t expert;
     float value;
   };
   std::vector<int64_t> starts;
   std::unique_ptr<Entry[]> all;
 };
 
+// Without `all` where there are more than `most`.
 template <typename T>
-Entries entries_of(const T* values, int64_t ldv, int64_t tokens, int64_t E, int64_t threads) {
+Entries entries_of(const T* values, int64_t ldv, int64_t tokens, int64_t E, int64_t most, int64_t threads) {
   Entries entries;
   entries.starts.resize(tokens + 1);
   int64_t* starts = entries.starts.data();
@@ -585,18 +588,19 @@ Entries entries_of(const T* values, int64_t ldv, int64_t tokens, int64_t E, int6
     starts[t + 1] = count;
   }
   for (int64_t t = 0; t < tokens; ++t) starts[t + 1] += starts[t];
+  if (starts[tokens] > most) return entries;
   entries.all.reset(new Entries::Entry[starts[tokens]]);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t t = 0; t < tokens; ++t) {
     int64_t n = starts[t];
     for (int64_t e = 0; n < starts[t + 1]; ++e)
-      if (const float value = widen(values[t * ldv + e]); value != 0.f) entries.all[n++] = {e, value};
+      if (const float value = widen(values[t * ldv + e]); value != 0.f) entries.all[n++] = {int32_t(e), value};
   }
   return entries;
 }
 
-// With v [T, E], most of which is 0: out [T, W] = v M, or what it has + v M, of M [E, W]; grad [E, W] = v^T wide, of
-// wide [T, W]. Either may be all that is wanted.
+// Of v [T, E], most of which is 0. Forth: out [T, W] = v M, or with `add` what it has + v M, of M [E, W]. Back: grad
+// [E, W] = v^T wide, of wide [T, W].
 template <bool forth, bool add, bool back, typename T, typename Matrix>
 void multiply_entries(const Entries& v, int64_t tokens, int64_t E, int64_t W, const Matrix* M, T* out, int64_t ldo,
                       const T* wide, int64_t ldw, Matrix* grad, int64_t threads) {
@@ -695,8 +699,8 @@ void router_logits(const at::BFloat16* x, const float* weight, const float* bias
 template <typename T>
 void router_gradients(const float* grad, const T* x, const float* weight, int64_t tokens, int64_t I, int64_t E,
                       float* dweight, T* dx, int64_t threads) {
-  // Where it comes from the chosen experts alone.
-  if (const Entries few = entries_of(grad, E, tokens, E, threads); few.starts[tokens] * kFew <= tokens * E) {
+  // Where chosen experts alone have one. (Sums are in another order than below, and nothing is multiplied by 0.)
+  if (const Entries few = entries_of(grad, E, tokens, E, tokens * E / kFew, threads); few.all) {
     if (dx)
       multiply_entries<true, false, true>(few, tokens, E, I, weight, dx, I, x, I, dweight, threads);
     else
@@ -1066,12 +1070,12 @@ int available() {
   }                                                                                                                   \
   extern "C" void add_few_##suffix(T* out, int64_t ldo, const T* values, int64_t ldv, const T* M, int64_t tokens,     \
                                    int64_t R, int64_t O, int64_t threads) {                                           \
-    const Entries few = entries_of(values, ldv, tokens, R, threads);                                                  \
+    const Entries few = entries_of(values, ldv, tokens, R, tokens * R, threads);                                      \
     multiply_entries<true, true, false, T, T>(few, tokens, R, O, M, out, ldo, nullptr, 0, nullptr, threads);          \
   }                                                                                                                   \
   extern "C" void outer_few_##suffix(const T* values, int64_t ldv, const T* wide, int64_t ldw, int64_t tokens,        \
                                      int64_t R, int64_t W, T* grad, int64_t threads) {                                \
-    const Entries few = entries_of(values, ldv, tokens, R, threads);                                                  \
+    const Entries few = entries_of(values, ldv, tokens, R, tokens * R, threads);                                      \
     multiply_entries<false, false, true, T, T>(few, tokens, R, W, nullptr, nullptr, 0, wide, ldw, grad, threads);     \
   }                                                                                                                   \
   extern "C" void swiglu_mixed_##suffix(const T* fused, const float* silu, const float* weight,                       \

@@ -155,20 +155,29 @@ def dot_rows(found: ctypes.CDLL, u_NR: Tensor, z_NR: Tensor, scale: float) -> Te
     return dots_N
 
 
+def in_rows(tensor: Tensor) -> bool:
+    """Whether the numbers of a row lie side by side."""
+    return tensor.stride(1) == 1 or tensor.shape[1] == 1 or not len(tensor)
+
+
 def add_few_(found: ctypes.CDLL, out_TO: Tensor, values_TR: Tensor, M_RO: Tensor) -> None:
-    """out += values M, faster than a product of all of them where most of the values are 0 (`forms.uses_few`)."""
-    assert out_TO.dtype == values_TR.dtype == M_RO.dtype and out_TO.stride(1) == values_TR.stride(1) == 1
-    sizes = (len(values_TR), *M_RO.shape)
-    values = (out_TO, out_TO.stride(0), values_TR, values_TR.stride(0), M_RO.contiguous(), *sizes)
-    _call(found, f"add_few_{_SUFFIXES[out_TO.dtype]}", *values)
+    """out += values M, faster than a product of all where most of the values are 0 (`forms.uses_few`)."""
+    (tokens, rank), width = values_TR.shape, out_TO.shape[1]
+    assert out_TO.dtype == values_TR.dtype == M_RO.dtype and in_rows(out_TO)
+    assert out_TO.shape == (tokens, width) and M_RO.shape == (rank, width)
+    values_TR = values_TR if in_rows(values_TR) else values_TR.contiguous()
+    tensors = (out_TO, out_TO.stride(0), values_TR, values_TR.stride(0), M_RO.contiguous())
+    _call(found, f"add_few_{_SUFFIXES[out_TO.dtype]}", *tensors, tokens, rank, width)
 
 
 def outer_few(found: ctypes.CDLL, values_TR: Tensor, wide_TW: Tensor) -> Tensor:
     """values^T wide, [R, W], where most of the values are 0."""
-    assert values_TR.dtype == wide_TW.dtype and values_TR.stride(1) == wide_TW.stride(1) == 1
-    grad_RW = wide_TW.new_empty(values_TR.shape[1], wide_TW.shape[1])
+    (tokens, rank), width = values_TR.shape, wide_TW.shape[1]
+    assert values_TR.dtype == wide_TW.dtype and in_rows(wide_TW) and len(wide_TW) == tokens
+    values_TR = values_TR if in_rows(values_TR) else values_TR.contiguous()
+    grad_RW = wide_TW.new_empty(rank, width)
     tensors = (values_TR, values_TR.stride(0), wide_TW, wide_TW.stride(0))
-    _call(found, f"outer_few_{_SUFFIXES[wide_TW.dtype]}", *tensors, len(wide_TW), *grad_RW.shape, grad_RW)
+    _call(found, f"outer_few_{_SUFFIXES[wide_TW.dtype]}", *tensors, tokens, rank, width, grad_RW)
     return grad_RW
 
 
@@ -199,7 +208,7 @@ def router_gradients(
     found: ctypes.CDLL, grad_TE: Tensor, x_TH: Tensor, weight_EH: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of such logits' weight, [E, H] fp32, and, where the weight is given, of x, [T, H] bf16 or fp32;
-    reads x once."""
+    reads x once. Where most of grad is 0 it is passed over."""
     assert grad_TE.dtype == torch.float32
     grad_TE, x_TH = grad_TE.contiguous(), x_TH.contiguous()
     dweight_EH, dx_TH = grad_TE.new_empty(grad_TE.shape[1], x_TH.shape[1]), None

@@ -46,7 +46,7 @@ class MaskedGate:
         factors = [factor.to(dtype) for factor in (*A_P, *B_P)]
         weight = self.weight if self.weight.dim() == 3 else self.weight[:, None]
         x_TI = x_TI if gradient is None else x_TI.detach()
-        kernels = cpu_kernels.library_for(base_TO) if self.few else None
+        kernels = cpu_kernels.library_for(base_TO) if self.few and cpu_kernels.in_rows(base_TO) else None
         settings = (scale, self.rescaled, kernels, gradient)
         return _AddMasked.apply(*settings, bank.overwritable(base_TO), x_TI, weight, *factors)
 
@@ -161,7 +161,7 @@ class _AddMasked(torch.autograd.Function):
         d B_p = g_p^T zw_p      d A_p = dz_p^T x, summed over experts if they share it      d x = sum_p dz_p A_p
 
     `rescaled`: sqrt(w) in place of w in the last two rows. `kernels`: where they are given, what is 0 of zw and dz is
-    left out of the products.
+    passed over, but in a dx that is not added to another.
     """
 
     @staticmethod

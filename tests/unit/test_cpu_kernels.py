@@ -202,17 +202,25 @@ def few_of(tokens, number, used, dtype):
 def test_products_of_few(kernels, threads, dtype, tokens, width, number, used):
     """Of columns of something wider. What nobody uses is not touched: infinity times 0 would be no number."""
     values_TR = few_of(tokens, number + 3, used, dtype)[:, 3:]
-    wide_TW, out_TO = (randn(tokens, width + 7, dtype=dtype, seed=s)[:, 3 : width + 3] for s in (2, 3))
+    wide_TW, before = (randn(tokens, width + 7, dtype=dtype, seed=s) for s in (2, 3))
+    wide_TW, columns = wide_TW[:, 3 : width + 3], slice(3, width + 3)
     M_RO = randn(number, width, dtype=dtype, seed=4)
-    expected_TO = out_TO.double() + values_TR.double() @ M_RO.double()
+    expected_TO = before[:, columns].double() + values_TR.double() @ M_RO.double()
     M_RO[-1] = float("inf")
-    cpu_kernels.add_few_(kernels(dtype), out_TO, values_TR, M_RO)
-    assert_near(out_TO, expected_TO)
-    assert not tokens or torch.equal(out_TO[0], randn(tokens, width + 7, dtype=dtype, seed=3)[0, 3 : width + 3])
-    assert_near(cpu_kernels.outer_few(kernels(dtype), values_TR, wide_TW), values_TR.double().T @ wide_TW.double())
+    found = before.clone()
+    cpu_kernels.add_few_(kernels(dtype), found[:, columns], values_TR, M_RO)
+    assert_near(found[:, columns], expected_TO)
+    assert torch.equal(found[:1], before[:1])
+    assert torch.equal(found[:, :3], before[:, :3]) and torch.equal(found[:, width + 3 :], before[:, width + 3 :])
+    outer_RW = cpu_kernels.outer_few(kernels(dtype), values_TR, wide_TW)
+    assert_near(outer_RW, values_TR.double().T @ wide_TW.double())
+    as_columns_TR = values_TR.t().contiguous().t()
+    assert torch.equal(cpu_kernels.outer_few(kernels(dtype), as_columns_TR, wide_TW), outer_RW)
 
 
-@pytest.mark.parametrize(("tokens", "width", "experts", "used"), [(1, 40, 8, 2), (33, 130, 17, 4), (97, 301, 64, 8)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts", "used"), [(0, 40, 8, 2), (1, 40, 8, 2), (33, 130, 17, 4), (97, 301, 64, 8)]
+)
 @DTYPES
 def test_a_routers_gradients_from_few_experts(kernels, threads, dtype, tokens, width, experts, used):
     """They come from those alone: infinity times 0 would be no number."""
@@ -225,6 +233,19 @@ def test_a_routers_gradients_from_few_experts(kernels, threads, dtype, tokens, w
     assert_near(dx_TH, expected_TH)
     alone_EH, none = cpu_kernels.router_gradients(kernels(dtype), grad_TE, x_TH, None)
     assert none is None and torch.equal(alone_EH, dweight_EH)
+
+
+@pytest.mark.parametrize(("entries", "few"), [(64, True), (65, False)])
+def test_a_quarter_of_a_routers_gradient_is_few(kernels, entries, few):
+    x_TH, grad_TE = randn(32, 40, dtype=torch.float32), torch.zeros(32, 8)
+    grad_TE.view(-1)[:entries] = randn(entries, dtype=torch.float32, seed=1)  # the first rows are full
+    weight_EH = randn(8, 40, dtype=torch.float32, seed=2)
+    dweight_EH, dx_TH = cpu_kernels.router_gradients(kernels(torch.float32), grad_TE, x_TH, weight_EH)
+    assert_near(dweight_EH, grad_TE.double().T @ x_TH.double())
+    assert_near(dx_TH, grad_TE.double() @ weight_EH.double())
+    weight_EH[0] = float("inf")  # times 0 it is no number
+    _, dx_TH = cpu_kernels.router_gradients(kernels(torch.float32), grad_TE, x_TH, weight_EH)
+    assert dx_TH[-1].isnan().any() != few
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -101,18 +101,21 @@ def test_a_form_equals_the_loop(form, name, num_experts, top_k, projections, sha
         assert wanted.any()
 
 
-def test_each_projection_may_have_a_gate_of_its_own():
-    base_TO, x_TI, _, _, A_P, B_P = make_tensors(3, 3)
-    weight_TPE = torch.rand(T, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    found = MaskedGate(weight_TPE).add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
+@pytest.mark.parametrize("name", ["masked", "few"])
+def test_each_projection_may_have_a_gate_of_its_own(kernels, name):
+    dtype, tolerance = FORMS[name]
+    kernels(torch.float32)
+    base_TO, x_TI, _, _, A_P, B_P = make_tensors(3, 3, dtype=dtype)
+    weight_TPE = torch.rand(T, 2, 3, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = MaskedGate(weight_TPE, few=name == "few").add_lora(base_TO * 1, x_TI, A_P, B_P, SCALE)
     parts = []
     for p, columns in enumerate(base_TO.split(OUTS, dim=1)):
         parts.append(MaskedGate(weight_TPE[:, p]).add_lora(columns * 1, x_TI, A_P[p : p + 1], B_P[p : p + 1], SCALE))
     expected = torch.cat(parts, dim=1)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, **tolerance)
     leaves = [base_TO, x_TI, weight_TPE, *A_P, *B_P]
     for got, wanted in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
-        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(got, wanted, **tolerance)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -202,12 +205,26 @@ def test_the_form_follows_the_number_of_experts_for_each_that_is_used(monkeypatc
 
 
 @pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
-def test_no_token_at_all_is_no_error(shared_A):
-    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(13, 2, shared_A=shared_A)
-    gate = make_gate(weight_TE[:0], chosen_TE[:0], 2, 32, torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_token_at_all_is_no_error(shared_A, dtype):
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(13, 2, shared_A=shared_A, dtype=dtype)
+    gate = make_gate(weight_TE[:0], chosen_TE[:0], 2, 32, dtype)
     found = gate.add_lora(base_TO[:0] * 1, x_TI[:0], A_P, B_P, SCALE)
     assert found.shape == (0, base_TO.shape[1])
-    assert not any(gradient.any() for gradient in gradients(found, [*A_P, *B_P]))
+    leaves = [*A_P, *B_P]
+    for grads in (
+        gradients(found, leaves),
+        torch.autograd.grad(gate.add_lora(base_TO[:0] * 1, x_TI[:0], A_P, B_P, SCALE).sum(), leaves),
+    ):
+        assert not any(gradient.any() for gradient in grads)
+
+
+def test_a_base_that_lies_in_columns_is_no_error(kernels):
+    kernels(torch.float32)
+    base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P = make_tensors(9, 2, dtype=torch.float32)
+    gate, as_columns = MaskedGate((weight_TE * chosen_TE).t().contiguous().t(), few=True), base_TO.t().contiguous().t()
+    found = gate.add_lora(as_columns, x_TI, A_P, B_P, SCALE)
+    torch.testing.assert_close(found, loop(base_TO, x_TI, weight_TE, chosen_TE, A_P, B_P), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared_A", [False, True], ids=["A each", "A shared"])
