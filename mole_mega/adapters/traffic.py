@@ -11,11 +11,12 @@ from typing import Literal
 
 from mole_mega.config import AdapterConfig, ParallelConfig
 
-# Weights may be so many times the tokens and still be the faster: they are sent once a pass, while the block before
-# computes, where tokens are waited for on both ways and put in order at each end. (Measured with
-# tools/bench_expert_parallel.py on 2 and 4 processes over gloo: faster in all settings up to 1.4 times, in half of them
-# at 2.8, in none from 5.5.)
+# Weights may be so many times the tokens, and so many numbers more, and still be the faster: they are sent once a pass,
+# while the block before computes, where tokens are waited for on both ways and put in order at each end, however few
+# they are. (Measured with tools/bench_expert_parallel.py on 2 and 4 processes over gloo: faster in all settings up to
+# 1.4 times; at 2.8 with 256 tokens by 14 % and 2 % of the time, with 1,024 slower by 1 % or as fast; from 5.5 slower.)
 _WEIGHTS_FOR_TOKENS = 2
+_WEIGHTS_MORE = 200_000
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ def choose_expert_parallel(
     if parallel.expert == 1:
         return ExpertParallel("tokens", "nothing travels at parallel.expert 1; tokens are sorted by their one expert")
     traffic = Traffic.of(adapter, parallel, hidden_size, ffn_hidden_size, num_tokens)
-    weights_win = traffic.weights <= _WEIGHTS_FOR_TOKENS * traffic.tokens
+    weights_win = traffic.weights <= _WEIGHTS_FOR_TOKENS * traffic.tokens + _WEIGHTS_MORE
     form: Literal["tokens", "weights"] = "weights" if weights_win else "tokens"
     return ExpertParallel(
         form,
         f"a rank sends {traffic.weights:,} numbers of weights a layer and pass, or {traffic.tokens:,} of "
-        f"{num_tokens:,} tokens, and weights win up to {_WEIGHTS_FOR_TOKENS} times",
+        f"{num_tokens:,} tokens, and weights win up to {_WEIGHTS_FOR_TOKENS} times that and {_WEIGHTS_MORE:,}",
     )

@@ -371,7 +371,7 @@ def test_auto_and_the_estimate_count_the_same(length, num_experts, tensor):
     counted = ExpertTraffic.of(run.adapter, layout, 128, 352, 2 * length)
     assert found["tokens"] == 3 * 2 * 2 * 2 * counted.tokens
     assert found["weights"] == 3 * 2 * 2 * 2 * counted.weights
-    assert found["auto"] == min(found.values()) == found[expert_parallel(run, SIZE).form]
+    assert found["auto"] == found[expert_parallel(run, SIZE).form]
 
 
 def test_the_gathered_bank_is_kept_and_nothing_is_dispatched():

@@ -405,8 +405,12 @@ def test_auto_says_why():
     assert choose(expert=1).form == "tokens" and "nothing travels" in choose(expert=1).reason
     assert choose(num_experts=2).reason == (
         "a rank sends 1,449,984 numbers of weights a layer and pass, or 16,777,216 of 4,096 tokens, "
-        "and weights win up to 2 times"
+        "and weights win up to 2 times that and 200,000"
     )
+    # of 512 and 1,376 columns, as the bench has them: what waits for tokens does not fall with their number
+    small = {"expert": 2, "sizes": {"hidden_size": 512, "ffn_hidden_size": 1376}, "rank": 16}
+    forms = {t: [choose(num_tokens=t, num_experts=n, **small).form for n in (8, 16, 32)] for t in (256, 1024)}
+    assert forms == {256: ["weights", "tokens", "tokens"], 1024: ["weights", "weights", "tokens"]}
     for form in ("tokens", "weights"):
         assert choose(expert_parallel=form) == choose(expert_parallel=form, num_experts=64)
         assert choose(expert_parallel=form).form == form
