@@ -15,7 +15,7 @@ _THIN = 8
 # Of so many experts one that a token uses, by the bytes of a number: on the CPU, kernels that pass over what is 0 are
 # then faster than a product of all. (64 ranks, 1,024 tokens, 1,024 and 2,752 columns, of torch's time: an eighth used,
 # 0.5 to 0.6 in bf16 and 0.3 to 0.5 in fp32; a quarter, 0.7 to 1.0 and 0.4 to 0.7; a quarter of 512, 1.0 to 1.3 and
-# 0.5 to 0.7.)
+# 0.5 to 0.7. A router's gradients, which are fp32's, go by what is found in them: kFew in cpu_kernels.cpp.)
 _FEW_IN = {4: 4, 2: 8}
 
 

@@ -13,8 +13,8 @@ from mole_mega.config import AdapterConfig, ParallelConfig
 
 # Weights may be so many times the tokens, and so many numbers more, and still be the faster: they are sent once a pass,
 # while the block before computes, where tokens are waited for on both ways and put in order at each end, however few
-# they are. (Measured with tools/bench_expert_parallel.py on 2 and 4 processes over gloo: faster in all settings up to
-# 1.4 times; at 2.8 with 256 tokens by 14 % and 2 % of the time, with 1,024 slower by 1 % or as fast; from 5.5 slower.)
+# they are. (Measured with tools/bench_expert_parallel.py on 2 and 4 processes over gloo: up to 1.4 times faster in all
+# settings but for ties; at 2.8 with 256 tokens by 14 % and 2 %, with 1,024 slower by 1 %; from 5.5 slower.)
 _WEIGHTS_FOR_TOKENS = 2
 _WEIGHTS_MORE = 200_000
 
