@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             check_folder(answers.parent, "--answers")
             if answers.parent.is_dir():
                 check_file(answers, "--answers")
+        from mole_mega.checkpoint.store import computed_otherwise
         from mole_mega.models.backend import on_local_backend
         from mole_mega.platform import parallel as platform
         from mole_mega.platform.meeting import versions
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         found = evaluate_checkpoint(run, parallel, checkpoint, generate=not args.no_generate)
         if parallel.is_main:
             print(f"evaluated {checkpoint or f'the base alone, {run.model.base}'}")
+            if checkpoint and (changes := computed_otherwise(checkpoint, run)):
+                print(f"computed otherwise than it was trained: {', '.join(changes)}")
             print(_table(found.scores))
             for line in found.left_out:
                 print(line)

@@ -247,6 +247,13 @@ def check_trained_with(path: Path, run: RunConfig, base_hash: str) -> None:
     _check_same_tasks(path, trained, run)
 
 
+def computed_otherwise(path: Path, run: RunConfig) -> list[str]:
+    """The keys by which `run` computes in other numbers than the one that wrote `path`, "key old -> new" each."""
+    old, new = _training_keys(run_config.load(path / "config.yaml")), _training_keys(run)
+    of_numbers = [key for key in new if key == "train.precision" or key.startswith("fp8.")]
+    return [f"{key} {old[key]} -> {new[key]}" for key in of_numbers if old.get(key, new[key]) != new[key]]
+
+
 def load_weights(model: DistributedDataParallel | Any, path: Path) -> None:
     """Load only adapters and projector from a checkpoint (evaluation): all that the model has."""
     files.verify(path)

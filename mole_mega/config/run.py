@@ -63,4 +63,10 @@ def describe_idle(config: RunConfig) -> list[str]:
         lines.append(
             f"validation.every is {config.validation.every}, but data.validation is empty: nothing is validated"
         )
+    train = config.train
+    if (last := train.last_moving_step) < train.steps:
+        lines.append(
+            f"train.schedule_steps {train.schedule_steps} ends before train.steps {train.steps}: from step {last + 1} "
+            "on the learning rate is 0 and nothing trains"
+        )
     return lines

@@ -57,6 +57,13 @@ class TrainConfig:
         """That of parameters and activations."""
         return "fp32" if self.precision == "fp32" else "bf16"
 
+    @property
+    def last_moving_step(self) -> int:
+        """The last of `steps` whose learning rate the schedule leaves above 0."""
+        if self.schedule_steps is None or self.schedule == "constant" or self.min_lr_ratio > 0:
+            return self.steps
+        return min(self.steps, max(self.schedule_steps, self.warmup_steps + 1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:

@@ -120,6 +120,13 @@ def test_the_base_answers_otherwise_and_an_answer_has_no_more_tokens_than_asked(
     assert [s["answer"] for s in short] != [a["answer"] for a in answers]
 
 
+def test_numbers_other_than_those_of_training_are_told(evaluate):
+    code, text, *_ = evaluate("--no-generate", "train.precision=bf16", "fp8.store_base=true")
+    assert code == 0, text
+    assert "computed otherwise than it was trained: train.precision fp32 -> bf16, fp8.store_base False -> True" in text
+    assert "computed otherwise" not in evaluate("--no-generate", "train.global_batch_size=2")[1]
+
+
 def test_scores_without_answers(evaluate):
     code, text, figures, answers = evaluate("--no-generate")
     assert code == 0 and not answers and "anls" not in text

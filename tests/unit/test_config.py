@@ -819,6 +819,15 @@ def test_keys_of_fp8_that_nothing_hears_are_told(fp8, precision, unheard):
     assert run_config.describe_idle(run) == ([] if unheard is None else [line])
 
 
+def test_steps_after_the_schedule_that_train_nothing_are_told():
+    (line,) = run_config.describe_idle(make(train={"steps": 30, "schedule_steps": 20}))
+    assert line == (
+        "train.schedule_steps 20 ends before train.steps 30: from step 21 on the learning rate is 0 and nothing trains"
+    )
+    for heard in ({"min_lr_ratio": 0.1}, {"schedule": "constant"}, {"steps": 20}, {"schedule_steps": 40}):
+        assert run_config.describe_idle(make(train={"steps": 30, "schedule_steps": 20} | heard)) == []
+
+
 def test_validation_without_a_source_is_told():
     (line,) = run_config.describe_idle(make(validation={"every": 2}))
     assert line == "validation.every is 2, but data.validation is empty: nothing is validated"

@@ -96,6 +96,15 @@ def test_a_schedule_shorter_than_the_run_ends_at_the_minimum():
     assert values[:10] == scales(make(steps=10, min_lr_ratio=0.1)) and values[10:] == pytest.approx([0.1] * 10)
 
 
+@pytest.mark.parametrize("schedule", SHAPES)
+@pytest.mark.parametrize("ratio", [0.0, 0.25])
+@pytest.mark.parametrize("warmup", [0, 3, 9, 10, 11, 40])
+@pytest.mark.parametrize("end", [None, 1, 10, 20, 30])
+def test_the_last_step_that_moves_is_where_the_rate_is_last_above_zero(schedule, ratio, warmup, end):
+    train = make(steps=20, schedule_steps=end, schedule=schedule, min_lr_ratio=ratio, warmup_steps=warmup)
+    assert train.last_moving_step == max(step for step in range(1, 21) if lr_scale(step, train) > 0)
+
+
 # the groups
 
 
