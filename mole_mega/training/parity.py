@@ -219,7 +219,8 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
     result = {f"loss/validation_{row}": sums.clone() for row, sums in zip(SCORE_ROWS, scores, strict=True)}
     for step in range(STEPS):
         set_lr(optimizer, step + 1, run.train)
-        stepper.backward(batches(size, step, rank, world, pad_to), whole_gradients=True)
+        # whole where they are compared; elsewhere as the run itself has them
+        stepper.backward(batches(size, step, rank, world, pad_to), whole_gradients=step == 0)
         if step == 0:
             gradients = {name: parameters[name].main_grad for name in entries}
             result |= {f"gradient/{key}": tensor for key, tensor in _whole(entries, gradients, parallel).items()}

@@ -120,16 +120,16 @@ class Stepper(Evaluator):
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step on the global batch."""
-        # a method works on whole gradients
-        self.backward(micro_batches, whole_gradients=bool(self.methods))
+        self.backward(micro_batches)
         return self.apply()
 
     def backward(self, micro_batches: Sequence[Batch], *, whole_gradients: bool = False) -> None:
         """Accumulate and reduce the gradient of the mean loss over the global batch.
 
         `whole_gradients` leaves each rank with all of its gradients, also under the distributed optimizer, which
-        otherwise reduces only the part that a rank steps.
+        otherwise reduces only the part that a rank steps. Methods work on no less.
         """
+        whole_gradients |= bool(self.methods)
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
