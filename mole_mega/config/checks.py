@@ -157,6 +157,11 @@ def _validate_mixture(adapter: AdapterConfig) -> None:
             f"adapter.rescale_gate takes the root of an expert's weight, which with adapter.gate {adapter.gate} is 1: "
             "it would change nothing; set it to false, or the gate to prob or dense"
         )
+    if adapter.rescale_gate and adapter.num_experts == 1:
+        raise ConfigError(
+            "adapter.rescale_gate takes the root of an expert's weight, which with adapter.num_experts 1 is 1: it "
+            "would change nothing; set it to false"
+        )
     if adapter.renormalize and (adapter.top_k == 1 or adapter.gate not in ("prob", "straight_through")):
         raise ConfigError(
             "adapter.renormalize divides the probabilities of several chosen experts by their sum: it wants "

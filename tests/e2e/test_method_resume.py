@@ -7,50 +7,59 @@ import pytest
 import torch
 from commands import kill_before_step, read_checkpoint, read_rows
 
-METHODS = [
-    {"name": "bora", "tau": 0.1, "init_noise": 0.001},
-    # masked at step 2, before the checkpoint of step 3
+LAST = {"name": "riemannian", "delta": 0.001}
+PRIOR = [{"name": "bora", "tau": 0.1, "init_noise": 0.001}, LAST]
+# masked at step 2, before the checkpoint of step 3
+MASKS = [
     {"name": "lorasculpt", "density": 0.2, "prune_step": 2, "ramp_steps": 2, "regularise": ["q", "gate"]},
-    {"name": "riemannian", "delta": 0.001},
+    LAST,
 ]
 KILLED, INPUT_ERROR = -9, 2
 
 
 @pytest.fixture
 def train(write_run, tmp_path):
-    def train(name, nproc=1, prepare=None, **sections):
-        sections["adapter"] = {"methods": METHODS} | sections.get("adapter", {})
+    def train(name, methods, nproc=1, prepare=None, **sections):
+        sections["adapter"] = {"methods": methods} | sections.get("adapter", {})
         return commands.run([write_run(name, **sections)], tmp_path / f"{name}.log", nproc, prepare)
 
     return train
 
 
 @pytest.mark.parametrize(
-    ("parallel", "nproc", "precision", "distributed", "optimizer"),
+    ("methods", "parallel", "nproc", "precision", "distributed", "optimizer"),
     [
-        ({}, 1, "bf16", False, "adam"),
-        ({"tensor": 2}, 2, "bf16", True, "adam"),
-        ({"expert": 2}, 2, "fp32", True, "adam"),
-        ({"pipeline": 2}, 2, "bf16", False, "sgd"),
+        (MASKS, {}, 1, "bf16", False, "adam"),
+        (MASKS, {"tensor": 2}, 2, "bf16", True, "adam"),
+        (PRIOR, {"tensor": 2}, 2, "bf16", False, "adam"),
+        (PRIOR, {"expert": 2}, 2, "fp32", True, "adam"),
+        (MASKS, {"expert": 2}, 2, "fp32", True, "adam"),
+        (MASKS, {"pipeline": 2}, 2, "bf16", False, "sgd"),
     ],
 )
-def test_split_equals_straight_bit_for_bit(train, tmp_path, parallel, nproc, precision, distributed, optimizer):
+def test_split_equals_straight_bit_for_bit(
+    train, tmp_path, methods, parallel, nproc, precision, distributed, optimizer
+):
     train_section = {
         "precision": precision, "distributed_optimizer": distributed, "lora_plus_ratio": 2, "optimizer": optimizer,
     }  # fmt: skip
     sections = {"parallel": parallel, "train": train_section}
-    code, text = train("straight", nproc, **sections)
+    code, text = train("straight", methods, nproc, **sections)
     assert code == 0, text
-    code, text = train("split", nproc, partial(kill_before_step, 5), **sections)
+    code, text = train("split", methods, nproc, partial(kill_before_step, 5), **sections)
     assert code == KILLED, text
-    code, text = train("split", nproc, **sections)
+    code, text = train("split", methods, nproc, **sections)
     assert code == 0 and "going on after step 3" in text, text
     assert read_rows(tmp_path / "split") == read_rows(tmp_path / "straight")
     tensors, expected = (read_checkpoint(tmp_path / name / "checkpoints/step_6") for name in ("split", "straight"))
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensors[name], tensor), name
-    assert any(name.startswith("methods.bora.theta.") for name in expected)
+    rows = read_rows(tmp_path / "split")
+    if methods is PRIOR:
+        assert any(name.startswith("methods.bora.theta.") for name in expected)
+        assert rows[-1]["method/bora/prior"] > 0
+        return
     # what is saved is sparse: the weights, Adam's moments and the fp32 master weights
     masks = {name: mask for name, mask in expected.items() if name.startswith("methods.lorasculpt.mask.")}
     factor = "language_model.decoder.layers.1.mlp.experts.lora_gate_B"
@@ -61,21 +70,31 @@ def test_split_equals_straight_bit_for_bit(train, tmp_path, parallel, nproc, pre
     assert len(held) == 1 + has_master + num_moments
     for name in held:
         assert not expected[name][~mask].any() and expected[name][mask].any(), name
-    rows = read_rows(tmp_path / "split")
     assert rows[0]["method/lorasculpt/density"] == 1
-    assert rows[-1]["method/lorasculpt/density"] == pytest.approx(0.2, abs=0.01)
-    assert rows[-1]["method/bora/prior"] > 0
+    assert rows[0]["method/lorasculpt/waiting"] == 0
+    # a pair of which an expert had no token yet waits, whole
+    kept = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    assert rows[-1]["method/lorasculpt/density"] == pytest.approx(kept) and kept < 0.5
+    whole = [name for name, mask in masks.items() if mask.all()]
+    assert 2 * rows[-1]["method/lorasculpt/waiting"] == len(whole) and all(".mlp." in name for name in whole)
 
 
-def test_what_methods_remember_goes_on_under_another_layout(train, tmp_path):
+@pytest.mark.parametrize(
+    ("methods", "keys"),
+    [
+        (PRIOR, ("method/bora/prior",)),
+        (MASKS, ("method/lorasculpt/conflict", "method/lorasculpt/density")),
+    ],
+)
+def test_what_methods_remember_goes_on_under_another_layout(train, tmp_path, methods, keys):
     sections = {"adapter": {"dropout": 0.0}, "train": {"lr": 0.0001}}
-    assert train("straight", **sections)[0] == 0
-    code, text = train("split", 2, partial(kill_before_step, 4), parallel={"pipeline": 2}, **sections)
+    assert train("straight", methods, **sections)[0] == 0
+    code, text = train("split", methods, 2, partial(kill_before_step, 4), parallel={"pipeline": 2}, **sections)
     assert code == KILLED, text
-    code, text = train("split", 2, parallel={"tensor": 2}, **sections)
+    code, text = train("split", methods, 2, parallel={"tensor": 2}, **sections)
     assert code == 0, text
     for row, expected in zip(read_rows(tmp_path / "split"), read_rows(tmp_path / "straight"), strict=True):
-        for key in ("loss", "method/bora/prior", "method/lorasculpt/conflict", "method/lorasculpt/density"):
+        for key in ("loss", *keys):
             assert row[key] == pytest.approx(expected[key], rel=1e-4), key
     split, straight = (read_checkpoint(tmp_path / name / "checkpoints/step_6") for name in ("split", "straight"))
     for name, tensor in straight.items():
@@ -85,10 +104,10 @@ def test_what_methods_remember_goes_on_under_another_layout(train, tmp_path):
 
 
 def test_a_run_goes_on_only_with_the_methods_that_it_began_with(train, tmp_path):
-    assert train("run", train={"steps": 4})[0] == 0
-    code, text = train("run", adapter={"methods": METHODS[:1]}, train={"steps": 5})
+    assert train("run", PRIOR, train={"steps": 4})[0] == 0
+    code, text = train("run", PRIOR[:1], train={"steps": 5})
     assert code == INPUT_ERROR
-    assert "written with adapter.methods ['bora', 'lorasculpt', 'riemannian'], this run has ['bora']" in text
-    code, text = train("run", adapter={"methods": [METHODS[0] | {"tau": 0.2}, *METHODS[1:]]}, train={"steps": 5})
+    assert "written with adapter.methods ['bora', 'riemannian'], this run has ['bora']" in text
+    code, text = train("run", [PRIOR[0] | {"tau": 0.2}, LAST], train={"steps": 5})
     assert code == 0, text
     assert "changed since step_4: adapter.methods" in text

@@ -6,6 +6,7 @@ from mole_mega.adapters.methods.base import Held, Step
 from mole_mega.adapters.pairs import Factor, Pair
 from mole_mega.adapters.sharding import PLACEMENTS, place
 from mole_mega.config import AdapterConfig, DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
+from mole_mega.training.optimizer import MOMENTS
 
 
 def made_run(*methods, adapter=None, train=None):
@@ -40,7 +41,7 @@ class Trainer:
 
     def held(self, parameter):
         state = self.optimizer.state[parameter]
-        yield Held(parameter, (state["exp_avg"], state["exp_avg_sq"]), 0)
+        yield Held(parameter, tuple(state[name] for name in MOMENTS if name in state), 0)
 
     def step(self, gradient):
         """`gradient(factor)` is the data's part."""

@@ -309,6 +309,10 @@ SIGMOID = {
             {"adapter": {"rescale_gate": True, "expert_parallel": "auto", "gate": "straight_through"}},
             ["adapter.rescale_gate", "straight_through is 1"],
         ),
+        (
+            {"adapter": {"rescale_gate": True, "expert_parallel": "auto", "gate": "dense", "num_experts": 1}},
+            ["adapter.rescale_gate", "num_experts 1 is 1"],
+        ),
         ({"adapter": {"share_A": True}}, ["adapter.share_A is true", "weights"]),
         ({"adapter": {"gate": "dense", "top_k": 2, "expert_parallel": "auto"}}, ["gate dense", "top_k 2"]),
         ({"adapter": {"top_k": 4, "expert_parallel": "auto"}}, ["adapter.top_k is 4", "adapter.num_experts is 3"]),

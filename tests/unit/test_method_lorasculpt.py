@@ -93,9 +93,9 @@ def test_a_bank_waits_until_every_expert_has_seen_tokens(alone):
 
     for _ in range(2):
         trainer.step(only_first)
-    assert pair.A.parameter.ne(0).all()
+    assert pair.A.parameter.ne(0).all() and trainer.method.metrics()["waiting"] == 1
     trainer.step(noise())
-    assert pair.A.parameter.ne(0).sum() == 24
+    assert pair.A.parameter.ne(0).sum() == 24 and trainer.method.metrics()["waiting"] == 0
 
 
 def test_an_a_that_experts_share_is_pruned_as_one(alone):
@@ -182,6 +182,25 @@ def test_the_conflict_gradient_is_autograds_however_it_is_cut_in_rows(monkeypatc
     torch.testing.assert_close(parts[0][0] + parts[1][0], square)
     torch.testing.assert_close(parts[0][1] + parts[1][1], grad_A)
     torch.testing.assert_close(torch.cat([parts[0][2], parts[1][2]]), grad_B)
+
+
+@pytest.mark.parametrize("experts", [(), (1,), (4,), (16,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_of_the_factors_is_never_whole(experts, dtype):
+    """What the regulariser takes at its peak, by torch's own account of its allocations: its results, and no more than
+    `_CHUNK_ROWS` rows of W in fp32, W's size and the number of experts whatever they are."""
+    A, B, W = randn(*experts, 4, 512), randn(*experts, 2048, 4), randn(2048, 512).to(dtype)
+    norm = W.float().norm()
+    conflict_parts(A, B, [W], norm, 1.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        conflict_parts(A, B, [W], norm, 1.0)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    taken = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        peak = max(peak, taken)
+    results, small = A.nbytes + B.nbytes, 2**14
+    assert results < peak <= results + lorasculpt._CHUNK_ROWS * 512 * 4 + small
 
 
 def test_the_regulariser_is_a_mean_over_pairs_and_experts(alone):

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from made_pairs import made_pair, made_run
+from made_pairs import Trainer, made_pair, made_run
 
 from mole_mega.adapters.methods import build_methods, check_methods
 from mole_mega.adapters.methods.base import Step
-from mole_mega.adapters.methods.riemannian import precondition, released_sgd_step, sgd_step
+from mole_mega.adapters.methods.riemannian import precondition
 from mole_mega.adapters.mixing import MaskedGate
 from mole_mega.config import ConfigError
 
@@ -195,12 +195,42 @@ def test_factors_that_are_not_of_full_rank_divide_by_delta_and_not_by_nothing(al
     torch.testing.assert_close(dB.double(), expected[1], rtol=1e-5, atol=1e-6)
 
 
-def test_the_released_order_lets_b_see_the_new_a():
-    A, B, G = made()
-    gradients = grads(A, B, G)
-    new_A, new_B = sgd_step(A, B, *gradients, 0.1, 1e-6)
-    released_A, released_B = released_sgd_step(A, B, *gradients, 0.1, 1e-6)
-    assert torch.equal(new_A, released_A)
-    assert not torch.allclose(new_B, released_B)
-    seen = precondition(*gradients, new_A @ new_A.mT, B.mT @ B, 1e-6)[1]
-    torch.testing.assert_close(released_B, B - 0.1 * seen)
+RELEASED = {"name": "riemannian", "order": "released"}
+
+
+@pytest.mark.parametrize("shape", [(), (3,)], ids=["plain LoRA", "a bank"])
+def test_in_the_released_order_b_reads_a_after_its_own_step(alone, shape):
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(*shape, *s, generator=generator) for s in ((2, 6), (7, 2)))
+    pair = made_pair(alone, A, B)
+    run = made_run(RELEASED, train={"clip_grad": 0.0, "weight_decay": 0.0})
+    method = build_methods(run, [pair], alone.groups, alone.device)["riemannian"]
+    trainer = Trainer(method, [pair])
+    for _ in range(3):
+        gradients = [torch.randn(f.parameter.shape, generator=generator) for f in pair.factors]
+        old_A, old_B = (f.values.double() for f in pair.factors)
+        by_parameter = {f.name: gradient for f, gradient in zip(pair.factors, gradients, strict=True)}
+        trainer.step(lambda factor, known=by_parameter: known[factor.name])
+        new_A = pair.A.values.double()
+        dA, dB = precondition(*gradients, new_A @ new_A.mT, old_B.mT @ old_B, 1e-6)
+        torch.testing.assert_close(pair.A.gradient.double(), dA, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pair.B.gradient.double(), dB, rtol=1e-6, atol=1e-6)
+        of_old_A = precondition(*gradients, old_A @ old_A.mT, old_B.mT @ old_B, 1e-6)[1]
+        assert not torch.allclose(of_old_A, dB, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({}, "train.clip_grad must be 0, got 1.0"),
+        (
+            {"clip_grad": 0.0, "optimizer": "sgd"},
+            "train.optimizer must be adam, got sgd .the released SGD reads the old",
+        ),
+        ({"clip_grad": 0.0, "distributed_optimizer": True}, "train.distributed_optimizer must be false, got true"),
+    ],
+)
+def test_the_released_order_is_refused_where_the_step_of_a_is_not_known(train, message):
+    with pytest.raises(ConfigError, match=message):
+        check_methods(made_run(RELEASED, train=train))
+    assert check_methods(made_run(RELEASED | {"order": "jacobi"}, train=train))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mole_mega import config as run_config
 from mole_mega.adapters.methods import METHODS, build_methods, check_methods, shorten_methods
 from mole_mega.adapters.methods.base import Method, StateTensor
+from mole_mega.adapters.methods.riemannian import solve
 from mole_mega.adapters.mixing import paired
 from mole_mega.adapters.sharding import Placement
 from mole_mega.config import ConfigError, DataConfig, ModelConfig, PositiveInt, RunConfig, SourceConfig, TrainConfig
@@ -158,6 +159,32 @@ def test_a_step_whose_gradient_a_method_spoils_is_skipped(monkeypatch, alone, ru
     assert (spoiler.before, spoiler.after) == ([1, 2, 2], [1, 2])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_released_order_knows_where_the_optimizer_takes_a(alone, run, precision):
+    """With Megatron-Core's Adam and its master weights: B's gradient is that of A as the step leaves it."""
+    asked = {"name": "riemannian", "order": "released", "delta": 1e-3}
+    train = {"clip_grad": 0.0, "precision": precision, "lr": 1e-2, "lora_plus_ratio": 4.0}
+    run = with_methods(run, asked, train=train)
+    model = build_model(run, SIZE, alone)
+    stepper = Stepper(run, model, build_optimizer(model, run.train), alone, num_domains=2)
+    method, before = stepper.methods["riemannian"], []
+
+    def watched(pairs, step, inner=method.before_step):
+        before[:] = [(p.A.values.double(), p.B.gradient.double().clone()) for p in pairs]
+        inner(pairs, step)
+
+    method.before_step = watched
+    moved = 0
+    for step in range(3):
+        set_lr(stepper.optimizer, step + 1, run.train)
+        assert stepper.train_step(parity.batches(SIZE, step, 0, 1)).applied
+        for pair, (old_A, grad_B) in zip(stepper.pairs, before, strict=True):
+            new, old = (solve(A @ A.mT, grad_B.mT, 1e-3).mT for A in (pair.A.values.double(), old_A))
+            torch.testing.assert_close(pair.B.gradient.double(), new, rtol=1e-4, atol=1e-5 * float(new.abs().max()))
+            moved += not torch.allclose(old, new, rtol=1e-3)
+    assert moved
+
+
 # what is refused
 
 
@@ -175,6 +202,7 @@ def test_a_step_whose_gradient_a_method_spoils_is_skipped(monkeypatch, alone, ru
         ([{"name": "bora", "tau": 1}], {"method": "lora"}, "at least 2 experts, this run has 0"),
         ([{"name": "bora", "tau": 1}], {"num_experts": 1}, "at least 2 experts, this run has 1"),
         ([{"name": "bora", "tau": 1}], {"train": {"weight_decay": 0.1}}, "weight_decay 0.1: that is a second prior"),
+        ([{"name": "bora", "tau": 1}, {"name": "lorasculpt", "prune_step": 2}], {}, "lorasculpt takes an expert whose"),
         ([{"name": "lorasculpt", "density": 1.5}], {}, r"density must be in \(0, 1\], got 1.5"),
         ([{"name": "lorasculpt", "prune_step": 9}], {}, "prunes from step 9 over 0 steps on, but train.steps is 3"),
         ([{"name": "lorasculpt", "regularise": ["w"]}], {}, "regularise.0. must be one of q, k, v"),

@@ -37,6 +37,15 @@ def check_methods(run: RunConfig) -> list[tuple[type[Method], Any]]:
             raise ConfigError(
                 f"adapter.methods has {', '.join(names)}: {name} reshapes the whole gradient, so it must be the last"
             )
+    movers, waiters = (
+        [name for name, (kind, _) in zip(names, asked, strict=True) if getattr(kind, mark)]
+        for mark in ("moves_idle_experts", "wants_idle_experts_still")
+    )
+    if movers and waiters:
+        raise ConfigError(
+            f"adapter.methods has {', '.join(names)}: {waiters[0]} takes an expert whose B is 0 for one that had no "
+            f"token yet, and {movers[0]} moves those too"
+        )
     return asked
 
 

@@ -74,6 +74,9 @@ class Method:
     Options: ClassVar[type]
     # what it makes of the gradient holds for the whole gradient: no other method may add to it afterwards
     reshapes_gradients: ClassVar[bool] = False
+    # it moves experts that had no token yet; and: it takes an expert whose B is 0 for one that had none
+    moves_idle_experts: ClassVar[bool] = False
+    wants_idle_experts_still: ClassVar[bool] = False
 
     def __init__(
         self, options: Any, run: RunConfig, pairs: Sequence[Pair], groups: ProcessGroupCollection, device: torch.device

@@ -49,6 +49,7 @@ class BoRA(Method):
     """The prior. Its state: Theta, fp32, a tensor a factor."""
 
     Options = BoRAOptions
+    moves_idle_experts = True
 
     def __init__(
         self, options: Any, run: RunConfig, pairs: Sequence[Pair], groups: ProcessGroupCollection, device: torch.device

@@ -32,7 +32,7 @@ from mole_mega.adapters.pairs import Factor, Pair, reduce_together
 from mole_mega.adapters.sharding import Placement
 from mole_mega.config import AdapterConfig, ConfigError, Count, NonNegative, Positive, PositiveInt, Range, RunConfig
 
-# of W and of B A that are in memory at once, whatever their size
+# as wide as W, in fp32: what the regulariser takes beside its gradients, whatever W's size and the number of experts
 _CHUNK_ROWS = 256
 _TINY = 1e-15
 
@@ -53,6 +53,7 @@ class LoRASculpt(Method):
     """The masks and the regulariser. Its state: the masks, and the density that each pair was last cut to."""
 
     Options = LoRASculptOptions
+    wants_idle_experts_still = True
 
     def __init__(
         self, options: Any, run: RunConfig, pairs: Sequence[Pair], groups: ProcessGroupCollection, device: torch.device
@@ -71,6 +72,7 @@ class LoRASculpt(Method):
             )
         self._base_norms: list[torch.Tensor] = []  # of what is frozen: measured once, at the first step
         self._conflict = torch.zeros((), dtype=torch.float64, device=device)
+        self._waiting = 0
         number = torch.tensor(sum(pair.num_experts for pair in self._regularised), device=device)
         dist.all_reduce(number, group=groups.pp)
         self._num_regularised = int(number)
@@ -161,16 +163,19 @@ class LoRASculpt(Method):
                     mask = self._masks[factor.name]
                     mask.copy_(factor.largest(_number(density, factor), among=mask))
                 self._densities[pair.name].fill_(density)
+        self._waiting = sum(float(self._densities[pair.name]) > density for pair in pairs)
         for pair in pairs:
             if float(self._densities[pair.name]) < 1:
                 for factor in pair.factors:
                     _impose(self._masks[factor.name], factor, step)
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        kept = self._kept(lambda pair: float(self._densities[pair.name])) * (self.groups.ep.rank() == 0)
+        kept = self._kept(lambda pair: float(self._densities[pair.name]))
+        once = self.groups.ep.rank() == 0
         return {
             "conflict": self._conflict,
-            "density": torch.full_like(self._conflict, kept / max(1, self._num_numbers)),
+            "density": torch.full_like(self._conflict, once * kept / max(1, self._num_numbers)),
+            "waiting": torch.full_like(self._conflict, once * self._waiting),
         }
 
     def _kept(self, density: Callable[[Pair], float]) -> int:
@@ -198,8 +203,8 @@ def density_at(step: int, options: LoRASculptOptions) -> float:
 
 def conflict_mask(frozen: torch.Tensor, base_norm: torch.Tensor, omega: float) -> torch.Tensor:
     """M = tanh(omega |1 / ln(|W| / ||W||_F + 1e-15)|) of some of W's entries; fp32 or what `frozen` has above."""
-    share = frozen.abs().to(base_norm.dtype) / base_norm
-    return torch.tanh(omega * (share + _TINY).log().reciprocal().abs())
+    share = frozen.abs().to(base_norm.dtype).div_(base_norm)
+    return share.add_(_TINY).log_().reciprocal_().abs_().mul_(omega).tanh_()
 
 
 def conflict_parts(
@@ -209,20 +214,24 @@ def conflict_parts(
 
     A [E, R, I] or [R, I], B [E, O, R] or [O, R]; `frozen`, blocks of the O rows of W, [rows, I].
     """
-    square, grad_A, grads_B = A.new_zeros(A.shape[:-2]), torch.zeros_like(A), []
+    square, grad_A, grad_B = A.new_zeros(A.shape[:-2]), torch.zeros_like(A), torch.empty_like(B)
+    square_E = square.view(-1)
+    A_E, B_E, grad_A_E, grad_B_E = (x.view(-1, *x.shape[-2:]) for x in (A, B, grad_A, grad_B))
+    height = max(1, _CHUNK_ROWS // (1 + 2 * len(A_E)))  # of M, and each expert's `delta` and `pull`
     start = 0
     for block in frozen:
-        for rows in block.split(_CHUNK_ROWS):
+        for rows in block.split(height):
+            here = slice(start, start + len(rows))
             weight = conflict_mask(rows, base_norm, omega).square_()
-            B_rows = B[..., start : start + len(rows), :]
-            delta = B_rows @ A
+            delta = B_E[:, here] @ A_E
             pull = weight * delta
-            square = square + (pull * delta).sum((-2, -1))
-            grad_A += B_rows.mT @ pull
-            grads_B.append(pull @ A.mT)
-            start += len(rows)
+            square_E += (pull.flatten(1).unsqueeze(1) @ delta.flatten(1).unsqueeze(2)).flatten()
+            grad_A_E.baddbmm_(B_E[:, here].mT, pull)
+            grad_B_E[:, here] = pull @ A_E.mT
+            start = here.stop
+            del weight, delta, pull  # or they would stay while the next ones are made
     assert start == B.shape[-2], (start, B.shape)
-    return square, grad_A, torch.cat(grads_B, dim=-2)
+    return square, grad_A, grad_B
 
 
 def _square(block: torch.Tensor) -> torch.Tensor:

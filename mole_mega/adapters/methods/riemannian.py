@@ -7,10 +7,12 @@ the optimizer gets: with `train.optimizer` sgd the paper's RSGD, with adam its R
 moves B A by P_col(B) G + G P_row(A), G the gradient of the product, whatever basis the factors are written in:
 A -> S A, B -> B S^-1 changes nothing.
 
-Where this departs from the released code: there B's preconditioner sees A after its own update (`released_sgd_step` is
-that order, for comparison; one optimizer step cannot be split so), Adam has no bias correction and epsilon 1e-6
-(`train.adam_eps` here), and a failed inverse is passed over, where the damped system here is solved, in fp64: beside a
-Gram matrix of 16 and more fp32 loses a delta of 1e-6, and factors that are not of full rank would divide by zero.
+In the released RAdamW, though not in its RSGD, B's preconditioner reads A after A's own step, for the tensor that was
+saved is the parameter itself. `order: released` does so, for comparison: an optimizer step cannot be split, so it works
+out where Adam will take A. Further departures: there Adam has no bias correction and epsilon 1e-6 (`train.adam_eps`
+here), the gate has an optimizer of its own, and a failed inverse is passed over, where the damped system here is
+solved, in fp64: beside a Gram matrix of 16 and more fp32 loses a delta of 1e-6, and factors that are not of full rank
+would divide by zero.
 
 The gradient is clipped after it was preconditioned. With B = 0, A's first step is 0 and its next gradients are up to
 1 / delta larger: with SGD `train.clip_grad` would shrink all other steps with it, so set it to 0 or well above. The
@@ -20,7 +22,8 @@ Adam forgets a constant factor of its gradients, but not one that changes within
 as 1 / ||A||, so they shrink as the factors grow. At large learning rates that is fast, and second moments that remember
 the first steps (`train.adam_beta2` 0.999: about a thousand) then hold the factors back. What helps is a `delta` as
 large as the Gram matrices become, so that the first steps are not divided by much less than the last, a smaller
-`adam_beta2`, or clipping; the figures are in examples/methods.
+`adam_beta2`, or clipping; the figures are in examples/methods. With rank 1 the preconditioner is a number, of which
+Adam forgets all but its changes: there is next to nothing to gain.
 
 Shape suffixes as in adapters/pairs.py.
 """
@@ -29,19 +32,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from mole_mega.adapters.methods.base import Method, PairSize, Step
-from mole_mega.adapters.pairs import Pair, gram_matrices
-from mole_mega.config import ConfigError, Positive, RunConfig
+from mole_mega.adapters.pairs import Factor, Pair, gram_matrices, whole_sums
+from mole_mega.config import ConfigError, Positive, RunConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class RiemannianOptions:
-    """`delta`: the damping."""
+    """`delta`: the damping. `order`: whether B's preconditioner reads A as it was, or as it will be (released)."""
 
     delta: Positive = 1e-6
+    order: Literal["jacobi", "released"] = "jacobi"
 
 
 class Riemannian(Method):
@@ -57,6 +62,14 @@ class Riemannian(Method):
                 "adapter.methods riemannian preconditions an expert's A by its B; with adapter.share_A one A serves "
                 "all experts: set it to false"
             )
+        if options.order == "released":
+            for key, wanted in (("optimizer", "adam"), ("clip_grad", 0), ("distributed_optimizer", False)):
+                if (value := getattr(run.train, key)) != wanted:
+                    raise ConfigError(
+                        "adapter.methods riemannian, order released, works out where Adam will take the whole of A: "
+                        f"train.{key} must be {str(wanted).lower()}, got {str(value).lower()} (the released SGD reads "
+                        "the old A, as order jacobi does)"
+                    )
 
     @classmethod
     def workspace_bytes(cls, options: RiemannianOptions, pairs: Sequence[PairSize]) -> int:
@@ -65,10 +78,15 @@ class Riemannian(Method):
         return torch.float64.itemsize * (grams + max((pair.numbers for pair in pairs), default=0))
 
     def before_step(self, pairs: Sequence[Pair], step: Step) -> None:
-        for pair, (gram_A, gram_B) in zip(pairs, gram_matrices(pairs), strict=True):
-            dA, dB = precondition(pair.A.gradient, pair.B.gradient, gram_A, gram_B, self.options.delta)
-            pair.A.gradient.copy_(dA)
-            pair.B.gradient.copy_(dB)
+        delta, grams = self.options.delta, gram_matrices(pairs)
+        for pair, (_, gram_B) in zip(pairs, grams, strict=True):
+            pair.A.gradient.copy_(solve(gram_B, pair.A.gradient, delta))
+        grams_A = [gram_A for gram_A, _ in grams]
+        if self.options.order == "released":
+            stepped = (after_adam(pair.A, step, self.run.train) for pair in pairs)
+            grams_A = whole_sums([pair.A for pair in pairs], [A @ A.mT for A in stepped])
+        for pair, gram_A in zip(pairs, grams_A, strict=True):
+            pair.B.gradient.copy_(solve(gram_A, pair.B.gradient.mT, delta).mT)
 
 
 def precondition(
@@ -76,25 +94,24 @@ def precondition(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dA, dB) of the formula above, in the dtype of the Gram matrices. grad_A [..., R, I] and grad_B [..., O, R] may
     be parts of the whole along I and O; gram_A = A A^T and gram_B = B^T B, [..., R, R], are of the whole factors."""
-    damping = delta * torch.eye(gram_A.shape[-1], dtype=gram_A.dtype, device=gram_A.device)
+    return solve(gram_B, grad_A, delta), solve(gram_A, grad_B.mT, delta).mT
+
+
+def solve(gram: torch.Tensor, gradient: torch.Tensor, delta: float) -> torch.Tensor:
+    """(gram + delta I)^-1 gradient, [..., R, N], in the dtype of gram [..., R, R]."""
+    damping = delta * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # the check that solve_ex leaves out would wait for the device; the damped matrices are positive definite
-    dA = torch.linalg.solve_ex(gram_B + damping, grad_A.to(gram_B.dtype)).result
-    dB = torch.linalg.solve_ex(gram_A + damping, grad_B.mT.to(gram_A.dtype)).result.mT
-    return dA, dB
+    return torch.linalg.solve_ex(gram + damping, gradient.to(gram.dtype)).result
 
 
-def sgd_step(
-    A: torch.Tensor, B: torch.Tensor, grad_A: torch.Tensor, grad_B: torch.Tensor, lr: float, delta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of plain gradient descent along (dA, dB), both from the factors before it: (A, B) after it."""
-    dA, dB = precondition(grad_A, grad_B, A @ A.mT, B.mT @ B, delta)
-    return A - lr * dA, B - lr * dB
-
-
-def released_sgd_step(
-    A: torch.Tensor, B: torch.Tensor, grad_A: torch.Tensor, grad_B: torch.Tensor, lr: float, delta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in the order of the released AdamW code, where the saved A aliases the parameter: B's preconditioner
-    reads A after A's own update."""
-    new_A = A - lr * precondition(grad_A, grad_B, A @ A.mT, B.mT @ B, delta)[0]
-    return new_A, B - lr * precondition(grad_A, grad_B, new_A @ new_A.mT, B.mT @ B, delta)[1]
+def after_adam(factor: Factor, step: Step, train: TrainConfig) -> torch.Tensor:
+    """This rank's part of a factor as Adam will leave it, which holds all of it and steps by the gradient as it stands;
+    fp64, of the numbers that the parameter can hold."""
+    ((master, moments, _),) = step.held(factor.parameter)
+    gradient, beta1, beta2 = factor.gradient.double(), train.adam_beta1, train.adam_beta2
+    first, second = (moment.double() for moment in moments) if moments else (torch.zeros_like(gradient),) * 2
+    first = torch.lerp(gradient, first, beta1) / (1 - beta1**step.number)
+    second = torch.lerp(gradient.square(), second, beta2) / (1 - beta2**step.number)
+    values = master.detach().double() * (1 - step.lr * train.weight_decay)
+    values -= step.lr * first / (second.sqrt() + train.adam_eps)
+    return values.to(factor.parameter.dtype).double()
