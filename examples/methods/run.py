@@ -59,7 +59,9 @@ def methods(rank: int, steps: int) -> list[Method]:
         "router_scope": "linear", "router_score": "sigmoid", "score_bias_rate": 1e-3, "router_bias": False,
         "balance_weight": 0.0, "expert_parallel": "weights",
     }  # fmt: skip
-    sculpt = {"name": "lorasculpt", "density": 0.5, "prune_step": max(1, steps // 4), "conflict_weight": 0.0}
+    sculpt = {
+        "name": "lorasculpt", "density": 0.5, "prune_step": max(1, steps // 4), "regularise": ["gate", "up", "down"],
+    }  # fmt: skip
     tied = tuple(
         {"train": {"lr": lr}, "adapter": {"methods": [{"name": "bora", "tau": tau}]}}
         for lr in (1e-2, 2e-2)
@@ -86,7 +88,7 @@ def methods(rank: int, steps: int) -> list[Method]:
         Method(
             "lorasculpt", "LoRASculpt", "2503.16843",
             "plain LoRA of which half of each factor's numbers stay after a quarter of the steps",
-            "masked after each step; its regulariser rests: it acts on q, k and v, which have no LoRA here",
+            "masked after each step; its regulariser is on gate, up and down, for q, k and v have no LoRA here",
             {**lora, "methods": [sculpt]},
         ),
         Method(
@@ -111,22 +113,30 @@ def methods(rank: int, steps: int) -> list[Method]:
             {**dense, "router_scope": "linear"},
         ),
         Method(
+            "octavius", "Octavius", "2311.02684", "top-2 for a whole sample, by a router that reads its instruction",
+            "on the MLP and not on q, k, v, o; the instruction without padding and images. All domains are asked the "
+            "same here, so that its router cannot tell them apart",
+            {**two, "router_scope": "sample", "balance_weight": 0.0},
+        ),
+        Method(
             "mosld", "MoSLD", "2412.08946", "top-2, one A a linear for all experts", "no dropout on A",
             {**two, "share_A": True},
         ),
         Method(
             "riemannian", "Riemannian MoE-LoRA", "2502.15828", "top-2; gradients preconditioned, gate rescaled",
-            "both preconditioners from the old weights; a router a block; Adam with bias correction; delta searched "
-            "(published: 1e-6)",
+            "on the MLP and not on q, k, v, o; both preconditioners from the old weights; a router a block, by the "
+            "same Adam, with bias correction; delta searched (published: 1e-6)",
             {**two, "rescale_gate": True}, {"clip_grad": 0.0}, damped,
         ),
         Method(
             "task", "an expert a source", "2407.15857 (tau 0)", "each sample by its source's expert, no router",
-            "none: BoRA without its prior", task,
+            "on the MLP and not on q and v", task,
         ),
         Method(
             "bora", "BoRA", "2407.15857", "an expert a source, tied to their learned mean",
-            "tau by mean token loss; the mean goes to its optimum and not by Adam", task, points=tied,
+            "on the MLP and not on q and v; tau by mean token loss, and the learning rate not in proportion to it; the "
+            "mean goes to its optimum and not by Adam; experts begin apart and not as noisy copies",
+            task, points=tied,
         ),
         Method(
             "mtl_lora", "MTL-LoRA", "2410.09437",
@@ -135,7 +145,8 @@ def methods(rank: int, steps: int) -> list[Method]:
         ),
         Method(
             "smora", "SMoRA", "2501.15103", "each rank an expert; sigmoid scores, whose bias follows the load",
-            "the bias moves once a step by the global batch, by 1e-3 (600 steps); a third of the ranks, not an eighth",
+            "on the MLP alone; the bias moves once a step by the global batch, by 1e-3 (600 steps); a third of the "
+            "ranks, not an eighth",
             ranks,
         ),
         Method(
