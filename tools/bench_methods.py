@@ -34,7 +34,7 @@ OPTIONS = {
 }
 _TWO = {"expert_parallel": "weights", "top_k": 2, "renormalize": True}
 _TASK = {"expert_parallel": "weights", "router_scope": "task", "gate": "none", "balance_weight": 0.0}
-# what a form of mixture changes of the plain run's adapter: examples/mixtures and its neighbours, with as many ranks
+# what a form of mixture changes of the plain run's adapter: examples/top_2 and its neighbours, with as many ranks
 FORMS: dict[str, dict[str, Any]] = {
     "top-2": _TWO,
     "Octavius": _TWO | {"router_scope": "sample", "balance_weight": 0.0},
