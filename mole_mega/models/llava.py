@@ -235,8 +235,10 @@ class LLaVA(MegatronModule):
         hidden = ContextPart.of(self.parallel).take(embeddings).transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden, group=self.parallel.groups.tp)
-        if self.training and self.config.recompute_granularity == "full" and not hidden.requires_grad:
-            # A recomputed layer whose input needs no gradient is never run backward: its adapters would stand still.
+        # A recomputed layer whose input needs no gradient is never run backward: its adapters would stand still. And of
+        # expert-parallel ranks all must send back what they were sent, those too whose tokens came without an image.
+        needed = self.config.recompute_granularity == "full" or self.parallel.ep_size > 1
+        if self.training and needed and not hidden.requires_grad:
             hidden.requires_grad_()
         return hidden
 

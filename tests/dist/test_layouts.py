@@ -73,6 +73,8 @@ CASES = [
     case(PP, 2, {"attention": False, "layers": (0, 1)}),
     case(TP_EP, 4, {"num_experts": 2, "router_bias": False}),
     case(TP, 2, {"attention": False}, {"projector": False}),
+    # of two ranks that exchange tokens one has images, and before the first exchange nothing else is trained
+    case(EP, 2, {"attention": False}),
     # last: Megatron-Core's distributed optimizer is never freed, nor are the threads of the groups that it knows
     *(
         case(layout, world, train={"distributed_optimizer": True})
