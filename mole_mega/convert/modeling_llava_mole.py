@@ -91,18 +91,16 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(*bank_A, rank, in_features).uniform_(-bound, bound))
         self.lora_B = nn.Parameter(torch.zeros(*bank, out_features, rank))
 
-    def forward(self, x: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
-        """x [..., I] -> [..., O]; with `routing`, x is [T, I]."""
-        if routing is None:
+    def forward(self, x: torch.Tensor, routing: Routing | None = None, expert: int | None = None) -> torch.Tensor:
+        """x [..., I] -> [..., O]; with `routing`, x is [T, I]; with `expert` by the LoRA of that one."""
+        if expert is not None:
+            A = self.lora_A[expert] if self.lora_A.dim() == 3 else self.lora_A
+            delta = F.linear(F.linear(x, A), self.lora_B[expert])
+        elif routing is None:
             delta = F.linear(F.linear(x, self.lora_A), self.lora_B)
         else:
             delta = routing.expert_lora(x, self.lora_A, self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scale * delta
-
-    def of_expert(self, k: int, x: torch.Tensor) -> torch.Tensor:
-        """x [N, I] -> [N, O] with the LoRA of one expert."""
-        A = self.lora_A[k] if self.lora_A.dim() == 3 else self.lora_A
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, A), self.lora_B[k])
 
 
 class MoleRouter(nn.Linear):
@@ -192,9 +190,9 @@ class MoleMLP(nn.Module):
         for k, token_N in enumerate(routing.token_N.split(routing.counts_E)):
             if len(token_N):
                 x_NH = x_TH[token_N]
-                h_NF = self.act_fn(self.gate_proj.of_expert(k, x_NH)) * self.up_proj.of_expert(k, x_NH)
+                h_NF = self.act_fn(self.gate_proj(x_NH, expert=k)) * self.up_proj(x_NH, expert=k)
                 weight_N = weights[k].to(x_NH.dtype)
-                output_NH = weight_N[:, None] * self.down_proj.of_expert(k, h_NF)
+                output_NH = weight_N[:, None] * self.down_proj(h_NF, expert=k)
                 output_TH = output_TH.index_add(0, token_N, output_NH)
         return output_TH
 
