@@ -381,7 +381,12 @@ class MoLERouter(MegatronModule):
             valid_T = x_TH.new_ones(len(x_TH), dtype=torch.bool) if valid_T is None else valid_T
             shares_TE = probs_TE if self.score_bias is None else torch.softmax(logits_TE, dim=-1)
             self.sums.add(x_TH.detach(), logits_TE.detach(), shares_TE.detach(), choice_TK, valid_T, group_T)
-        return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=adapter.renormalize), chosen_TE
+        renormalize = adapter.renormalize
+        if renormalize and self.score_bias is None:
+            # The same, by the chosen ones' logits alone: through all of them rounding would leave the others a
+            # gradient, and Adam makes whole steps of the smallest.
+            probs_TE, renormalize = logits_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1), False
+        return gate_weights(probs_TE, chosen_TE, adapter.gate, renormalize=renormalize), chosen_TE
 
     def _logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         return fp32_logits(x_TH, self.weight, self.bias)

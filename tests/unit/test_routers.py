@@ -293,6 +293,20 @@ def test_three_layers_collapsed_on_one_expert_cost_1_in_either_scope(alone):
         assert summary.load_LE.tolist() == [[0.0, 1.0, 0.0]] * 3
 
 
+@pytest.mark.parametrize("gate", ["prob", "straight_through"])
+def test_an_expert_that_no_token_chose_has_no_gradient_of_renormalized_weights(alone, rng, gate):
+    """None at all: what rounding leaves is enough for Adam to make whole steps of it."""
+    router = make_router(alone, num_experts=6, top_k=2, gate=gate, renormalize=True, expert_parallel="weights")
+    with torch.no_grad():
+        router.bias.copy_(torch.tensor([1.0, 1.0, 1.0, -9.0, 1.0, -9.0]))
+    weight_TE, chosen_TE = router(torch.randn(64, 1, HIDDEN, generator=rng))
+    (weight_TE * torch.randn(64, 6, generator=rng)).sum().backward()
+    idle_E = ~chosen_TE.any(0)
+    assert idle_E.tolist() == [False, False, False, True, False, True]
+    assert not router.weight.grad[idle_E].any() and router.weight.grad[~idle_E].any(1).all()
+    assert not router.bias.grad[idle_E].any()
+
+
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 5])
 def test_uniform_routing_costs_one_over_the_number_of_experts(alone, num_experts, scope):
