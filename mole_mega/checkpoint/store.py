@@ -321,7 +321,8 @@ def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
         source = run_config.load(path / "config.yaml").adapter
     else:
         raise files.CheckpointError(f"{path} holds no adapters: it has neither {ADAPTER_FILE} nor config.yaml")
-    keys = [key for key in ("method", "num_experts", "rank", "share_A") if key not in adapter.without_effect]
+    of_meaning = ("method", "num_experts", "rank", "share_A", "expert_form", "mix_temperature")
+    keys = [key for key in of_meaning if key not in adapter.without_effect]
     if not math.isclose(adapter.scale, source.scale, rel_tol=1e-6):
         keys += ["alpha", "scaling"]
     for key in keys:
@@ -345,6 +346,17 @@ def _check_same_tasks(path: Path, old: RunConfig, new: RunConfig) -> None:
         raise files.CheckpointError(
             f"{path} has experts for the sources {', '.join(theirs)}, in this order; this run has {', '.join(ours)}"
         )
+
+
+def check_same_tasks(path: Path, run: RunConfig) -> None:
+    """Raise CheckpointError if a source that another run's step has an expert for would get another one's here."""
+    if not (path / "config.yaml").is_file():
+        return  # converted adapters do not say whose they are
+    old = run_config.load(path / "config.yaml")
+    ours, theirs = ({source.name: place for place, source in enumerate(of.data.sources)} for of in (run, old))
+    moved = any(place != ours.get(name, place) for name, place in theirs.items())
+    if moved and old.adapter.router_scope == run.adapter.router_scope == "task":
+        _check_same_tasks(path, old, run)
 
 
 def _training_keys(run: RunConfig) -> dict[str, Any]:

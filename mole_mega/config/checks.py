@@ -285,6 +285,11 @@ def _validate_alarms(alarms: AlarmsConfig, adapter: AdapterConfig) -> None:
             f"adapter.num_experts {adapter.num_experts} and adapter.top_k {adapter.top_k}, got {alarms.collapse}: no "
             "load is more uneven, so the alarm would never sound"
         )
+    if alarms.reaction == "reseed" and adapter.gate == "dense":
+        raise ConfigError(
+            "monitor.alarms.reaction reseed gives an expert without tokens another one's weights; with adapter.gate "
+            "dense every expert has all tokens, also one that is never the likeliest: set it to none"
+        )
     if alarms.reaction == "reseed" and adapter.router_scope != "block":
         raise ConfigError(
             "monitor.alarms.reaction reseed copies an expert with its row of the block's router; adapter.router_scope "

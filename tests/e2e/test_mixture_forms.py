@@ -3,7 +3,9 @@ and what cannot express it refuses it with the reason. In this process; that a k
 """
 
 import io
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,3 +98,35 @@ def test_an_export_that_can_has_equal_logits(runs, alone, tmp_path):
     assert all(check.equal for check in checks), checks
     compared = [check.what for check in checks if "logits" in check.what or "experts" in check.what]
     assert compared == (["expert_0: logits", "expert_1: logits"] if form == "mixed B" else ["logits", "experts"])
+
+
+def test_a_run_that_starts_from_its_weights_must_mean_the_same_by_them(runs, alone, tmp_path):
+    form, straight, _ = runs
+    run = config.load(straight / "config.yaml", [f"run_dir={tmp_path / 'next'}", f"checkpoint.init_from={straight}"])
+    changed = {
+        "mixed B": (replace(run, adapter=replace(run.adapter, mix_temperature=2.0)), "adapter.mix_temperature = 0.1"),
+        "sigmoid": (replace(run, adapter=replace(run.adapter, alpha=9.0)), "adapter.alpha"),
+        "whole MLPs": (replace(run, adapter=replace(run.adapter, expert_form="linear")), "adapter.expert_form = mlp"),
+    }
+    other, message = changed[form]
+    with pytest.raises(files.CheckpointError, match=message):
+        Trainer(other, alone, io.StringIO())
+    if form == "mixed B":
+        swapped = replace(run, data=replace(run.data, sources=run.data.sources[::-1]))
+        order = r"has experts for the sources (\w+), (\w+), in this order; this run has \2, \1"
+        with pytest.raises(files.CheckpointError, match=order):
+            Trainer(swapped, alone, io.StringIO())
+        renamed = [replace(source, name=f"new {source.name}") for source in run.data.sources]
+        Trainer(replace(run, data=replace(run.data, sources=tuple(renamed))), alone, io.StringIO())
+    Trainer(run, alone, io.StringIO())
+
+
+def test_whole_mlps_that_were_trained_in_bf16_have_equal_logits_once_exported(make_run, alone, tmp_path):
+    path = make_run(tmp_path, adapter=FORMS["whole MLPs"], train={"steps": 1, "precision": "bf16"})
+    run = config.load(path)
+    seed_generators(run.train.seed)
+    assert Trainer(run, alone, io.StringIO()).train() == 0
+    trained = find_trained(Path(run.run_dir))
+    export_mole(trained, tmp_path / "out")
+    checks = verify(trained, partial(find_counterpart, trained, tmp_path / "out"), alone, ParallelConfig())
+    assert [check.what for check in checks if check.equal] == [check.what for check in checks] and len(checks) > 1

@@ -832,6 +832,11 @@ def test_steps_after_the_schedule_that_train_nothing_are_told():
         assert run_config.describe_idle(make(train={"steps": 30, "schedule_steps": 20} | heard)) == []
 
 
+def test_reseeding_where_every_expert_has_all_tokens_is_refused():
+    message = refused(adapter={"gate": "dense", "expert_parallel": "auto"}, monitor={"alarms": {"reaction": "reseed"}})
+    assert "with adapter.gate dense every expert has all tokens" in message
+
+
 def test_validation_without_a_source_is_told():
     (line,) = run_config.describe_idle(make(validation={"every": 2}))
     assert line == "validation.every is 2, but data.validation is empty: nothing is validated"

@@ -82,7 +82,7 @@ def test_a_ramp_prunes_a_little_more_each_step_and_never_lets_back_in(alone):
         support = now
 
 
-def test_a_bank_waits_until_every_expert_has_seen_tokens(alone):
+def test_an_expert_waits_until_it_has_seen_tokens(alone):
     B = randn(2, 20, 4)
     B[1] = 0
     pair = made_pair(alone, randn(2, 4, 30), B)
@@ -93,9 +93,23 @@ def test_a_bank_waits_until_every_expert_has_seen_tokens(alone):
 
     for _ in range(2):
         trainer.step(only_first)
-    assert pair.A.parameter.ne(0).all() and trainer.method.metrics()["waiting"] == 1
+    assert pair.A.parameter[0].ne(0).sum() == 12 and pair.A.parameter[1].ne(0).all()
+    assert trainer.method.metrics()["waiting"] == 1
+    assert float(trainer.method.metrics()["density"]) == (12 + 8 + 120 + 80) / 400
     trainer.step(noise())
-    assert pair.A.parameter.ne(0).sum() == 24 and trainer.method.metrics()["waiting"] == 0
+    assert pair.A.parameter.ne(0).sum((1, 2)).tolist() == [12, 12] and trainer.method.metrics()["waiting"] == 0
+    assert float(trainer.method.metrics()["density"]) == 0.1
+    support = pair.A.parameter.ne(0)
+    trainer.step(noise(1))
+    assert torch.equal(pair.A.parameter.ne(0), support)
+
+
+def test_a_shared_a_is_pruned_when_the_first_expert_has_seen_tokens(alone):
+    B = randn(2, 20, 4)
+    B[1] = 0
+    pair = made_pair(alone, randn(4, 30), B)
+    Trainer(build(alone, [pair], density=0.1, prune_step=1), [pair], lr=0.0).step(noise())
+    assert pair.A.parameter.ne(0).sum() == 12 and pair.B.parameter.ne(0).sum((1, 2)).tolist() == [8, 0]
 
 
 def test_an_a_that_experts_share_is_pruned_as_one(alone):
@@ -107,6 +121,12 @@ def test_an_a_that_experts_share_is_pruned_as_one(alone):
     run = made_run({"name": "lorasculpt", "regularise": ["q", "gate"]}, adapter={"share_A": True})
     with pytest.raises(ConfigError, match=r"with adapter.share_A gate have one A for all of them"):
         check_methods(run)
+
+
+def test_a_regulariser_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"conflict_weight 0.001 and regularises nothing; name projections"):
+        check_methods(made_run({"name": "lorasculpt", "regularise": []}))
+    assert check_methods(made_run({"name": "lorasculpt", "regularise": [], "conflict_weight": 0.0}))
 
 
 @pytest.mark.parametrize(

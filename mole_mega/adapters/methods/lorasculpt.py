@@ -3,8 +3,9 @@
 **Masks.** At step `prune_step` each factor keeps the floor(density * numel) largest magnitudes of its whole tensor, by
 expert; the support stays, and is re-imposed on weights and Adam's moments after every step, so that what is saved is
 sparse (the released code masks before a step, and its last step is left dense). With `ramp_steps` the density falls to
-its end in as many steps along a cubic (Zhu and Gupta, arXiv 1710.01878, equation 1), supports nested. A pair waits
-until no expert of it has B = 0: without tokens there is nothing to rank by.
+its end in as many steps along a cubic (Zhu and Gupta, arXiv 1710.01878, equation 1), supports nested. An expert's
+factors wait while its B is 0, for without tokens there is nothing to rank by (`waiting` counts these pairs); an A that
+experts share waits for the first of them.
 
 **Conflict regulariser.** Added to the loss, by its gradient (M held fixed):
 
@@ -19,7 +20,7 @@ The published density 0.1 at rank 32 makes B A 27.5% dense by the paper's own fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -50,7 +51,7 @@ class LoRASculptOptions:
 
 
 class LoRASculpt(Method):
-    """The masks and the regulariser. Its state: the masks, and the density that each pair was last cut to."""
+    """The masks and the regulariser. Its state: the masks, and the density that each expert's factor was cut to."""
 
     Options = LoRASculptOptions
     wants_idle_experts_still = True
@@ -61,8 +62,8 @@ class LoRASculpt(Method):
         super().__init__(options, run, pairs, groups, device)
         self._masks = {f.name: torch.ones_like(f.parameter, dtype=torch.bool) for p in pairs for f in p.factors}
         self._placements = {f.name: f.placement for p in pairs for f in p.factors}
-        # on the CPU, where reading them waits for nothing
-        self._densities = {pair.name: torch.ones(1, dtype=torch.float64) for pair in pairs}
+        # by expert of this rank, on the CPU, where reading them waits for nothing
+        self._densities = {f.name: torch.ones(_num_held(f), dtype=torch.float64) for p in pairs for f in p.factors}
         self._pairs = pairs
         self._regularised = [p for p in pairs if options.conflict_weight and p.projection in options.regularise]
         if emptied := next((f for p in pairs for f in p.factors if not _number(options.density, f)), None):
@@ -76,7 +77,7 @@ class LoRASculpt(Method):
         number = torch.tensor(sum(pair.num_experts for pair in self._regularised), device=device)
         dist.all_reduce(number, group=groups.pp)
         self._num_regularised = int(number)
-        numbers = torch.tensor(self._kept(lambda pair: 1.0), device=device)
+        numbers = torch.tensor(sum(f.num_experts * f.numel() for p in pairs for f in p.factors), device=device)
         dist.all_reduce(numbers, group=groups.pp)
         self._num_numbers = int(numbers)
 
@@ -86,6 +87,11 @@ class LoRASculpt(Method):
             raise ConfigError(
                 f"adapter.methods lorasculpt prunes from step {options.prune_step} over {options.ramp_steps} steps on, "
                 f"but train.steps is {run.train.steps}: the run would end before"
+            )
+        if options.conflict_weight and not options.regularise:
+            raise ConfigError(
+                f"adapter.methods lorasculpt has conflict_weight {options.conflict_weight} and regularises nothing; "
+                "name projections in `regularise`, or set conflict_weight to 0"
             )
         if options.conflict_weight:
             cls._check_regularised(options, run.adapter)
@@ -156,35 +162,50 @@ class LoRASculpt(Method):
 
     def after_step(self, pairs: Sequence[Pair], step: Step) -> None:
         density = density_at(step.number, self.options)
-        pending = [pair for pair in pairs if float(self._densities[pair.name]) > density]
-        for pair, ready in zip(pending, _have_moved(pending, self.groups), strict=True):
-            if ready:
-                for factor in pair.factors:
-                    mask = self._masks[factor.name]
-                    mask.copy_(factor.largest(_number(density, factor), among=mask))
-                self._densities[pair.name].fill_(density)
-        self._waiting = sum(float(self._densities[pair.name]) > density for pair in pairs)
+        pending = [pair for pair in pairs if any((self._densities[f.name] > density).any() for f in pair.factors)]
+        for pair, moved in zip(pending, _have_moved(pending, self.groups), strict=True):
+            for factor, is_ready in zip(pair.factors, moved, strict=True):
+                self._cut(factor, density, is_ready & (self._densities[factor.name] > density))
+        counted = [pair.B for pair in pairs if self._counts(pair.B)]
+        self._waiting = sum(int((self._densities[B.name] > density).sum()) for B in counted)
         for pair in pairs:
-            if float(self._densities[pair.name]) < 1:
-                for factor in pair.factors:
+            for factor in pair.factors:
+                if (self._densities[factor.name] < 1).any():
                     _impose(self._masks[factor.name], factor, step)
 
+    def _cut(self, factor: Factor, density: float, these: torch.Tensor) -> None:
+        """Leave of the factors of `these` experts no more than the density says."""
+        if not these.any():  # so on all that hold parts of them
+            return
+        mask = self._masks[factor.name]
+        largest = factor.largest(_number(density, factor), among=mask)
+        mask.copy_(torch.where(these.to(mask.device).view(-1, 1, 1), largest, mask).view(mask.shape))
+        self._densities[factor.name][these] = density
+
     def metrics(self) -> dict[str, torch.Tensor]:
-        kept = self._kept(lambda pair: float(self._densities[pair.name]))
-        once = self.groups.ep.rank() == 0
+        factors = [factor for pair in self._pairs for factor in pair.factors if self._counts(factor)]
+        kept = sum(_number(density, f) for f in factors for density in self._densities[f.name].tolist())
         return {
             "conflict": self._conflict,
-            "density": torch.full_like(self._conflict, once * kept / max(1, self._num_numbers)),
-            "waiting": torch.full_like(self._conflict, once * self._waiting),
+            "density": torch.full_like(self._conflict, kept / max(1, self._num_numbers)),
+            "waiting": torch.full_like(self._conflict, self._waiting),
         }
 
-    def _kept(self, density: Callable[[Pair], float]) -> int:
-        """How many numbers of this stage's whole factors stay at a pair's density."""
-        return sum(f.num_experts * _number(density(p), f) for p in self._pairs for f in p.factors)
+    def _counts(self, factor: Factor) -> bool:
+        """Whether this rank's number of a factor counts where expert-parallel ranks' are added up."""
+        return factor.placement.expert_axis is not None or self.groups.ep.rank() == 0
 
     def state(self) -> dict[str, StateTensor]:
         masks = {f"mask.{name}": StateTensor(mask, self._placements[name]) for name, mask in self._masks.items()}
-        return masks | {f"density.{name}": StateTensor(d, Placement()) for name, d in self._densities.items()}
+        return masks | {
+            f"density.{name}": StateTensor(density, Placement(expert_axis=self._placements[name].expert_axis))
+            for name, density in self._densities.items()
+        }
+
+
+def _num_held(factor: Factor) -> int:
+    """Of how many experts this rank holds the factor; 1 where it has no axis of experts."""
+    return 1 if factor.placement.expert_axis is None else len(factor.parameter)
 
 
 def _number(density: float, factor: Factor) -> int:
@@ -238,14 +259,17 @@ def _square(block: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(block, dtype=torch.float32).square()
 
 
-def _have_moved(pairs: Sequence[Pair], groups: ProcessGroupCollection) -> list[bool]:
-    """Of each pair, whether B is not zero in any expert of the whole model."""
+def _have_moved(pairs: Sequence[Pair], groups: ProcessGroupCollection) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each pair's A and B by expert of this rank, on the CPU: whether B is not zero; for an A that all experts
+    share, whether anyone's is not."""
     if not pairs:
         return []
-    moved = [pair.B.parameter.detach().ne(0).flatten(-2).any(-1).int() for pair in pairs]
+    moved = [pair.B.parameter.detach().ne(0).flatten(-2).any(-1).int().reshape(-1) for pair in pairs]
     moved = reduce_together(moved, groups.tp, dist.ReduceOp.MAX)
-    everywhere = reduce_together([m.min().reshape(1) for m in moved], groups.ep, dist.ReduceOp.MIN)
-    return [bool(flag) for flag in torch.cat(everywhere).tolist()]
+    anywhere = reduce_together([flags.max().reshape(1) for flags in moved], groups.ep, dist.ReduceOp.MAX)
+    own = torch.cat(moved).bool().cpu().split([len(flags) for flags in moved])
+    of_all = torch.cat(anywhere).bool().cpu().split(1)
+    return [(shared if pair.shares_A else mine, mine) for pair, mine, shared in zip(pairs, own, of_all, strict=True)]
 
 
 def _impose(mask: torch.Tensor, factor: Factor, step: Step) -> None:
