@@ -26,6 +26,11 @@ TASK = {
 SOURCES = tuple(SourceConfig(name=name, path="made") for name in "ab")
 
 
+# BoRA: a prior ties the tasks' experts; a weight decay would be a second one
+BORA = {**TASK, "methods": ({"name": "bora", "tau": 0.5},)}
+NO_DECAY = {"weight_decay": 0.0}
+
+
 # LoRAMoE: a router for each linear
 LINEAR = {**DENSE, "router_scope": "linear"}
 
@@ -54,8 +59,9 @@ def case(*arguments):
         return case_of(*arguments)
 
 
+ONE_CHOICE, TWO_CHOICES = case(EP, 2, {**TOP_2, "top_k": 1}), case(TP, 2, NORMED)
 CASES = [
-    case(TP, 2, NORMED),
+    TWO_CHOICES,
     case(PP, 2, MANY),
     case(EP, 2, {**MANY, "rescale_gate": True, "methods": ({"name": "riemannian"},)}),
     case(DP, 2, DENSE),
@@ -80,9 +86,17 @@ CASES = [
     case(TP_EP, 4, {**MLPS, "share_A": True}),
     case(PP_EP, 4, MLPS, {"recompute": "full"}),
     case(DP, 2, {**MLPS, "num_experts": 14}),
-    case(EP, 2, {**TOP_2, "top_k": 1}),
+    ONE_CHOICE,
+    *(case(layout, world, BORA, NO_DECAY) for layout, world in [(TP, 2), (PP, 2), (EP, 2), (TP_EP, 4), (PP_EP, 4)]),
+    *(case(layout, 2, TASK) for layout in (PP, DP)),
+    *(case(layout, 2, SHARED) for layout in (PP, EP)),
+    case(EP, 2, {**SHARED, "router_scope": "linear"}),
+    *(case(layout, 2, LINEAR) for layout in (EP, PP)),
+    case(EP, 2, SAMPLE),
+    case(TP, 2, MLPS),
     # last: the distributed optimizer is never freed
-    case(EP, 2, DENSE, {"distributed_optimizer": True}),
+    *(case(EP, 2, adapter, {"distributed_optimizer": True}) for adapter in (DENSE, MTL, SMORA)),
+    case(EP, 2, BORA, NO_DECAY | {"distributed_optimizer": True}),
 ]
 
 
@@ -116,6 +130,6 @@ def test_the_biases_of_scores_moved_by_load_alone(recorded):
 
 
 def test_a_tokens_choices_are_counted_each(recorded):
-    top_1, top_2 = (recorded[1][c.name]["loss/counts_LGE_0"] for c in (CASES[-2], CASES[0]))
+    top_1, top_2 = (recorded[1][c.name]["loss/counts_LGE_0"] for c in (ONE_CHOICE, TWO_CHOICES))
     assert top_1.sum() > 0
     assert torch.equal(top_2.sum(-1), 2 * top_1.sum(-1))

@@ -263,7 +263,7 @@ def expert_parallel():
     return load("bench_expert_parallel")
 
 
-def test_a_pass_of_either_form_sends_what_the_formula_says_and_nothing_on_one_process(expert_parallel, sizes, alone):
+def test_on_one_process_neither_form_sends_anything(expert_parallel, sizes, alone):
     row = expert_parallel.measure(4, sizes, "fp32", alone, repeats=1)
     assert all(row[f"{form}_{kind}"] == 0 for form in ("tokens", "weights") for kind in ("bytes", "formula"))
     assert row["tokens_ms"] > 0 and row["weights_ms"] > 0

@@ -87,23 +87,39 @@ def test_the_objective_is_still_at_the_closed_form(tau):
     assert float(pull.sum().abs()) < 1e-8 * tau
 
 
+def quadratic(factor):
+    """The gradient of the losses of H and M to A; B has none."""
+    return (H * (factor.values - M)).float() if factor.name.endswith(".A") else torch.zeros(3, 1, 1)
+
+
 @pytest.mark.parametrize("tau", [0.0, 1.0])
 def test_training_ends_where_the_closed_form_says(alone, tau):
     pair = made_pair(alone, torch.tensor([1.0, 2.0, 3.0])[:, None, None], torch.zeros(3, 1, 1))
     method = build(alone, [pair], tau=tau)
     trainer = Trainer(method, [pair])
-
-    def gradient(factor):
-        return (H * (factor.values - M)).float() if factor is pair.A else torch.zeros(3, 1, 1)
-
     for step in range(1000):
         trainer.lr = 0.05 * (1 - step / 1000) ** 2
         trainer.optimizer.param_groups[0]["lr"] = trainer.lr
-        trainer.step(gradient)
+        trainer.step(quadratic)
     experts, center = CLOSED_FORM[tau]
     assert pair.A.values.flatten().tolist() == pytest.approx(experts, abs=2e-3)
     if center is not None:
         assert float(theta_of(method, pair.A)) == pytest.approx(center, abs=2e-3)
+
+
+def test_training_with_a_prior_of_1e6_ends_where_one_adapter_of_all_does(alone):
+    """The prior pulls half a million times as hard as the data, so the way there takes small steps, and momentum."""
+    tau = 1e6
+    pair = made_pair(alone, torch.tensor([0.7, 0.8, 0.6])[:, None, None], torch.zeros(3, 1, 1))
+    method = build(alone, [pair], tau=tau)
+    trainer = Trainer(method, [pair])
+    trainer.optimizer = torch.optim.SGD([pair.A.parameter], lr=3.7 / tau, momentum=0.995)
+    for _ in range(3000):
+        trainer.step(quadratic)
+    experts, center = CLOSED_FORM[tau]
+    assert float((H * M).sum() / H.sum()) == pytest.approx(center, abs=1e-4)
+    assert pair.A.values.flatten().tolist() == pytest.approx(experts, abs=1e-3)
+    assert float(theta_of(method, pair.A)) == pytest.approx(center, abs=1e-3)
 
 
 def theta_of(method, factor):

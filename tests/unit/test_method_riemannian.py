@@ -4,12 +4,18 @@ import numpy as np
 import pytest
 import torch
 from made_pairs import Trainer, made_pair, made_run
+from test_models import SIZE
+from test_models import build as build_llava
 
 from mole_mega.adapters.methods import build_methods, check_methods
 from mole_mega.adapters.methods.base import Step
 from mole_mega.adapters.methods.riemannian import precondition
 from mole_mega.adapters.mixing import MaskedGate
 from mole_mega.config import ConfigError
+from mole_mega.training import parity
+from mole_mega.training.optimizer import build_optimizer, set_lr
+from mole_mega.training.step import Stepper
+from mole_mega.training.trainer import wrap
 
 
 def grads(A, B, G):
@@ -159,6 +165,45 @@ def test_adam_is_fed_preconditioned_gradients_as_plain_formulas_say(alone):
         adam.step()
         for factor, wanted in zip(factors, (a, b), strict=True):
             torch.testing.assert_close(factor.detach().double(), torch.tensor(wanted), rtol=1e-4, atol=1e-6)
+
+
+def after_a_step(parallel, *methods, rank, lr, **train):
+    """What a model trains, after one step of the project's own; no factor begins as 0."""
+    train = {"precision": "fp32", "clip_grad": 0.0, "projector_lr": 0.01, "router_lr": 0.01, "lr": lr} | train
+    run = made_run(*methods, adapter={"num_experts": 2, "rank": rank, "alpha": 1.5 * rank}, train=train)
+    model = wrap(build_llava(parallel, run.adapter), run)
+    stepper = Stepper(run, model, build_optimizer(model, run.train), parallel, num_domains=2)
+    set_lr(stepper.optimizer, 1, run.train)
+    assert stepper.train_step(parity.batches(SIZE, 0, 0, 1)).applied
+    return {name: p.detach() for name, p in model.module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_of_rank_1_adams_first_step_knows_nothing_of_the_preconditioner(alone, rank):
+    """There it is one positive number a factor and expert, which Adam divides away."""
+    lr = 0.1
+    plain, other = (
+        after_a_step(alone, *methods, rank=rank, lr=lr, adam_eps=1e-12) for methods in ((), ({"name": "riemannian"},))
+    )
+    for name, weight in plain.items():
+        gap = float((other[name] - weight).abs().max())
+        if rank == 1:
+            assert gap < 1e-4 * lr, name
+        elif "lora_" not in name:
+            assert gap == 0, name
+        elif "experts" in name:
+            assert gap == pytest.approx(2 * lr, rel=1e-2), name  # turned round
+
+
+def test_a_damping_beside_which_the_factors_are_nothing_leaves_plain_gradient_descent_bit_for_bit(alone):
+    """Its preconditioner is 1 / delta, a power of 2: times so large a learning rate, off."""
+    delta, lr = 2.0**60, 0.01
+    off = {"name": "riemannian", "delta": delta}
+    plain = after_a_step(alone, rank=2, lr=lr, optimizer="sgd")
+    damped = after_a_step(alone, off, rank=2, lr=lr * delta, optimizer="sgd")
+    assert all(torch.equal(damped[name], weight) for name, weight in plain.items())
+    begun = after_a_step(alone, rank=2, lr=1e-30, optimizer="sgd")
+    assert not any(torch.equal(begun[name], weight) for name, weight in plain.items() if "lora_" in name)
 
 
 def test_each_expert_has_a_preconditioner_of_its_own(alone):
