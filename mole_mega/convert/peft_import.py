@@ -182,7 +182,8 @@ def _unpack(peft_dirs: Sequence[Path]) -> tuple[AdapterConfig | None, dict[str, 
         raise ConfigError(f"{path} does not say how the experts were trained: {error}") from error
     if adapter.method != "mole" or not folders:
         raise ConfigError(f"{path} names no experts")
-    return adapter, dict(_read_tensors(path.with_name(ROUTER_WEIGHTS))), folders
+    by_router = adapter.router_scope != "task"
+    return adapter, dict(_read_tensors(path.with_name(ROUTER_WEIGHTS))) if by_router else {}, folders
 
 
 def _read_config(path: Path) -> tuple[int, float, float]:

@@ -8,6 +8,10 @@ import pytest
 import torch
 from commands import kill_before_step, read_checkpoint, read_rows
 
+from mole_mega import config
+from mole_mega.checkpoint.store import read_adapter
+from mole_mega.checkpoint.tensors import StoredTensors
+
 INPUT_ERROR, KILLED = 2, -9
 NO_LOSSES = {"balance_weight": 0.0, "z_loss_weight": 0.0}
 # (adapter, layout, processes, what the run says travels)
@@ -104,6 +108,15 @@ def test_an_export_that_cannot_express_it_is_refused_with_the_reason(runs, tmp_p
         code, text = commands.run(arguments, tmp_path / "log", module="mole_mega.convert.command")
         if (name, kind) == ("task", "peft"):
             assert code == 0 and (tmp_path / kind / "expert_1").is_dir(), text
+            base = config.load(straight / "config.yaml").model.base
+            back = ["peft-to-megatron", "--peft", tmp_path / kind, "--base", base, "--out", tmp_path / "back"]
+            code, text = commands.run(back, tmp_path / "log", module="mole_mega.convert.command")
+            assert code == 0, text
+            assert read_adapter(tmp_path / "back").router_scope == "task"
+            trained, found = read_checkpoint(straight / "checkpoints/step_4"), StoredTensors(tmp_path / "back")
+            banks = [key for key in found if "lora" in key]
+            assert len(banks) == sum("lora" in key and not key.startswith("optimizer.") for key in trained)
+            assert all(torch.equal(found.read(key), trained[key]) for key in banks)
         elif (name, kind) == ("linear", "mole"):  # proved by the command itself, experts of each router included
             assert code == 0 and "the same for every token" in text, text
         else:
