@@ -80,19 +80,22 @@ def test_split_equals_straight_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("methods", "keys"),
+    ("methods", "keys", "first", "then"),
     [
-        (PRIOR, ("method/bora/prior",)),
-        (MASKS, ("method/lorasculpt/conflict", "method/lorasculpt/density")),
+        (PRIOR, ("method/bora/prior",), {"pipeline": 2}, {"tensor": 2}),
+        (MASKS, ("method/lorasculpt/conflict", "method/lorasculpt/density"), {"pipeline": 2}, {"tensor": 2}),
+        # experts that had no token wait, one rank's alone
+        (MASKS, ("method/lorasculpt/density", "method/lorasculpt/waiting"), {"tensor": 2}, {"expert": 2}),
     ],
 )
-def test_what_methods_remember_goes_on_under_another_layout(train, tmp_path, methods, keys):
+def test_what_methods_remember_goes_on_under_another_layout(train, tmp_path, methods, keys, first, then):
     sections = {"adapter": {"dropout": 0.0}, "train": {"lr": 0.0001}}
     assert train("straight", methods, **sections)[0] == 0
-    code, text = train("split", methods, 2, partial(kill_before_step, 4), parallel={"pipeline": 2}, **sections)
+    code, text = train("split", methods, 2, partial(kill_before_step, 4), parallel=first, **sections)
     assert code == KILLED, text
-    code, text = train("split", methods, 2, parallel={"tensor": 2}, **sections)
+    code, text = train("split", methods, 2, parallel=then, **sections)
     assert code == 0, text
+    assert methods is PRIOR or read_rows(tmp_path / "straight")[-1]["method/lorasculpt/waiting"] > 0
     for row, expected in zip(read_rows(tmp_path / "split"), read_rows(tmp_path / "straight"), strict=True):
         for key in ("loss", *keys):
             assert row[key] == pytest.approx(expected[key], rel=1e-4), key

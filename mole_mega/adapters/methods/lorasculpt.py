@@ -162,10 +162,17 @@ class LoRASculpt(Method):
 
     def after_step(self, pairs: Sequence[Pair], step: Step) -> None:
         density = density_at(step.number, self.options)
-        pending = [pair for pair in pairs if any((self._densities[f.name] > density).any() for f in pair.factors)]
-        for pair, moved in zip(pending, _have_moved(pending, self.groups), strict=True):
-            for factor, is_ready in zip(pair.factors, moved, strict=True):
-                self._cut(factor, density, is_ready & (self._densities[factor.name] > density))
+        pending = [pair for pair in pairs if any(self._is_above(density, factor) for factor in pair.factors)]
+        moved = _have_moved(pending, self.groups)
+        # a bank's experts may wait on one expert-parallel rank and not on another; an A that they share is on all alike
+        shares = [pair.shares_A and self._is_above(density, pair.A) for pair in pending]
+        anyones = [flags.max().reshape(1) for flags, is_shared in zip(moved, shares, strict=True) if is_shared]
+        anyones = reduce_together(anyones, self.groups.ep, dist.ReduceOp.MAX)
+        of_A, of_B = iter(_on_host(anyones)), _on_host(moved)
+        for pair, is_shared, is_ready in zip(pending, shares, of_B, strict=True):
+            self._cut(pair.B, density, is_ready)
+            if is_shared or not pair.shares_A:
+                self._cut(pair.A, density, next(of_A) if is_shared else is_ready)
         counted = [pair.B for pair in pairs if self._counts(pair.B)]
         self._waiting = sum(int((self._densities[B.name] > density).sum()) for B in counted)
         for pair in pairs:
@@ -173,8 +180,12 @@ class LoRASculpt(Method):
                 if (self._densities[factor.name] < 1).any():
                     _impose(self._masks[factor.name], factor, step)
 
-    def _cut(self, factor: Factor, density: float, these: torch.Tensor) -> None:
-        """Leave of the factors of `these` experts no more than the density says."""
+    def _is_above(self, density: float, factor: Factor) -> bool:
+        return bool((self._densities[factor.name] > density).any())
+
+    def _cut(self, factor: Factor, density: float, is_ready: torch.Tensor) -> None:
+        """Leave of a factor's experts that are ready no more than the density says."""
+        these = is_ready & (self._densities[factor.name] > density)
         if not these.any():  # so on all that hold parts of them
             return
         mask = self._masks[factor.name]
@@ -259,17 +270,15 @@ def _square(block: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(block, dtype=torch.float32).square()
 
 
-def _have_moved(pairs: Sequence[Pair], groups: ProcessGroupCollection) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each pair's A and B by expert of this rank, on the CPU: whether B is not zero; for an A that all experts
-    share, whether anyone's is not."""
-    if not pairs:
-        return []
+def _have_moved(pairs: Sequence[Pair], groups: ProcessGroupCollection) -> list[torch.Tensor]:
+    """Of each pair, by expert of this rank, whether the whole of B is not zero: 1 or 0."""
     moved = [pair.B.parameter.detach().ne(0).flatten(-2).any(-1).int().reshape(-1) for pair in pairs]
-    moved = reduce_together(moved, groups.tp, dist.ReduceOp.MAX)
-    anywhere = reduce_together([flags.max().reshape(1) for flags in moved], groups.ep, dist.ReduceOp.MAX)
-    own = torch.cat(moved).bool().cpu().split([len(flags) for flags in moved])
-    of_all = torch.cat(anywhere).bool().cpu().split(1)
-    return [(shared if pair.shares_A else mine, mine) for pair, mine, shared in zip(pairs, own, of_all, strict=True)]
+    return reduce_together(moved, groups.tp, dist.ReduceOp.MAX)
+
+
+def _on_host(flags: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """As bool, after one wait for the device."""
+    return list(torch.cat(list(flags)).bool().cpu().split([len(f) for f in flags])) if flags else []
 
 
 def _impose(mask: torch.Tensor, factor: Factor, step: Step) -> None:
