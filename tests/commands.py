@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import resource
 import shutil
 import signal
@@ -42,6 +43,7 @@ _context.set_forkserver_preload(
 )
 
 TIMEOUT = 120
+_random = random.SystemRandom()  # not the seeded one, by which processes would choose alike
 
 
 @dataclass
@@ -77,6 +79,15 @@ class Command:
         return self.log.read_text()
 
 
+def free_port() -> int:
+    """One that nobody listens at, below those that connections get of the system: such a one is soon another's."""
+    while True:
+        port = _random.randrange(10_000, 30_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            return port
+
+
 def start(
     arguments: Sequence[object],
     log: Path,
@@ -85,10 +96,7 @@ def start(
     module: str = "mole_mega.train",
 ) -> Command:
     """Start `python -m module arguments...` as `nproc` processes; `prepare(rank)` runs in each before its main."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     log.write_bytes(b"")
     for rank in range(nproc):
         environment = {}

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 from functools import partial
 
 import commands
@@ -170,9 +169,7 @@ def alone_as(rank, port, _):
     [(0, "error: not all processes came to"), (1, "error (rank 1): nobody answered at")],
 )
 def test_a_rendezvous_in_vain_ends_in_time_with_host_and_port(write_run, tmp_path, rank, message):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = commands.free_port()
     arguments = [write_run(), "--rendezvous-timeout", 1]
     code, text = commands.run(arguments, tmp_path / "log", prepare=partial(alone_as, rank, port))
     assert code == INPUT_ERROR, text
