@@ -348,7 +348,7 @@ def _check_same_tasks(path: Path, old: RunConfig, new: RunConfig) -> None:
         )
 
 
-def check_same_tasks(path: Path, run: RunConfig) -> None:
+def check_experts_of_tasks(path: Path, run: RunConfig) -> None:
     """Raise CheckpointError if a source that another run's step has an expert for would get another one's here."""
     if not (path / "config.yaml").is_file():
         return  # converted adapters do not say whose they are

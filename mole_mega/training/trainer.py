@@ -26,7 +26,7 @@ from mole_mega.checkpoint.store import (
     LATEST,
     CheckpointStore,
     RunState,
-    check_same_tasks,
+    check_experts_of_tasks,
     check_trained_with,
     latest_checkpoint,
     load_weights,
@@ -379,7 +379,7 @@ class Trainer:
         if self.run.checkpoint.init_from:
             source = Path(self.run.checkpoint.init_from)
             source = latest_checkpoint(source / "checkpoints") or source
-            check_same_tasks(source, self.run)
+            check_experts_of_tasks(source, self.run)
             kept = warm_start(self.model, source, self.run.adapter)
             self.optimizer.reload_model_params()
             self._say(f"starting from the adapters of {source}")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from mole_mega.adapters.pairs import Pair
+from mole_mega.adapters.pairs import Factor, Pair
 from mole_mega.adapters.sharding import Placement
 from mole_mega.config import RunConfig
 
@@ -123,7 +123,7 @@ class Method:
         return {}
 
 
-def once_over_experts(pair: Pair) -> bool:
-    """Whether this rank's number of a pair counts where expert-parallel ranks' numbers are added up: of a bank each
+def once_over_experts(factor: Factor) -> bool:
+    """Whether this rank's number of a factor counts where expert-parallel ranks' numbers are added up: of a bank each
     rank has its own experts', what has no experts is the same on all."""
-    return pair.experts is not None or pair.groups.ep.rank() == 0
+    return factor.placement.expert_axis is not None or factor.groups.ep.rank() == 0

@@ -156,7 +156,7 @@ class LoRASculpt(Method):
             factor = torch.where(norm > 0, weight / norm, 0.0)[..., None, None]
             pair.A.gradient.add_(factor * grad_A)
             pair.B.gradient.add_(factor * grad_B)
-            if once_over_experts(pair):
+            if once_over_experts(pair.B):
                 total += weight * norm.sum()
         self._conflict = total
 
@@ -173,7 +173,7 @@ class LoRASculpt(Method):
             self._cut(pair.B, density, is_ready)
             if is_shared or not pair.shares_A:
                 self._cut(pair.A, density, next(of_A) if is_shared else is_ready)
-        counted = [pair.B for pair in pairs if self._counts(pair.B)]
+        counted = [pair.B for pair in pairs if once_over_experts(pair.B)]
         self._waiting = sum(int((self._densities[B.name] > density).sum()) for B in counted)
         for pair in pairs:
             for factor in pair.factors:
@@ -194,17 +194,13 @@ class LoRASculpt(Method):
         self._densities[factor.name][these] = density
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        factors = [factor for pair in self._pairs for factor in pair.factors if self._counts(factor)]
+        factors = [factor for pair in self._pairs for factor in pair.factors if once_over_experts(factor)]
         kept = sum(_number(density, f) for f in factors for density in self._densities[f.name].tolist())
         return {
             "conflict": self._conflict,
             "density": torch.full_like(self._conflict, kept / max(1, self._num_numbers)),
             "waiting": torch.full_like(self._conflict, self._waiting),
         }
-
-    def _counts(self, factor: Factor) -> bool:
-        """Whether this rank's number of a factor counts where expert-parallel ranks' are added up."""
-        return factor.placement.expert_axis is not None or self.groups.ep.rank() == 0
 
     def state(self) -> dict[str, StateTensor]:
         masks = {f"mask.{name}": StateTensor(mask, self._placements[name]) for name, mask in self._masks.items()}
