@@ -48,6 +48,8 @@ CASES = [
     case(TP_EP, 4, (RIEMANNIAN | {"order": "released"},), train={"clip_grad": 0.0}),
     # over so many ranks the parts that the optimizer cuts do not begin where tensors do
     case(DP, 4, MASKS, train={"distributed_optimizer": True}),
+    # an A that experts share is pruned on all expert-parallel ranks at once
+    case(EP, 2, (SCULPT | {"regularise": ("q",)},), {"share_A": True, "expert_parallel": "weights"}),
     case(TP, 2, (SCULPT, RIEMANNIAN), LORA),
     case(TP_PP, 4, (SCULPT, RIEMANNIAN), LORA),
     case(PP_EP, 4, (RELEASED,), train={"lora_plus_ratio": 4.0}),

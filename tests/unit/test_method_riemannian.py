@@ -270,7 +270,7 @@ def test_in_the_released_order_b_reads_a_after_its_own_step(alone, shape):
         ({}, "train.clip_grad must be 0, got 1.0"),
         (
             {"clip_grad": 0.0, "optimizer": "sgd"},
-            "train.optimizer must be adam, got sgd .the released SGD reads the old",
+            "train.optimizer must be adam, got sgd; or set order to jacobi, which is the released SGD's",
         ),
         ({"clip_grad": 0.0, "distributed_optimizer": True}, "train.distributed_optimizer must be false, got true"),
     ],

@@ -67,8 +67,8 @@ class Riemannian(Method):
                 if (value := getattr(run.train, key)) != wanted:
                     raise ConfigError(
                         "adapter.methods riemannian, order released, works out where Adam will take the whole of A: "
-                        f"train.{key} must be {str(wanted).lower()}, got {str(value).lower()} (the released SGD reads "
-                        "the old A, as order jacobi does)"
+                        f"train.{key} must be {str(wanted).lower()}, got {str(value).lower()}; or set order to jacobi"
+                        + (", which is the released SGD's" if value == "sgd" else "")
                     )
 
     @classmethod
