@@ -98,6 +98,7 @@ def ask_megatron(model: LLaVA, probe: Probe, expert: int | None = None) -> Answe
     keep = partial(_keep_choice, chosen, expert, len(probe.tokens))
     hooks = [router.register_forward_hook(keep) for router in model.routers()]
     with fp32_compute(model):
+        model.read_instructions([(probe.tokens, probe.mask & (probe.tokens != probe.image_token_id))])
         get_forward_backward_func()(
             forward_step_func=partial(_forward_step, probe, kept),
             data_iterator=None,

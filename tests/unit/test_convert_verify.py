@@ -180,6 +180,10 @@ RUNS = {
     "mole, lora": ("mole", LORA),
     "merged, lora": ("merged", LORA),
     "merged, one expert": ("merged", ONE_EXPERT),
+    "merged, one expert by instruction": (
+        "merged",
+        AdapterConfig(num_experts=1, rank=4, router_scope="sample", balance_weight=0.0),
+    ),
     "peft, lora": ("peft", LORA),
     "peft, experts": ("peft", EXPERTS),
 }
