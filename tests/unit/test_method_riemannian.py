@@ -9,7 +9,7 @@ from test_models import build as build_llava
 
 from mole_mega.adapters.methods import build_methods, check_methods
 from mole_mega.adapters.methods.base import Step
-from mole_mega.adapters.methods.riemannian import precondition
+from mole_mega.adapters.methods.riemannian import solve
 from mole_mega.adapters.mixing import MaskedGate
 from mole_mega.config import ConfigError
 from mole_mega.training import parity
@@ -20,6 +20,10 @@ from mole_mega.training.trainer import wrap
 
 def grads(A, B, G):
     return B.mT @ G, G @ A.mT
+
+
+def precondition(grad_A, grad_B, gram_A, gram_B, delta):
+    return solve(gram_B, grad_A, delta), solve(gram_A, grad_B.mT, delta).mT
 
 
 def preconditioned(A, B, G, delta=0.0):

@@ -89,16 +89,9 @@ class Riemannian(Method):
             pair.B.gradient.copy_(solve(gram_A, pair.B.gradient.mT, delta).mT)
 
 
-def precondition(
-    grad_A: torch.Tensor, grad_B: torch.Tensor, gram_A: torch.Tensor, gram_B: torch.Tensor, delta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dA, dB) of the formula above, in the dtype of the Gram matrices. grad_A [..., R, I] and grad_B [..., O, R] may
-    be parts of the whole along I and O; gram_A = A A^T and gram_B = B^T B, [..., R, R], are of the whole factors."""
-    return solve(gram_B, grad_A, delta), solve(gram_A, grad_B.mT, delta).mT
-
-
 def solve(gram: torch.Tensor, gradient: torch.Tensor, delta: float) -> torch.Tensor:
-    """(gram + delta I)^-1 gradient, [..., R, N], in the dtype of gram [..., R, R]."""
+    """(gram + delta I)^-1 gradient, [..., R, N], in the dtype of gram [..., R, R]: of the whole factor, where N may be
+    a part of it."""
     damping = delta * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # the check that solve_ex leaves out would wait for the device; the damped matrices are positive definite
     return torch.linalg.solve_ex(gram + damping, gradient.to(gram.dtype)).result
