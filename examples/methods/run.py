@@ -198,13 +198,9 @@ def search(rows: Sequence[Method], settings: Mapping[str, Any], args: argparse.N
     jobs = make_jobs(everything, [conflict.TUNING_SEED], settings, args, "validation")
     figures = runs.read_figures(runs.run_all(jobs, args.processes))
     return {
-        key: max(range(len(entries)), key=lambda i: _goodness(figures[entries[i][0].key]))
+        key: max(range(len(entries)), key=lambda i: conflict.goodness(figures[entries[i][0].key]))
         for key, entries in tried.items()
     }
-
-
-def _goodness(figures: Mapping[str, Mapping[int, float]]) -> tuple[float, float]:
-    return conflict.mean_over_domains(figures, "accuracy"), -conflict.mean_over_domains(figures, "loss")
 
 
 def measure(
