@@ -2,7 +2,8 @@
 backward, method and optimizer.
 
 The model, its step and the methods are the product's own, on one process; the base has random weights. Cases are
-interleaved (each repeat runs all of them, starting with another one) and the ratio of each is the median over repeats.
+interleaved (each repeat runs all of them, starting with another one), each right after a plain step, by which it is
+divided; the ratio of a case is the median over repeats. That of plain by plain says how much of it is noise.
 """
 
 import argparse
@@ -58,33 +59,41 @@ def main(argv: list[str] | None = None) -> int:
     """Run the bench; prints a line a case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--case", action="append", choices=list(_cases()), help="these alone, beside the plain step")
     args = parser.parse_args(argv)
     parallel = platform.initialize(ParallelConfig(), seed=0)
     size = _size(args.layers, args.hidden, args.tokens)
-    cases = _cases()
+    cases = {name: case for name, case in _cases().items() if name in ("plain", *(args.case or _cases()))}
     with tempfile.TemporaryDirectory() as scratch:
         run = _run(Path(scratch) / "base", args.tokens, args.precision)
         parity.make_base(run, size, parallel, Path(run.model.base))
         benches = {name: _stepper(run, size, parallel, changes) for name, (changes, _) in cases.items()}
     batch = _batch(size, args.tokens)
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    for bench in benches.values():
+        set_lr(bench.optimizer, 1, run.train)
+
+    def seconds(name: str) -> float:
+        start = time.perf_counter()
+        benches[name].train_step([batch])
+        return time.perf_counter() - start
+
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     names = list(cases)
     for repeat in range(args.repeats + 1):
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            set_lr(benches[name].optimizer, repeat + 1, run.train)
-            start = time.perf_counter()
-            benches[name].train_step([batch])
+            plain, own = seconds("plain"), seconds(name)
             if repeat:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
+                times[name].append((plain, own))
     rows = []
     for name, (_, target) in cases.items():
-        ratio = statistics.median(own / plain for own, plain in zip(times[name], times["plain"], strict=True))
-        rows.append({"case": name, "seconds": statistics.median(times[name]), "ratio": ratio, "target": target})
+        ratio = statistics.median(own / plain for plain, own in times[name])
+        median = statistics.median(own for _, own in times[name])
+        rows.append({"case": name, "seconds": median, "ratio": ratio, "target": target})
         print(f"{name:<26} {rows[-1]['seconds']:8.3f} s  {ratio:6.3f} of plain, at most {target:.2f}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
