@@ -23,12 +23,12 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mole_mega.adapters import bank, sharding
+from mole_mega.adapters.dropout import drop_cut, drop_whole
 from mole_mega.adapters.pairs import Pair, make_pair
 from mole_mega.config import AdapterConfig
 from mole_mega.platform.fp8 import frozen_weight
@@ -105,8 +105,7 @@ class LoRAColumn(torch.nn.Module):
         output, bias = super().forward(tokens, *args, **kwargs)
         x = tokens
         if lora.adapter.dropout and self.training:
-            # identical on every rank: the whole input is, and so must its dropout be
-            x, gradient = F.dropout(tokens, lora.adapter.dropout), None
+            x, gradient = drop_whole(tokens, lora.adapter.dropout), None
         factors_A = [getattr(self, f"lora_{p.name}_A") for p in lora.projections]
         factors_B = [getattr(self, f"lora_{p.name}_B") for p in lora.projections]
         scale = lora.adapter.scale
@@ -163,9 +162,7 @@ class LoRARow(torch.nn.Module):
         output, bias = super().forward(tokens)
         x = tokens
         if lora.adapter.dropout and self.training:
-            # each rank holds other features, and drops them by a state of its own
-            with get_cuda_rng_tracker().fork():
-                x, gradient = F.dropout(tokens, lora.adapter.dropout), None
+            x, gradient = drop_cut(tokens, lora.adapter.dropout), None
         factor_A = getattr(self, f"lora_{self._projection.name}_A")
         factor_B = getattr(self, f"lora_{self._projection.name}_B")
         output = bank.add_lora(output, x, [factor_A], [factor_B], lora.adapter.scale, gradient)

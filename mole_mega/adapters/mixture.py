@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -29,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank, whole_mlps
+from mole_mega.adapters.dropout import drop_cut, drop_whole
 from mole_mega.adapters.forms import uses_few
 from mole_mega.adapters.mixing import Gate, MaskedGate, PairedGate, make_gate, paired
 from mole_mega.adapters.mole import MoLEExperts, MoLELayer, SwiGLU
@@ -144,7 +144,7 @@ class MixtureExperts(MoLEExperts):
         fc1_T2F = self._base(self.linear_fc1, x_TH)
         fc1_T2F = gate.add_lora(
             fc1_T2F,
-            F.dropout(x_TH, adapter.dropout) if drops else x_TH,
+            drop_whole(x_TH, adapter.dropout) if drops else x_TH,
             [whole["lora_gate_A"], whole["lora_up_A"]],
             [whole["lora_gate_B"], whole["lora_up_B"]],
             scale,
@@ -156,7 +156,7 @@ class MixtureExperts(MoLEExperts):
             gate = gate_of_down(h_TF)
         return gate.add_lora(
             output_TH,
-            self._dropout_split(h_TF),
+            drop_cut(h_TF, adapter.dropout) if drops else h_TF,
             [whole["lora_down_A"]],
             [whole["lora_down_B"]],
             scale,
@@ -197,7 +197,7 @@ class MixtureExperts(MoLEExperts):
         h_NF, mixed_TF = whole_mlps.activate(
             gate,
             self._base(self.linear_fc1, x_TH),
-            F.dropout(x_TH, adapter.dropout) if drops else x_TH,
+            drop_whole(x_TH, adapter.dropout) if drops else x_TH,
             [whole["lora_gate_A"], whole["lora_up_A"]],
             [whole["lora_gate_B"], whole["lora_up_B"]],
             scale,
@@ -205,7 +205,8 @@ class MixtureExperts(MoLEExperts):
         )
         output_TH = self._base(self.linear_fc2, mixed_TF)
         A, B = [whole["lora_down_A"]], [whole["lora_down_B"]]
-        return gate.add_lora(output_TH, self._dropout_split(h_NF), A, B, scale, x_by_pair=True)
+        h_NF = drop_cut(h_NF, adapter.dropout) if drops else h_NF
+        return gate.add_lora(output_TH, h_NF, A, B, scale, x_by_pair=True)
 
 
 def prefetch_along(blocks: Sequence[MixtureExperts]) -> None:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -24,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
 from mole_mega.adapters import bank, cpu_kernels, sharding
+from mole_mega.adapters.dropout import drop_cut, drop_whole
 from mole_mega.adapters.mixed_factors import mix_factors
 from mole_mega.adapters.pairs import Pair, make_pair
 from mole_mega.config import AdapterConfig
@@ -240,7 +239,7 @@ class MoLEExperts(MLP):
         fc1_T2F = self._base(self.linear_fc1, dispatched_TH)
         fc1_T2F = bank.add_gated_expert_lora(
             fc1_T2F,
-            F.dropout(dispatched_TH, adapter.dropout) if drops else dispatched_TH,
+            drop_whole(dispatched_TH, adapter.dropout) if drops else dispatched_TH,
             self.lora_gate_A,
             self.lora_gate_B,
             self.lora_up_A,
@@ -254,7 +253,7 @@ class MoLEExperts(MLP):
         output_TH = self._base(self.linear_fc2, h_TF)
         output_TH = bank.add_expert_lora(
             output_TH,
-            self._dropout_split(h_TF),
+            drop_cut(h_TF, adapter.dropout) if drops else h_TF,
             self.lora_down_A,
             self.lora_down_B,
             tokens_per_expert_E,
@@ -274,13 +273,6 @@ class MoLEExperts(MLP):
         if not missing:
             return linear(x_TI)[0]
         return linear(F.pad(x_TI, (0, 0, 0, missing)))[0][: len(x_TI)]
-
-    def _dropout_split(self, h_TF: torch.Tensor) -> torch.Tensor:
-        """Dropout of features that expert-tensor ranks hold apart: each by a state of its own."""
-        if not self.adapter.dropout or not self.training:
-            return h_TF
-        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-            return F.dropout(h_TF, self.adapter.dropout)
 
     def pairs(self) -> list[Pair]:
         """Handles on this rank's part of the bank, one a projection with all experts that it has."""

@@ -277,17 +277,22 @@ class Event:
 
 @contextlib.contextmanager
 def _fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
-    """`CudaRNGStatesTracker.fork` on the CPU generator. The original also checks that the CPU generator stood still,
-    which here is the one that is meant to move."""
+    """`CudaRNGStatesTracker.fork` on the CPU generator, nested ones included: that of the state in use goes on with
+    it. The original also checks that the CPU generator stood still, which here is the one that is meant to move."""
     if name not in self.states_:
         raise KeyError(f"rng state {name} is not added")
-    outer = torch.get_rng_state()
+    outer, outer_name = torch.get_rng_state(), self._current_state_name
+    is_nested = outer_name != "default-rng"
+    if is_nested:
+        self.states_[outer_name] = outer
     torch.set_rng_state(self.states_[name])
+    self._current_state_name = name
     try:
         yield
     finally:
         self.states_[name] = torch.get_rng_state()
-        torch.set_rng_state(outer)
+        torch.set_rng_state(self.states_[outer_name] if is_nested else outer)
+        self._current_state_name = outer_name
 
 
 def _barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:

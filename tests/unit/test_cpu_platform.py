@@ -347,6 +347,15 @@ def test_forks_nest(tracker):
     assert draws() == seeded(3)
 
 
+def test_a_fork_of_the_state_in_use_goes_on_with_it(tracker):
+    tracker.add("a", 1)
+    with tracker.fork("a"):
+        first = draws(1)
+        with tracker.fork("a"):
+            second = draws(1)
+        assert first + second + draws(2) == seeded(1, 4)
+
+
 def test_an_unknown_state_is_named(tracker):
     with pytest.raises(KeyError, match="rng state nobody is not added"), tracker.fork("nobody"):
         pass
