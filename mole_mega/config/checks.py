@@ -34,6 +34,7 @@ def validate(config: RunConfig) -> None:
     _validate_forms(config.adapter)
     _validate_samples(config.adapter)
     _validate_tasks(config.adapter, config.data)
+    _validate_decay(config.adapter, config.train)
     _validate_optimizer(config.train)
     _validate_batch(config.train)
     _validate_sources("sources", config.data.sources)
@@ -203,6 +204,15 @@ def _validate_samples(adapter: AdapterConfig) -> None:
                     f"adapter.router_scope sample routes samples and not tokens, which adapter.{key} "
                     f"{getattr(adapter, key)} weighs; set it to 0"
                 )
+
+
+def _validate_decay(adapter: AdapterConfig, train: TrainConfig) -> None:
+    """Weight decay pulls to 0: what begins at 1 must not have it."""
+    if adapter.method == "mole" and adapter.shared_B and train.weight_decay:
+        raise ConfigError(
+            f"train.weight_decay {train.weight_decay} would pull the transforms of adapter.shared_B, which begin as "
+            "the identity, to 0; set it to 0"
+        )
 
 
 def _validate_tasks(adapter: AdapterConfig, data: DataConfig) -> None:

@@ -76,9 +76,9 @@ CASES = [
     case(PP, 2, SAMPLE, {"recompute": "full"}),
     case(TP_EP, 4, SAMPLE),
     case(PP_EP, 4, {**LINEAR, "gate": "prob", "top_k": 2, "balance_scope": "model"}),
-    case(TP_EP, 4, MTL),
-    case(TP, 2, {**MTL, "mix_temperature": 1.0}),
-    case(PP, 2, MTL, {"recompute": "full"}),
+    case(TP_EP, 4, MTL, NO_DECAY),
+    case(TP, 2, {**MTL, "mix_temperature": 1.0}, NO_DECAY),
+    case(PP, 2, MTL, {**NO_DECAY, "recompute": "full"}),
     case(TP, 2, SMORA),
     case(PP_EP, 4, SMORA, {"recompute": "full"}),
     case(TP_EP, 4, {**SMORA, "router_scope": "block"}),
@@ -95,7 +95,8 @@ CASES = [
     case(EP, 2, SAMPLE),
     case(TP, 2, MLPS),
     # last: the distributed optimizer is never freed
-    *(case(EP, 2, adapter, {"distributed_optimizer": True}) for adapter in (DENSE, MTL, SMORA)),
+    *(case(EP, 2, adapter, {"distributed_optimizer": True}) for adapter in (DENSE, SMORA)),
+    case(EP, 2, MTL, {**NO_DECAY, "distributed_optimizer": True}),
     case(EP, 2, BORA, NO_DECAY | {"distributed_optimizer": True}),
 ]
 

@@ -333,6 +333,7 @@ SIGMOID = {
         ({"adapter": MLPS | {"expert_parallel": "tokens"}}, ["top_k is 2", "weights"]),
         ({"adapter": {"shared_B": 2}}, ["adapter.shared_B mixes a B for each task", "router_scope must be task"]),
         ({"adapter": {**TASK, "shared_B": 2}}, ["adapter.share_A must be true, got false"]),
+        ({"adapter": {**MTL, "num_experts": 2}, "train": {"weight_decay": 0.1}}, ["weight_decay 0.1 would pull"]),
         ({"adapter": {**MTL, "methods": [{"name": "bora", "tau": 1}]}}, ["shared_B", "adapter.methods must be []"]),
         (
             {"adapter": {**SIGMOID, "balance_weight": 0.1}},
