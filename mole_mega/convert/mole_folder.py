@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,24 +98,31 @@ def _config(trained: Trained, adapter: AdapterConfig, base_reference: str | None
         # of the checkpoint that the run was trained on
         "base_hash": files.folder_hash(trained.base),
         "trained_steps": trained.trained_steps,
-        "mole": {
-            "method": adapter.method,
-            "num_experts": adapter.num_experts,
-            "rank": adapter.rank,
-            # of the scale alpha / rank
-            "alpha": adapter.alpha if adapter.scaling == "lora" else adapter.scale * adapter.rank,
-            "gate": adapter.gate,
-            "top_k": adapter.top_k,
-            "router_scope": adapter.router_scope,
-            "renormalize": adapter.renormalize,
-            "share_A": adapter.share_A,
-            "expert_form": adapter.expert_form,
-            "router_score": adapter.router_score,
-            "layers": adapter.layers,
-            "attention": adapter.attention,
-            "router_bias": adapter.router_bias,
-        },
+        "mole": _section(adapter),
     } | ({} if base_reference is None else {"base_model_name_or_path": base_reference})  # fmt: skip
+
+
+def _section(adapter: AdapterConfig) -> dict[str, Any]:
+    """What the exported model's code hears of a run's adapters; keys that they do not hear are as by default."""
+    idle: dict[str, Any] = {f.name: f.default for f in fields(adapter) if f.name in adapter.without_effect}
+    adapter = replace(adapter, **idle)
+    return {
+        "method": adapter.method,
+        "num_experts": adapter.num_experts,
+        "rank": adapter.rank,
+        # of the scale alpha / rank
+        "alpha": adapter.alpha if adapter.scaling == "lora" else adapter.scale * adapter.rank,
+        "gate": adapter.gate,
+        "top_k": adapter.top_k,
+        "router_scope": adapter.router_scope,
+        "renormalize": adapter.renormalize,
+        "share_A": adapter.share_A,
+        "expert_form": adapter.expert_form,
+        "router_score": adapter.router_score,
+        "layers": adapter.layers,
+        "attention": adapter.attention,
+        "router_bias": adapter.router_bias,
+    }
 
 
 def _model_card(adapter: AdapterConfig, base_reference: str | None) -> str:

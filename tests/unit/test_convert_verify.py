@@ -178,6 +178,10 @@ RUNS = {
         AdapterConfig(num_experts=3, rank=4, router_scope="linear", top_k=2, expert_parallel="weights"),
     ),
     "mole, lora": ("mole", LORA),
+    "mole, lora beside keys of mixtures": (
+        "mole",
+        AdapterConfig(method="lora", rank=4, num_experts=1, top_k=2, router_scope="task", gate="dense"),
+    ),
     "merged, lora": ("merged", LORA),
     "merged, one expert": ("merged", ONE_EXPERT),
     "merged, one expert by instruction": (
