@@ -50,6 +50,8 @@ _ADAPTER_KEYS = (
     "method", "num_experts", "rank", "alpha", "scaling", "gate", "top_k", "router_scope", "renormalize", "share_A",
     "shared_B", "mix_temperature", "expert_form", "router_score", "router_bias", "attention", "layers",
 )  # fmt: skip
+# Of these the ones that another run may begin with otherwise: it trains its own choice of the same experts.
+_KEYS_OF_USE = ("gate", "top_k", "router_scope", "renormalize", "router_score")
 
 
 @dataclass(frozen=True)
@@ -313,14 +315,25 @@ def read_adapter(folder: Path) -> AdapterConfig:
         raise files.CheckpointError(f"{path} does not describe adapters: {files.reason(error)}") from error
 
 
+def used_otherwise(path: Path, adapter: AdapterConfig) -> list[str]:
+    """For people: how experts that `warm_start` reads were chosen and weighed there and will not be here."""
+    source = _adapter_of(path)
+    keys = [key for key in _KEYS_OF_USE if key not in adapter.without_effect | source.without_effect]
+    changes = {key: (getattr(source, key), getattr(adapter, key)) for key in keys}
+    return [f"adapter.{key} ({theirs} -> {ours})" for key, (theirs, ours) in changes.items() if theirs != ours]
+
+
+def _adapter_of(path: Path) -> AdapterConfig:
+    if (path / ADAPTER_FILE).is_file():
+        return read_adapter(path)
+    if (path / "config.yaml").is_file():
+        return run_config.load(path / "config.yaml").adapter
+    raise files.CheckpointError(f"{path} holds no adapters: it has neither {ADAPTER_FILE} nor config.yaml")
+
+
 def _check_same_adapters(path: Path, adapter: AdapterConfig) -> None:
     """What the tensors' names and shapes do not show, or show late: above all the scale."""
-    if (path / ADAPTER_FILE).is_file():
-        source = read_adapter(path)
-    elif (path / "config.yaml").is_file():
-        source = run_config.load(path / "config.yaml").adapter
-    else:
-        raise files.CheckpointError(f"{path} holds no adapters: it has neither {ADAPTER_FILE} nor config.yaml")
+    source = _adapter_of(path)
     of_meaning = ("method", "num_experts", "rank", "share_A", "expert_form", "mix_temperature")
     keys = [key for key in of_meaning if key not in adapter.without_effect]
     if not math.isclose(adapter.scale, source.scale, rel_tol=1e-6):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mole_mega.errors import CheckFailedError, ConfigError, ExitCode, quiet_libraries, report_errors
 
 if TYPE_CHECKING:
     from mole_mega.checkpoint.trained import Trained
+    from mole_mega.config import AdapterConfig
     from mole_mega.convert.folders import Counterpart
 
 
@@ -178,7 +180,8 @@ def _peft_to_megatron(args: argparse.Namespace) -> None:
             trained = find_trained(unproved, args.base)
             _prove(args, trained, lambda: adapters_counterpart(trained, args.peft, imported.filled))
     print(f"wrote {args.out}: start a run from it with {_settings(imported.adapter, args.out)}")
-    started_anew = [*(["the routers"] if not imported.has_router and imported.adapter.method == "mole" else [])]
+    routes = imported.adapter.method == "mole" and imported.adapter.router_scope != "task"
+    started_anew = ["the routers"] if routes and not imported.has_router else []
     started_anew += ["the projector (the base's)"] if not imported.has_projector else []
     if started_anew:
         print(f"not in the adapters, so that a run starts them by itself: {' and '.join(started_anew)}")
@@ -186,12 +189,16 @@ def _peft_to_megatron(args: argparse.Namespace) -> None:
         print(f"filled with fresh factors (B = 0): {len(imported.filled)} modules, first {imported.filled[0]}")
 
 
-def _settings(adapter: Any, out: Path) -> str:
-    """What a run's config has to say to start from converted adapters."""
-    keys = ["method", "rank", "alpha", "attention", "layers"]
-    if adapter.method == "mole":
-        keys += ["num_experts", "gate", "router_bias"]
-    values = {key: getattr(adapter, key) for key in keys}
+def _settings(adapter: AdapterConfig, out: Path) -> str:
+    """What a run's config has to say to start from converted adapters: what they are, and what of their use is not as
+    it is by default."""
+    always = {"method", "num_experts", "rank", "alpha", "gate", "router_bias", "attention", "layers"}
+    values = {
+        field.name: getattr(adapter, field.name)
+        for field in dataclasses.fields(adapter)
+        if field.name not in adapter.without_effect | {"methods"}
+        and (field.name in always or getattr(adapter, field.name) != field.default)
+    }
     if adapter.layers != "all":
         values["layers"] = f"[{','.join(map(str, adapter.layers))}]"
     settings = [f"adapter.{key}={str(value).lower()}" for key, value in values.items()]

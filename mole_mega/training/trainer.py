@@ -31,6 +31,7 @@ from mole_mega.checkpoint.store import (
     latest_checkpoint,
     load_weights,
     trainable_entries,
+    used_otherwise,
     warm_start,
 )
 from mole_mega.config import ConfigError, RunConfig
@@ -383,6 +384,8 @@ class Trainer:
             kept = warm_start(self.model, source, self.run.adapter)
             self.optimizer.reload_model_params()
             self._say(f"starting from the adapters of {source}")
+            if changes := used_otherwise(source, self.run.adapter):
+                self._say(f"used otherwise than there: {', '.join(changes)}")
             if kept:
                 self._say(f"not in it, and as a fresh run has them: {len(kept)} tensors, first {kept[0]}")
         elif self.stepper.methods:

@@ -236,6 +236,31 @@ def test_a_run_starts_from_a_converted_adapter(start, run_dir, write_run, tmp_pa
     assert len(factors) == 4 * 14 and all(torch.equal(step[name], before[name]) for name in factors)
 
 
+def test_how_experts_are_used_is_said_and_another_use_is_told(base, convert, run_dir, write_run, tmp_path):
+    keys = {
+        "top_k": 2, "renormalize": True, "expert_parallel": "weights", "share_A": True, "scaling": "rslora",
+    }  # fmt: skip
+    path = write_run(train={"steps": 1}, adapter=keys)
+    code, text = commands.run([path, f"run_dir={tmp_path / 'two'}"], tmp_path / "log")
+    assert code == 0, text
+    code, text = convert(
+        "megatron-to-hf", "--checkpoint", tmp_path / "two", "--format", "peft", "--out", tmp_path / "p"
+    )
+    assert code == 0, text
+    code, text = convert("peft-to-megatron", "--peft", tmp_path / "p", "--base", base, "--out", tmp_path / "start")
+    assert code == 0, text
+    settings = text.split("start a run from it with ")[1].splitlines()[0].split()
+    assert {f"adapter.{key}={str(value).lower()}" for key, value in keys.items()} <= set(settings)
+    plain = write_run(train={"steps": 1, "warmup_steps": 0}, adapter={"rank": 2, "alpha": 1})
+    code, text = commands.run([plain, *settings, f"run_dir={tmp_path / 'same'}"], tmp_path / "log")
+    assert code == 0 and "used otherwise" not in text, text
+    other = [word for word in settings if "top_k" not in word and "renormalize" not in word]
+    code, text = commands.run([plain, *other, f"run_dir={tmp_path / 'other'}"], tmp_path / "log")
+    assert (
+        code == 0 and "used otherwise than there: adapter.top_k (2 -> 1), adapter.renormalize (True -> False)" in text
+    )
+
+
 @pytest.mark.parametrize("key", ["alpha", "rank", "num_experts"])
 def test_a_run_that_says_other_adapters_is_refused(key, start, write_run, tmp_path):
     _, settings = start
