@@ -18,12 +18,13 @@ from megatron.core.tensor_parallel.random import (
 
 
 def drop_whole(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """Of an input that is the same on all tensor-parallel ranks: they drop the same of it."""
+    """Dropout of an input of any shape that is the same on all tensor-parallel ranks: they drop the same of it. What
+    stays is divided by 1 - probability."""
     return _drop(x, probability, get_data_parallel_rng_tracker_name())
 
 
 def drop_cut(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """Of an input whose features tensor-parallel ranks hold apart: each drops its own."""
+    """As `drop_whole`, of an input whose features tensor-parallel ranks hold apart: each drops its own."""
     return _drop(x, probability, get_expert_parallel_rng_tracker_name())
 
 

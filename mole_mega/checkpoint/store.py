@@ -316,7 +316,8 @@ def read_adapter(folder: Path) -> AdapterConfig:
 
 
 def used_otherwise(path: Path, adapter: AdapterConfig) -> list[str]:
-    """For people: how experts that `warm_start` reads were chosen and weighed there and will not be here."""
+    """For people: how experts that `warm_start` reads were chosen and weighed there and will not be here. Raises
+    CheckpointError where `path` does not say what its adapters are."""
     source = _adapter_of(path)
     keys = [key for key in _KEYS_OF_USE if key not in adapter.without_effect | source.without_effect]
     changes = {key: (getattr(source, key), getattr(adapter, key)) for key in keys}

@@ -236,7 +236,7 @@ def test_a_run_starts_from_a_converted_adapter(start, run_dir, write_run, tmp_pa
     assert len(factors) == 4 * 14 and all(torch.equal(step[name], before[name]) for name in factors)
 
 
-def test_how_experts_are_used_is_said_and_another_use_is_told(base, convert, run_dir, write_run, tmp_path):
+def test_how_experts_are_used_is_said_and_another_use_is_told(base, convert, write_run, tmp_path):
     keys = {
         "top_k": 2, "renormalize": True, "expert_parallel": "weights", "share_A": True, "scaling": "rslora",
     }  # fmt: skip
