@@ -284,16 +284,23 @@ void to_rank(const T* x, int64_t ldx, const int64_t* rows, const int64_t* starts
   }
 }
 
-// out = z M, or base + z M where base is given: out itself with the same rows, which several sorted rows may share; or
-// another tensor, of which base_rows says a sorted row's.
+// What lies at M + offset in each of P tensors, [R / P, width] below one another: as `interleave` leaves it.
 template <typename T>
-void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E, int64_t R, int64_t O,
-               const T* z, int64_t ldz, const T* const* M, int64_t P, int64_t stride_e, int64_t stride_r,
-               int64_t stride_o, const T* base, int64_t ldb, const int64_t* base_rows, int64_t threads) {
+void interleave_parts(const T* const* M, int64_t P, int64_t offset, int64_t stride_r, int64_t stride_o, int64_t R,
+                      int64_t width, T* out) {
+  for (int64_t p = 0; p < P; ++p)
+    interleave(M[p] + offset, stride_r, stride_o, R / P, width, out + p * (R / P) * width, width);
+}
+
+// out = z M, or base + z M where base is given: out itself, or another tensor, of which base_rows says a sorted row's.
+template <typename T>
+void from_rank(T* out, int64_t ldo, const int64_t* starts, int64_t E, int64_t R, int64_t O, const T* z, int64_t ldz,
+               const T* const* M, int64_t P, int64_t stride_e, int64_t stride_r, int64_t stride_o, const T* base,
+               int64_t ldb, const int64_t* base_rows, int64_t threads) {
   const int64_t blocks = (O + kAdded - 1) / kAdded;
   const bool once = base != out;  // what is written is not read here
   const auto base_of = [&](int64_t n) { return base + (base_rows ? base_rows[n] : n) * ldb; };
-  // Threads share the columns: two experts may add to one row.
+  // Threads share the columns: an expert's matrix is packed once.
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t part = 0; part < threads; ++part) {
     const int64_t from = blocks * part / threads * kAdded, to = std::min(blocks * (part + 1) / threads * kAdded, O);
@@ -305,11 +312,8 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
       if (starts[e] == starts[e + 1]) continue;
       const bool as_it_lies = kPair<T> == 1 && stride_o == 1;
       for (int64_t column = from; column < to && !as_it_lies; column += kAdded)
-        for (int64_t p = 0; p < P; ++p) {
-          const int64_t width = std::min(kAdded, to - column);
-          interleave(M[p] + e * stride_e + column * stride_o, stride_r, stride_o, R / P, width,
-                     packed + packed_rows * (column - from) + p * (R / P) * width, width);
-        }
+        interleave_parts(M, P, e * stride_e + column * stride_o, stride_r, stride_o, R, std::min(kAdded, to - column),
+                         packed + packed_rows * (column - from));
       for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
         const int64_t count = std::min(kRows, starts[e + 1] - first);
         int64_t leading = ldz;
@@ -325,7 +329,7 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
             blas::brgemm(height, width, R, leading, width, width, false, block, packed + packed_rows * (column - from),
                          sums, kPair<T> > 1);
           for (int64_t n = first; n < first + count; ++n) {
-            T* to_row = out + (rows ? rows[n] : n) * ldo + column;
+            T* to_row = out + n * ldo + column;
             const float* sum = sums + (n - first) * width;
             if (!base) {
               put<false>(sum, to_row, width);
@@ -345,6 +349,52 @@ void from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, 
     }
     blas::brgemm_release(kPair<T> > 1);
     written();
+  }
+}
+
+// out = the sum of what a token's sorted rows give, z M; or out + that, where `add`. It is rounded once and not with each
+// expert: what one adds may be too little for the last place of what it is added to.
+template <typename T>
+void sum_from_rank(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E, int64_t R, int64_t O,
+                   const T* z, int64_t ldz, const T* const* M, int64_t P, int64_t stride_e, int64_t stride_r,
+                   int64_t stride_o, int64_t tokens, bool add, int64_t threads) {
+  const int64_t strips = (O + kAdded - 1) / kAdded;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Memory of_matrix, of_rows, of_sums, of_tokens;
+    T* packed = of_matrix.room<T>((R + 1) * kAdded);
+    float* sums = of_sums.room<float>(kRows * kAdded);
+    float* total = of_tokens.room<float>(tokens * kAdded);
+#pragma omp for schedule(static)
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t column = strip * kAdded, width = std::min(kAdded, O - column);
+      std::memset(total, 0, tokens * width * sizeof(float));
+      for (int64_t e = 0; e < E; ++e) {
+        if (starts[e] == starts[e + 1]) continue;
+        interleave_parts(M, P, e * stride_e + column * stride_o, stride_r, stride_o, R, width, packed);
+        for (int64_t first = starts[e]; first < starts[e + 1]; first += kRows) {
+          const int64_t count = std::min(kRows, starts[e + 1] - first);
+          const int64_t height = filled_up<T>(count, kRows);
+          int64_t leading = ldz;
+          const T* block = block_of(z, leading, nullptr, first, height, starts[e + 1], starts[E], R, of_rows);
+          blas::brgemm(height, width, R, leading, width, width, false, block, packed, sums, kPair<T> > 1);
+          for (int64_t i = 0; i < count; ++i) {
+            float* of_token = total + rows[first + i] * width;
+            put<true>(sums + i * width, of_token, width, of_token);
+          }
+        }
+      }
+      for (int64_t t = 0; t < tokens; ++t) {
+        T* to = out + t * ldo + column;
+        if (add) {
+          if (t + kAhead < tokens) fetch(to + kAhead * ldo, width);
+          put<true>(total + t * width, to, width, to);
+        } else {
+          put<false>(total + t * width, to, width);
+        }
+      }
+    }
+    blas::brgemm_release(kPair<T> > 1);
   }
 }
 
@@ -1045,12 +1095,18 @@ int available() {
                                    int64_t stride_i, int64_t stride_r, T* z, int64_t ldz, int64_t threads) {          \
     to_rank(x, ldx, rows, starts, E, I, R, M, P, stride_e, stride_i, stride_r, z, ldz, threads);                      \
   }                                                                                                                   \
-  extern "C" void from_rank_##suffix(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E,      \
-                                     int64_t R, int64_t O, const T* z, int64_t ldz, const T* const* M, int64_t P,     \
-                                     int64_t stride_e, int64_t stride_r, int64_t stride_o, const T* base,             \
-                                     int64_t ldb, const int64_t* base_rows, int64_t threads) {                        \
-    from_rank(out, ldo, rows, starts, E, R, O, z, ldz, M, P, stride_e, stride_r, stride_o, base, ldb, base_rows,      \
-              threads);                                                                                               \
+  extern "C" void from_rank_##suffix(T* out, int64_t ldo, const int64_t* starts, int64_t E, int64_t R, int64_t O,     \
+                                     const T* z, int64_t ldz, const T* const* M, int64_t P, int64_t stride_e,         \
+                                     int64_t stride_r, int64_t stride_o, const T* base, int64_t ldb,                  \
+                                     const int64_t* base_rows, int64_t threads) {                                     \
+    from_rank(out, ldo, starts, E, R, O, z, ldz, M, P, stride_e, stride_r, stride_o, base, ldb, base_rows, threads);  \
+  }                                                                                                                   \
+  extern "C" void sum_from_rank_##suffix(T* out, int64_t ldo, const int64_t* rows, const int64_t* starts, int64_t E,  \
+                                         int64_t R, int64_t O, const T* z, int64_t ldz, const T* const* M, int64_t P, \
+                                         int64_t stride_e, int64_t stride_r, int64_t stride_o, int64_t tokens,        \
+                                         int64_t add, int64_t threads) {                                              \
+    sum_from_rank(out, ldo, rows, starts, E, R, O, z, ldz, M, P, stride_e, stride_r, stride_o, tokens, add != 0,      \
+                  threads);                                                                                           \
   }                                                                                                                   \
   extern "C" void outer_##suffix(const T* z, int64_t ldz, const T* wide, int64_t ldw, const int64_t* rows,            \
                                  const int64_t* starts, int64_t E, int64_t R, int64_t W, T* const* grad, int64_t P,   \

@@ -70,18 +70,19 @@ class CompiledProducts:
 
     def from_rank(self, z_NR: Tensor, M_P: Sequence[Tensor], num_tokens: int) -> Tensor:
         """[T, O]: the sum of what each row gives, by M_P [E, R / P, O]."""
-        shape = num_tokens, M_P[0].shape[2]
+        out_TO = z_NR.new_empty(num_tokens, M_P[0].shape[2])
         if self._row_N is None:
-            out_TO = z_NR.new_empty(shape)
             self._from_rank(out_TO, z_NR, M_P, None)
         else:
-            out_TO = z_NR.new_zeros(shape)
-            self.add_from_rank_(out_TO, z_NR, M_P)
+            self._sum_from_rank(out_TO, z_NR, M_P, add=False)
         return out_TO
 
     def add_from_rank_(self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor]) -> None:
-        """out += what each row gives."""
-        self._from_rank(out_TO, z_NR, M_P, out_TO, self._row_N)
+        """out += what each row gives; the sum of all is rounded once."""
+        if self._row_N is None:
+            self._from_rank(out_TO, z_NR, M_P, out_TO)
+        else:
+            self._sum_from_rank(out_TO, z_NR, M_P, add=True)
 
     def put_from_rank(
         self, out_NO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], base_TO: Tensor, token_N: Tensor
@@ -112,11 +113,13 @@ class CompiledProducts:
     def _from_rank(
         self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], base: Tensor | None, base_row_N: Tensor | None = None
     ) -> None:
-        num_experts, rank, width = M_P[0].shape
         assert base is None or base.stride(1) == 1
-        sizes, ranks = (num_experts, rank * len(M_P), width), (z_NR, z_NR.stride(0), *_lying(M_P))
+        leading, _, starts = self._wide(out_TO)
         added = (base, 0 if base is None else base.stride(0), base_row_N)
-        self._call("from_rank", out_TO, *self._wide(out_TO), *sizes, *ranks, *added)
+        self._call("from_rank", out_TO, leading, starts, *_thin(z_NR, M_P), *added)
+
+    def _sum_from_rank(self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], *, add: bool) -> None:
+        self._call("sum_from_rank", out_TO, *self._wide(out_TO), *_thin(z_NR, M_P), len(out_TO), add)
 
     def _wide(self, wide: Tensor) -> tuple[int, Tensor | None, Tensor]:
         assert wide.stride(1) == 1 and (self._row_N is not None or len(wide) == self.num_rows)
@@ -135,6 +138,12 @@ def _lying(M_P: Sequence[Tensor]) -> tuple[list[Tensor], int, int, int, int]:
     assert all(M.shape == M_P[0].shape and M.stride() == M_P[0].stride() for M in M_P)
     stride_e, stride_1, stride_2 = M_P[0].stride()
     return list(M_P), len(M_P), stride_e, stride_1, stride_2
+
+
+def _thin(z_NR: Tensor, M_P: Sequence[Tensor]) -> tuple[_Value, ...]:
+    """The sizes of a product of z and the experts' matrices, and its factors."""
+    num_experts, rank, width = M_P[0].shape
+    return num_experts, rank * len(M_P), width, z_NR, z_NR.stride(0), *_lying(M_P)
 
 
 def weigh(found: ctypes.CDLL, z_NR: Tensor, weight_N: Tensor, scale: float) -> Tensor:

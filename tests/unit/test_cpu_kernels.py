@@ -111,6 +111,20 @@ def test_from_rank(kernels, threads, dtype, scattered, width, rank, parts, rank_
     assert_near(products.from_rank(z_NR, M_P, num_rows), summed)
 
 
+@pytest.mark.parametrize("experts", [2, 4, 8])
+def test_a_sum_over_a_tokens_rows_is_rounded_once(kernels, threads, experts):
+    """1 + 0.003 is 1 in bf16: added one by one, so would be any number of them."""
+    tokens, width = 50, 140
+    products = CompiledProducts(
+        kernels(torch.bfloat16), torch.full((experts,), tokens), torch.arange(tokens).repeat(experts)
+    )
+    z_NR = torch.tensor([[0.003, 0]]).bfloat16().expand(tokens * experts, 2).contiguous()
+    M_ERO = torch.ones(experts, 2, width, dtype=torch.bfloat16)
+    out_TO = torch.ones(tokens, width, dtype=torch.bfloat16)
+    products.add_from_rank_(out_TO, z_NR, [M_ERO])
+    assert torch.equal(out_TO, (1 + experts * z_NR[:1, :1].float()).bfloat16().expand(tokens, width))
+
+
 @SCATTERED
 @DTYPES
 @SIZES
