@@ -28,10 +28,13 @@ def main(argv: list[str]) -> int:
     with report_errors(debug=args.debug) as outcome:
         if not args.debug:
             quiet_libraries()
+        if args.max_processes < 2:
+            raise ConfigError(f"--max-processes must be at least 2, got {args.max_processes}: there is no other layout")
         if args.json:
             check_file(args.json, "--json")
         from mole_mega.checkpoint.base import read_size
-        from mole_mega.training.parity import Case, layout_name, scaled_down, standard_layouts, table, verify
+        from mole_mega.training import parity
+        from mole_mega.training.parity import Case, layout_name, scaled_down, standard_layouts, table
 
         user_run = config.load(args.run, args.overrides)
         run, size = scaled_down(user_run, read_size(Path(user_run.model.base)))
@@ -48,7 +51,12 @@ def main(argv: list[str]) -> int:
                 cases.append(Case(layout_name(layout, world), candidate, world))
             except ConfigError as error:
                 skipped.append(f"left out {layout_name(layout, world)}: {error}")
-        comparisons = verify(cases, size)
+        try:
+            comparisons = parity.verify(cases, size, debug=args.debug)
+        except parity.RecordingError as error:
+            if args.debug:
+                raise
+            return error.code  # the process that recorded has said why
         print(table(comparisons))
         for line in skipped:
             print(line)
@@ -57,6 +65,8 @@ def main(argv: list[str]) -> int:
                      "gradient": _plain(c.gradient), "weight": _plain(c.weight), "equal": c.equal}
                     for c in comparisons]  # fmt: skip
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        if not comparisons:
+            outcome.code = ExitCode.NOTHING_CHECKED
         if not all(c.equal for c in comparisons):
             outcome.code = ExitCode.CHECK_FAILED
     return outcome.code

@@ -28,6 +28,7 @@ from mole_mega.checkpoint.store import trainable_entries, weight_entries
 from mole_mega.config import AdapterConfig, Fp8Config, ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
+from mole_mega.errors import report_errors
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
@@ -53,6 +54,14 @@ class Case:
     name: str
     run: RunConfig
     world_size: int
+
+
+class RecordingError(RuntimeError):
+    """A case could not be recorded; its process has said why, and ended with this exit code."""
+
+    def __init__(self, world_size: int, code: int) -> None:
+        super().__init__(f"recording on {world_size} processes ended with exit code {code}")
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -144,11 +153,17 @@ def _scaled_alpha(adapter: AdapterConfig, rank: int) -> float:
     return adapter.alpha * adapter.scale / replace(adapter, rank=rank).scale
 
 
-def batches(size: LlavaSize, step: int, rank: int, world: int, pad_to: int = 8) -> list[Batch]:
+def batches(size: LlavaSize, step: int, rank: int, world: int, pad_to: int = 8, num_sources: int = 2) -> list[Batch]:
     """This data-parallel rank's two-sample micro-batches of a made global batch of 8: samples of different lengths with
-    0 to 3 images, one micro-batch of text alone, in every layout and with any padding the same."""
-    chunks = [_padded(_batch(size, step, chunk), pad_to) for chunk in range(4)]
+    0 to 3 images, one micro-batch of text alone, in every layout and with any padding the same. Sources take turns:
+    a micro-batch has one or two, and 8 a step are seen."""
+    chunks = [_padded(_batch(size, step, chunk, num_sources), pad_to) for chunk in range(4)]
     return chunks[rank::world]
+
+
+def _num_sources(adapter: AdapterConfig) -> int:
+    """Where each source has an expert of its own, as many as those; else two, to be counted apart."""
+    return adapter.num_experts if adapter.router_scope == "task" else 2
 
 
 def _padded(batch: Batch, multiple: int) -> Batch:
@@ -168,7 +183,7 @@ def _padded(batch: Batch, multiple: int) -> Batch:
     )
 
 
-def _batch(size: LlavaSize, step: int, chunk: int) -> Batch:
+def _batch(size: LlavaSize, step: int, chunk: int, num_sources: int) -> Batch:
     generator = torch.Generator().manual_seed(1000 * step + chunk)
     places, image_size = size.vision.num_places, size.vision.image_size
     images_B = [(0, 0), (1, 3), (2, 0), (1, 1)][chunk]
@@ -190,7 +205,7 @@ def _batch(size: LlavaSize, step: int, chunk: int) -> Batch:
         position_ids=torch.arange(length).expand(2, length),
         pixels=torch.randn(sum(images_B), 3, image_size, image_size, generator=generator),
         image_mask=image_mask,
-        domains=torch.tensor([chunk % 2, 0]),
+        domains=torch.tensor([8 * step + chunk, 8 * step + chunk + 4]) % num_sources,
         sample_ids=tuple(f"{step}.{chunk}.{row}" for row in range(2)),
     )
 
@@ -212,15 +227,17 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
     entries = trainable_entries(model)
     _fill_adapters(entries, run.adapter.scale)
     optimizer = build_optimizer(model, run.train)
-    stepper = Stepper(run, model, optimizer, parallel, num_domains=2)
+    num_sources = _num_sources(run.adapter)
+    stepper = Stepper(run, model, optimizer, parallel, num_domains=num_sources)
     parameters = dict(model.module.named_parameters())
     rank, world, pad_to = parallel.dp_rank, parallel.dp_size, math.lcm(8, sequence_multiple(run))
-    scores = stepper.evaluate(batches(size, 0, rank, world, pad_to))
+    scores = stepper.evaluate(batches(size, 0, rank, world, pad_to, num_sources))
     result = {f"loss/validation_{row}": sums.clone() for row, sums in zip(SCORE_ROWS, scores, strict=True)}
     for step in range(STEPS):
         set_lr(optimizer, step + 1, run.train)
         # whole where they are compared; elsewhere as the run itself has them
-        stepper.backward(batches(size, step, rank, world, pad_to), whole_gradients=step == 0)
+        micro_batches = batches(size, step, rank, world, pad_to, num_sources)
+        stepper.backward(micro_batches, whole_gradients=step == 0)
         if step == 0:
             gradients = {name: parameters[name].main_grad for name in entries}
             result |= {f"gradient/{key}": tensor for key, tensor in _whole(entries, gradients, parallel).items()}
@@ -314,8 +331,9 @@ def norm_to_measure_by(key: str, reference: dict[str, torch.Tensor]) -> float:
     return own
 
 
-def verify(cases: Sequence[Case], size: LlavaSize) -> list[Comparison]:
-    """Record every case and its reference, one launch a world size, and compare. RuntimeError if a launch fails."""
+def verify(cases: Sequence[Case], size: LlavaSize, *, debug: bool = True) -> list[Comparison]:
+    """Record every case and its reference, one launch a world size, and compare. Raises RecordingError if a launch
+    fails, of which without `debug` one line tells."""
     references = {_reference(case).name: _reference(case) for case in cases}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -327,9 +345,9 @@ def verify(cases: Sequence[Case], size: LlavaSize) -> list[Comparison]:
             listing = folder / f"cases_{world_size}.json"
             tree = [{"name": c.name, "run": run_config.to_dict(_with_base(c.run, folder / "base"))} for c in group]
             listing.write_text(json.dumps(tree))
-            code = launch_worker("mole_mega.training.parity", [str(listing)], world_size)
+            code = launch_worker("mole_mega.training.parity", [str(listing), *["--debug"] * debug], world_size)
             if code:
-                raise RuntimeError(f"recording on {world_size} processes ended with exit code {code}")
+                raise RecordingError(world_size, code)
         return [
             compare(case, load_file(folder / f"{_reference(case).name}.st"), load_file(folder / f"{case.name}.st"))
             for case in cases
@@ -354,8 +372,14 @@ def table(comparisons: Iterable[Comparison]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The worker: record the cases of a listing, all of this world size."""
-    listing = Path(arguments[0])
+    """The worker: record the cases of a listing, all of this world size. Returns the exit code."""
+    listing, *flags = arguments
+    with report_errors(debug="--debug" in flags) as outcome:
+        _record_all(Path(listing))
+    return outcome.code
+
+
+def _record_all(listing: Path) -> None:
     size = LlavaSize.from_json(listing.parent / "size.json")
     for tree in json.loads(listing.read_text()):
         run = run_config.from_dict(tree["run"])
@@ -368,7 +392,6 @@ def main(arguments: list[str]) -> int:
             save_file(measured, listing.parent / f"{tree['name']}.st")
         platform.leave_groups()
     platform.shutdown()
-    return 0
 
 
 def _reference(case: Case) -> Case:

@@ -7,7 +7,8 @@ import sys
 import commands
 import pytest
 
-from mole_mega.errors import ExitCode
+from mole_mega.errors import ConfigError, ExitCode
+from mole_mega.training import parity
 
 
 def test_it_prints_the_table_and_nothing_else(write_run, tmp_path):
@@ -35,6 +36,7 @@ def test_it_prints_the_table_and_nothing_else(write_run, tmp_path):
         (["train.lrr=1"], "unknown config key train.lrr"),
         (["--json", "/proc/none/rows.json"], "--json: "),
         (["model.base=nowhere"], "nowhere is not a complete checkpoint"),
+        (["--max-processes", "1"], "--max-processes must be at least 2, got 1"),
     ],
 )
 def test_a_mistake_is_one_line(write_run, tmp_path, arguments, message):
@@ -42,3 +44,36 @@ def test_a_mistake_is_one_line(write_run, tmp_path, arguments, message):
     assert code == ExitCode.INPUT_ERROR
     (line,) = text.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+NO_ROUTER = ("gate=none", "balance_weight=0", "z_loss_weight=0")
+TASK = ["data.sources=[{name: only, path: made}]", "data.validation=[]"]
+TASK += [f"adapter.{option}" for option in ("router_scope=task", "num_experts=1", *NO_ROUTER)]
+SPARSE = "{name: lorasculpt, density: 0.001, prune_step: 2, conflict_weight: 0.0}"
+
+
+@pytest.mark.parametrize(
+    "overrides", [TASK, ["adapter.rank=1", f"adapter.methods=[{SPARSE}]"]], ids=["one source", "hardly a number left"]
+)
+def test_what_is_little_in_a_run_can_be_proved_too(write_run, tmp_path, overrides):
+    """A task's only expert; a density that of a small model's factors would keep nothing."""
+    arguments = [write_run(), *overrides, "--max-processes", "2"]
+    code, text = commands.run(arguments, tmp_path / "log", module="mole_mega.verify_parallel")
+    assert code == ExitCode.DONE, text
+    assert "TP 2 + SP" in text and "DIFFERS" not in text
+
+
+def test_a_process_that_cannot_record_says_so_in_one_line(write_run, monkeypatch, capfd):
+    """Here it is this process itself."""
+    from mole_mega.verify_parallel import main
+
+    def refuse(*_):
+        raise ConfigError("density 0.1 keeps none of the 8 numbers")
+
+    monkeypatch.setattr(parity, "record", refuse)
+    monkeypatch.setattr(parity, "launch_worker", lambda module, arguments, nproc: parity.main(arguments))
+    assert main([str(write_run())]) == ExitCode.INPUT_ERROR
+    assert capfd.readouterr() == ("", "error: density 0.1 keeps none of the 8 numbers\n")
+    main([str(write_run()), "--debug"])
+    told = capfd.readouterr().err
+    assert "ConfigError: density 0.1" in told and "on 1 processes ended with exit code 2" in told

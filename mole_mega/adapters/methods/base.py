@@ -89,7 +89,8 @@ class Method:
 
     @classmethod
     def shortened(cls, options: Any, steps: int) -> Any:
-        """The options for a run of only so many steps, so that all that the method does happens in it."""
+        """The options for a run of only so many steps on a small model, so that all that the method does happens in
+        it."""
         return options
 
     @classmethod

@@ -36,6 +36,8 @@ from mole_mega.config import AdapterConfig, ConfigError, Count, NonNegative, Pos
 # as wide as W, in fp32: what the regulariser takes beside its gradients, whatever W's size and the number of experts
 _CHUNK_ROWS = 256
 _TINY = 1e-15
+# of the few numbers of a scaled-down model's factors some must stay
+_SMALL_DENSITY = 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,9 @@ class LoRASculpt(Method):
     @classmethod
     def shortened(cls, options: LoRASculptOptions, steps: int) -> LoRASculptOptions:
         ramp_steps = min(options.ramp_steps, steps // 3)
-        return replace(options, prune_step=min(options.prune_step, steps - ramp_steps), ramp_steps=ramp_steps)
+        prune_step = min(options.prune_step, steps - ramp_steps)
+        density = max(options.density, _SMALL_DENSITY)
+        return replace(options, density=density, prune_step=prune_step, ramp_steps=ramp_steps)
 
     @classmethod
     def state_bytes(cls, options: LoRASculptOptions, pairs: Sequence[PairSize]) -> int:
