@@ -113,7 +113,7 @@ class CompiledProducts:
     def _from_rank(
         self, out_TO: Tensor, z_NR: Tensor, M_P: Sequence[Tensor], base: Tensor | None, base_row_N: Tensor | None = None
     ) -> None:
-        assert base is None or base.stride(1) == 1
+        assert base is None or in_rows(base)
         leading, _, starts = self._wide(out_TO)
         added = (base, 0 if base is None else base.stride(0), base_row_N)
         self._call("from_rank", out_TO, leading, starts, *_thin(z_NR, M_P), *added)
@@ -122,7 +122,7 @@ class CompiledProducts:
         self._call("sum_from_rank", out_TO, *self._wide(out_TO), *_thin(z_NR, M_P), len(out_TO), add)
 
     def _wide(self, wide: Tensor) -> tuple[int, Tensor | None, Tensor]:
-        assert wide.stride(1) == 1 and (self._row_N is not None or len(wide) == self.num_rows)
+        assert in_rows(wide) and (self._row_N is not None or len(wide) == self.num_rows)
         return wide.stride(0), self._row_N, self._starts
 
     def _call(self, name: str, *values: _Value) -> None:

@@ -315,10 +315,10 @@ def methods(run: RunFolder) -> list[Block]:
         return [Paragraph("None was asked for.") if run.config else Missing("not recorded: there is no config.yaml")]
     blocks: list[Block] = []
     if named:
-        rows = [
-            (_field(method.get("name")), ", ".join(f"{key} {_field(v)}" for key, v in method.items() if key != "name"))
-            for method in named
-        ]
+        rows = []
+        for method in named:
+            options = ", ".join(f"{key} {_field(value)}" for key, value in method.items() if key != "name")
+            rows.append((_field(method.get("name")), options or "all as by default"))
         blocks.append(Table(("method", "options"), rows, text_columns=2))
     figures = [
         _curves({name: line}, f"{name}, at each logged step.", name.rpartition("/")[2], width=_HALF_WIDTH, height=200)

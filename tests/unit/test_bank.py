@@ -170,6 +170,17 @@ def test_an_expert_without_tokens_gets_a_gradient_of_exact_zeros(form, dtype, co
 
 
 @both_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_token_and_the_gradient_that_a_sum_sends(form, dtype):
+    """It is expanded, and of no numbers: its own copy too."""
+    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in make_inputs(form, [0, 0], rank=8)]
+    base, *rest = inputs
+    output = FORMS[form][0](base * 1, *rest, counts=torch.tensor([0, 0]))
+    for gradient in torch.autograd.grad(output.sum(), inputs):
+        assert not gradient.any()
+
+
+@both_forms
 def test_no_gradient_of_an_empty_expert_is_read_from_dirty_memory(form):
     counts, inputs = [0, 8, 0], make_inputs(form, [0, 8, 0], rank=8, wide=(512, 512))
     for _ in range(3):  # freed NaN blocks of the gradients' size, for the allocator to hand out again

@@ -90,13 +90,15 @@ def run_dir(tmp_path):
 def test_methods_are_shown_with_their_options_and_figures(run_dir):
     assert "None was asked for." in blocks_of(run_dir, sections.methods)[1]
     config = run_dir / "config.yaml"
-    methods = "methods: [{name: bora, tau: 0.5}, {name: riemannian, delta: 1.0e-6}], shared_B: 3, expert_form: mlp"
-    config.write_text(config.read_text().replace("gate: prob", f"gate: prob, {methods}"))
+    methods = "[{name: bora, tau: 0.5}, {name: riemannian, delta: 1.0e-6}, {name: lorasculpt}]"
+    asked = f"gate: prob, methods: {methods}, shared_B: 3, expert_form: mlp"
+    config.write_text(config.read_text().replace("gate: prob", asked))
     figures = [{"method/bora/prior": 0.5 * step} for step in range(1, 21)]
     write_lines(run_dir / "metrics.jsonl", [row(step + 1) | figure for step, figure in enumerate(figures)])
     kinds, text = blocks_of(run_dir, sections.methods)
     assert kinds == ["Table", "Figures"]
     assert "| bora | tau 0.5 |" in text and "| riemannian | delta 1.00e-06 |" in text
+    assert "| lorasculpt | all as by default |" in text
     assert "bora/prior, at each logged step." in text and "| bora/prior | 0.5 |" in text
     assert "gate prob, 3 B mixed, whole MLPs" in blocks_of(run_dir, sections.at_a_glance)[1]
     config.unlink()
