@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
         except parity.RecordingError as error:
             if args.debug:
                 raise
+            if error.code in (ExitCode.STOPPED_ON_SIGNAL, ExitCode.INTERRUPTED):
+                raise KeyboardInterrupt from None
             return error.code  # the process that recorded has said why
         print(table(comparisons))
         for line in skipped:

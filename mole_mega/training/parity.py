@@ -28,7 +28,7 @@ from mole_mega.checkpoint.store import trainable_entries, weight_entries
 from mole_mega.config import AdapterConfig, Fp8Config, ParallelConfig, RunConfig
 from mole_mega.data.collate import Batch
 from mole_mega.data.conversation import IGNORE_INDEX
-from mole_mega.errors import report_errors
+from mole_mega.errors import CheckFailedError, report_errors
 from mole_mega.models.expert_parallel import expert_parallel
 from mole_mega.models.llava import LLaVA
 from mole_mega.models.sizes import LanguageSize, LlavaSize, VisionSize
@@ -45,6 +45,9 @@ from mole_mega.training.trainer import build_model
 # DESIGN section 6: fp32, relative to each tensor's norm; Adam magnifies rounding.
 GRADIENT_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 STEPS = 3
+# Sources of the two samples of each of four micro-batches: eight, or as few as there are; some micro-batches are of one
+# source, and no data-parallel rank has its own alone, or nothing would go from a rank to another's experts.
+_SOURCES = ((0, 2), (1, 4), (3, 6), (5, 7))
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,11 @@ def _scaled_alpha(adapter: AdapterConfig, rank: int) -> float:
 
 
 def batches(size: LlavaSize, step: int, rank: int, world: int, pad_to: int = 8, num_sources: int = 2) -> list[Batch]:
-    """This data-parallel rank's two-sample micro-batches of a made global batch of 8: samples of different lengths with
-    0 to 3 images, one micro-batch of text alone, in every layout and with any padding the same. Sources take turns:
-    a micro-batch has one or two, and 8 a step are seen."""
-    chunks = [_padded(_batch(size, step, chunk, num_sources), pad_to) for chunk in range(4)]
+    """This data-parallel rank's two-sample micro-batches of a made global batch: 8 samples of different lengths with 0
+    to 3 images, one micro-batch of text alone, in every layout and with any padding the same; as many times 8 as all
+    sources need, each of which is seen."""
+    number = len(_SOURCES) * math.ceil(num_sources / 8)
+    chunks = [_padded(_batch(size, step, chunk, num_sources), pad_to) for chunk in range(number)]
     return chunks[rank::world]
 
 
@@ -186,7 +190,8 @@ def _padded(batch: Batch, multiple: int) -> Batch:
 def _batch(size: LlavaSize, step: int, chunk: int, num_sources: int) -> Batch:
     generator = torch.Generator().manual_seed(1000 * step + chunk)
     places, image_size = size.vision.num_places, size.vision.image_size
-    images_B = [(0, 0), (1, 3), (2, 0), (1, 1)][chunk]
+    group, place = divmod(chunk, len(_SOURCES))
+    images_B = [(0, 0), (1, 3), (2, 0), (1, 1)][place]
     lengths_B = [int(torch.randint(18, 30, (), generator=generator)) + n * places for n in images_B]
     length = -(-max(lengths_B) // 8) * 8
     tokens = torch.randint(5, size.language.vocab_size, (2, length), generator=generator)
@@ -205,7 +210,7 @@ def _batch(size: LlavaSize, step: int, chunk: int, num_sources: int) -> Batch:
         position_ids=torch.arange(length).expand(2, length),
         pixels=torch.randn(sum(images_B), 3, image_size, image_size, generator=generator),
         image_mask=image_mask,
-        domains=torch.tensor([8 * step + chunk, 8 * step + chunk + 4]) % num_sources,
+        domains=torch.tensor([8 * group + source for source in _SOURCES[place]]) % num_sources,
         sample_ids=tuple(f"{step}.{chunk}.{row}" for row in range(2)),
     )
 
@@ -242,7 +247,8 @@ def record(run: RunConfig, size: LlavaSize, parallel: Parallel) -> dict[str, tor
             gradients = {name: parameters[name].main_grad for name in entries}
             result |= {f"gradient/{key}": tensor for key, tensor in _whole(entries, gradients, parallel).items()}
         outcome = stepper.apply()
-        assert outcome.applied
+        if not outcome.applied:
+            raise CheckFailedError(f"step {step + 1} was not applied: its loss or gradients are not finite")
         result[f"loss/{step}"] = torch.tensor(outcome.loss, dtype=torch.float64)
         # Adam hides the size of a gradient from the weights: a norm that counts a part twice would clip unseen
         result[f"loss/grad_norm_{step}"] = torch.tensor(outcome.grad_norm, dtype=torch.float64)

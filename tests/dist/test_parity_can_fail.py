@@ -93,6 +93,13 @@ def broken():
     ]
     of_two = replace(RUN.adapter, top_k=2, expert_parallel="weights")
     cases.append(Case("gathered", replace(RUN, run_dir="gathered", parallel=EP, adapter=of_two), 2))
+    by_task = replace(
+        RUN.adapter, router_scope="task", gate="none", num_experts=2, balance_weight=0.0, z_loss_weight=0.0,
+        expert_parallel="weights",
+    )  # fmt: skip
+    by_source = replace(RUN.data, sources=tuple(replace(RUN.data.sources[0], name=name) for name in "ab"))
+    task = replace(RUN, run_dir="gathered", parallel=EP, adapter=by_task, data=by_source)
+    cases.append(Case("gathered, by task", task, 2))
     sculpt = {"name": "lorasculpt", "density": 1.0, "conflict_weight": 0.5}
     forgetful = [
         (TP, {"name": "riemannian"}), (TP, sculpt),
@@ -141,8 +148,9 @@ def test_experts_synced_in_the_wrong_group_differ_though_the_first_loss_is_equal
     assert "experts.lora" in comparison.gradient_tensor
 
 
-def test_gathered_experts_whose_gradients_are_not_summed_differ_though_the_first_loss_is_equal(broken):
-    comparison, reference, measured = broken["gathered"]
+@pytest.mark.parametrize("name", ["gathered", "gathered, by task"])
+def test_gathered_experts_whose_gradients_are_not_summed_differ_though_the_first_loss_is_equal(broken, name):
+    comparison, reference, measured = broken[name]
     assert loss_difference(reference, measured) <= GRADIENT_TOLERANCE
     assert not comparison.equal
     assert comparison.gradient > 0.1

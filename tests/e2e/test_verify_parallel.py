@@ -7,6 +7,7 @@ import sys
 import commands
 import pytest
 
+from mole_mega import verify_parallel
 from mole_mega.errors import ConfigError, ExitCode
 from mole_mega.training import parity
 
@@ -63,17 +64,34 @@ def test_what_is_little_in_a_run_can_be_proved_too(write_run, tmp_path, override
     assert "TP 2 + SP" in text and "DIFFERS" not in text
 
 
-def test_a_process_that_cannot_record_says_so_in_one_line(write_run, monkeypatch, capfd):
-    """Here it is this process itself."""
-    from mole_mega.verify_parallel import main
+@pytest.fixture
+def recording(alone, monkeypatch):
+    """recording(code): what records is this process itself; or nothing does, and its exit code is that."""
 
     def refuse(*_):
         raise ConfigError("density 0.1 keeps none of the 8 numbers")
 
     monkeypatch.setattr(parity, "record", refuse)
-    monkeypatch.setattr(parity, "launch_worker", lambda module, arguments, nproc: parity.main(arguments))
-    assert main([str(write_run())]) == ExitCode.INPUT_ERROR
+    monkeypatch.setattr(verify_parallel, "quiet_libraries", lambda: None)
+
+    def record(code=None):
+        run = (lambda *_: code) if code else lambda module, arguments, nproc: parity.main(arguments)
+        monkeypatch.setattr(parity, "launch_worker", run)
+
+    return record
+
+
+def test_a_process_that_cannot_record_says_so_in_one_line(write_run, recording, capfd):
+    recording()
+    assert verify_parallel.main([str(write_run())]) == ExitCode.INPUT_ERROR
     assert capfd.readouterr() == ("", "error: density 0.1 keeps none of the 8 numbers\n")
-    main([str(write_run()), "--debug"])
+    verify_parallel.main([str(write_run()), "--debug"])
     told = capfd.readouterr().err
     assert "ConfigError: density 0.1" in told and "on 1 processes ended with exit code 2" in told
+
+
+@pytest.mark.parametrize("code", [ExitCode.STOPPED_ON_SIGNAL, ExitCode.INTERRUPTED])
+def test_ended_by_a_signal_it_keeps_nothing_and_asks_for_no_restart(write_run, recording, capfd, code):
+    recording(code)
+    assert verify_parallel.main([str(write_run())]) == ExitCode.INTERRUPTED
+    assert capfd.readouterr() == ("", "interrupted\n")

@@ -15,7 +15,7 @@ RUN = RunConfig(
 )
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 8])
+@pytest.mark.parametrize("number", [1, 2, 3, 8, 11])
 def test_every_source_has_tokens_whose_expert_gets_a_gradient(alone, tmp_path, number):
     sources = tuple(SourceConfig(name=f"made {e}", path="made") for e in range(number))
     model = ModelConfig(base=str(tmp_path / "base"))
@@ -29,8 +29,11 @@ def test_every_source_has_tokens_whose_expert_gets_a_gradient(alone, tmp_path, n
     assert gradients and all(len(tensor) == number and tensor.flatten(1).any(1).all() for tensor in gradients)
 
 
-def test_micro_batches_differ_in_their_sources():
-    """Else no layout would meet one in which an expert has no token."""
+def test_sources_are_mixed_in_micro_batches_and_on_ranks():
+    """Micro-batches of one source and of two; and both on each rank: else an expert's tokens would all be its own
+    rank's, and an exchange that loses others' would be equal."""
     _, size = parity.scaled_down(RUN, None)
-    assert [batch.domains.tolist() for batch in parity.batches(size, 0, 0, 1)] == [[0, 0], [1, 1], [0, 0], [1, 1]]
-    assert [batch.domains.tolist() for batch in parity.batches(size, 0, 1, 2)] == [[1, 1], [1, 1]]
+    by_rank = [[set(batch.domains.tolist()) for batch in parity.batches(size, 0, rank, 2)] for rank in (0, 1)]
+    for sets in by_rank:
+        assert set.union(*sets) == {0, 1}
+        assert {len(found) for found in sets} == {1, 2}
