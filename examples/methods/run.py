@@ -109,7 +109,7 @@ def methods(rank: int, steps: int) -> list[Method]:
         Method(
             "loramoe", "LoRAMoE", "2312.09979", "all experts by their softmax, a router a linear",
             "without the constraint on groups, known here in its released form alone, whose sign is the reverse of its "
-            "purpose",
+            "purpose; with LLaVA-MoLE's balance loss, and a bias in the router",
             {**dense, "router_scope": "linear"},
         ),
         Method(
@@ -125,7 +125,8 @@ def methods(rank: int, steps: int) -> list[Method]:
         Method(
             "riemannian", "Riemannian MoE-LoRA", "2502.15828", "top-2; gradients preconditioned, gate rescaled",
             "on the MLP and not on q, k, v, o; both preconditioners from the old weights; a router a block, by the "
-            "same Adam, with bias correction; delta searched (published: 1e-6)",
+            "same Adam, with bias correction, with LLaVA-MoLE's balance loss and a bias; delta searched (published: "
+            "1e-6)",
             {**two, "rescale_gate": True}, {"clip_grad": 0.0}, damped,
         ),
         Method(

@@ -54,7 +54,7 @@ class AdapterConfig:
     balance_scope: Literal["layer", "model"] = "layer"
     z_loss_weight: NonNegative = 0.0
     # What travels between expert-parallel ranks: tokens to their expert (top_k 1 alone), or the weights of a layer's
-    # experts to where the tokens are; auto: by the bytes of each (adapters/traffic.py).
+    # experts to where the tokens are; auto: by the numbers of each (adapters/traffic.py).
     expert_parallel: Literal["tokens", "weights", "auto"] = "tokens"
     router_bias: bool = True
     attention: bool = True

@@ -372,7 +372,8 @@ def table(comparisons: Iterable[Comparison]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(
         f"equal: at most {GRADIENT_TOLERANCE:.0e} from one process in loss and gradients, {WEIGHT_TOLERANCE:.0e} in "
-        f"weights after {STEPS} steps, of each tensor's norm (gradients that cancel: or of their terms')"
+        f"weights after {STEPS} steps, of each tensor's norm (gradients that cancel: or of the root of their "
+        "terms' squares)"
     )
     return "\n".join(lines)
 

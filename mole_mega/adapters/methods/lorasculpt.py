@@ -34,6 +34,7 @@ from mole_mega.adapters.sharding import Placement
 from mole_mega.config import AdapterConfig, ConfigError, Count, NonNegative, Positive, PositiveInt, Range, RunConfig
 
 # as wide as W, in fp32: what the regulariser takes beside its gradients, whatever W's size and the number of experts
+# (of more than 127, a row of each one's products and of M)
 _CHUNK_ROWS = 256
 _TINY = 1e-15
 # of the few numbers of a scaled-down model's factors some must stay

@@ -50,7 +50,7 @@ class RiemannianOptions:
 
 
 class Riemannian(Method):
-    """Preconditions the reduced gradient of every pair before Adam."""
+    """Preconditions the reduced gradient of every pair before Adam or SGD."""
 
     Options = RiemannianOptions
     reshapes_gradients = True
