@@ -14,7 +14,7 @@ from mole_mega.outputs import check_file
 
 
 def main(argv: list[str]) -> int:
-    """Parse, compare, print the table. Returns the exit code (3 when a layout differs)."""
+    """Parse, compare, print the table. Returns the exit code (3 when a layout differs, 77 when none can be tried)."""
     parser = argparse.ArgumentParser(
         prog="mole-mega verify-parallel",
         description="Prove on a scaled-down model that layouts compute what one process computes.",

@@ -95,3 +95,13 @@ def test_ended_by_a_signal_it_keeps_nothing_and_asks_for_no_restart(write_run, r
     recording(code)
     assert verify_parallel.main([str(write_run())]) == ExitCode.INTERRUPTED
     assert capfd.readouterr() == ("", "interrupted\n")
+
+
+def test_where_no_layout_is_left_it_has_checked_nothing(write_run, monkeypatch, capsys):
+    def refuse(candidate):
+        raise ConfigError("not this one")
+
+    monkeypatch.setattr(verify_parallel.config, "validate", refuse)
+    monkeypatch.setattr(verify_parallel, "quiet_libraries", lambda: None)
+    assert verify_parallel.main([str(write_run()), "--max-processes", "2"]) == ExitCode.NOTHING_CHECKED
+    assert "left out PP 2: not this one" in capsys.readouterr().out.splitlines()
